@@ -14,10 +14,17 @@ from decentral_jax.algorithms import (
     def_sgd,
     defacto,
     detag,
+    diloco,
     dsgt,
     ef_sgd,
+    hl_sgd,
+    local_sgd,
+    mll_sgd,
     powersgd,
+    qg_dsgdm,
     sgd_ia,
+    sgp,
+    slowmo,
 )
 from decentral_jax.collectives import worker_index
 from decentral_jax.communication import communication_cost
@@ -29,12 +36,16 @@ from decentral_jax.mixing import (
     average_every,
     mix,
 )
-from decentral_jax.transforms.averaging import average_gradients
+from decentral_jax.transforms.averaging import average_gradients, average_parameters
 from decentral_jax.transforms.compressed_gossip import compressed_gossip
 from decentral_jax.transforms.error_feedback import error_feedback
 from decentral_jax.transforms.error_reset import error_reset
 from decentral_jax.transforms.gossip import exact_diffusion, gossip
 from decentral_jax.transforms.iterate_averaging import iterate_averaging
+from decentral_jax.transforms.multi_level import multi_level
+from decentral_jax.transforms.operating import operating_rates
+from decentral_jax.transforms.push_sum import push_sum
+from decentral_jax.transforms.quasi_global import quasi_global_momentum
 from decentral_jax.transforms.tracking import (
     accelerated_tracking,
     exact_phases,
@@ -53,6 +64,7 @@ __all__ = [
     "average_by_factors",
     "average_every",
     "average_gradients",
+    "average_parameters",
     "choco_sgd",
     "communication_cost",
     "compressed_gossip",
@@ -65,6 +77,7 @@ __all__ = [
     "def_sgd",
     "defacto",
     "detag",
+    "diloco",
     "dsgt",
     "ef_sgd",
     "error_feedback",
@@ -73,10 +86,20 @@ __all__ = [
     "exact_diffusion",
     "exact_phases",
     "gossip",
+    "hl_sgd",
     "iterate_averaging",
+    "local_sgd",
     "mix",
+    "mll_sgd",
+    "multi_level",
+    "operating_rates",
     "powersgd",
+    "push_sum",
+    "qg_dsgdm",
+    "quasi_global_momentum",
     "sgd_ia",
+    "sgp",
+    "slowmo",
     "topology",
     "track_gradients",
     "worker_index",

@@ -141,6 +141,40 @@ def mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return y
 
 
+def mean_in_parts(
+    x: jax.Array,
+    fn: Callable[[jax.Array], jax.Array],
+    axis_name: AxisName,
+    weight: jax.Array | None = None,
+) -> jax.Array:
+    """`fn` of the mean over workers; each device computes it for a part of the entries.
+
+    What `fn` sends along another axis is thus sent once by all devices together, not by
+    each of them. It must treat all entries alike.
+
+    Args:
+      x: This worker's array.
+      fn: Maps an array to one of its shape.
+      axis_name: The worker axis of the mean.
+      weight: This worker's weight in the mean; equal if None.
+
+    Returns:
+      The result, the same on each worker of the axis.
+    """
+    axis = bound_axis(axis_name)
+    y = x.astype(widened(x.dtype))
+    y = y / axis.size if weight is None else y * weight.astype(y.dtype)
+    if axis.virtual:
+        y = lax.psum(y, axis.virtual)
+    y = y.astype(x.dtype)
+    if axis.num_devices == 1:
+        return varying(fn(y), axis_name)
+    flat = jnp.pad(y.reshape(-1), (0, -y.size % axis.num_devices))
+    part = fn(lax.psum_scatter(flat, axis.mesh, tiled=True))
+    whole = lax.all_gather(part, axis.mesh, tiled=True)
+    return varying(whole[: y.size].reshape(y.shape), axis_name)
+
+
 def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """All workers' arrays, the same on each: `[n, ...]` in the order of their numbers.
 
@@ -164,6 +198,33 @@ def agreed(x: jax.typing.ArrayLike, axis_name: AxisName) -> jax.Array:
     """
     virtual = bound_axis(axis_name).virtual
     return lax.pmax(x, virtual) if virtual else jnp.asarray(x)
+
+
+def every(
+    period: int,
+    count: jax.Array,
+    axis_name: AxisName,
+    then: Callable,
+    otherwise: Callable,
+    *operands: Any,
+) -> Any:
+    """`then(*operands)` where `period` divides `count`, else `otherwise(*operands)`.
+
+    Only the one that is due runs, and communicates: a `cond` on devices and under
+    `vmap`, none at all with period 1. `count` must be equal on all workers.
+    """
+    if period == 1:
+        return then(*operands)
+
+    def marked(branch):
+        def run(*operands):
+            result = branch(*operands)
+            return jax.tree.map(lambda x: varying(x, axis_name), result)
+
+        return run
+
+    due = agreed(count, axis_name) % period == 0
+    return lax.cond(due, marked(then), marked(otherwise), *operands)
 
 
 def varying(x: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -16,7 +16,13 @@ from jax import lax
 
 from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
-from decentral_jax.topology import AnyTopology, Topology, check_topology, exact_factors
+from decentral_jax.topology import (
+    AnyTopology,
+    Topology,
+    check_topology,
+    exact_factors,
+    reweighted,
+)
 from decentral_jax.validation import check_dtypes, check_int
 
 # A leaf of at least this many bytes travels alone: packing it would cost a copy, and
@@ -133,13 +139,9 @@ def average_every(
       (Array([1., 3.], dtype=float32), Array([2., 2.], dtype=float32))
     """
     period = check_int("period", period, minimum=1)
-    if period == 1:
-        return average(tree, axis_name)
-    now = (collectives.agreed(jnp.asarray(step), axis_name) + 1) % period == 0
-    return lax.cond(
-        now,
-        lambda tree: average(tree, axis_name),
-        lambda tree: jax.tree.map(lambda x: collectives.varying(x, axis_name), tree),
+    return collectives.every(
+        *(period, jnp.asarray(step) + 1, axis_name),
+        *(lambda tree: average(tree, axis_name), lambda tree: tree),
         tree,
     )
 
@@ -254,6 +256,71 @@ def apply_factor(
     return _by_bucket(
         lambda x: collectives.combine(x, factors, axis_name, step), tree, axis_name
     )
+
+
+def hub_average(
+    tree: Any,
+    topology: AnyTopology | None,
+    shares: np.ndarray | None,
+    step: jax.Array | int | None,
+    hub_axis: str,
+    worker_axis: str,
+) -> Any:
+    r"""The mean over a hub's workers; with a topology, then mixed with other hubs'.
+
+    Args:
+      tree: This worker's pytree of floating-point arrays.
+      topology: The hubs' mixing matrix, or a schedule; None to stay inside the hub.
+      shares: Shape `[hubs, workers a hub]`, each worker's share of all data; equal if
+        None.
+      step: The round of a schedule.
+      hub_axis: The axis of hubs.
+      worker_axis: The axis of workers in a hub.
+
+    Returns:
+      :math:`\sum_j H_{dj} z_j` with :math:`z_d = \sum_{i \in d} v_i x_i`, or
+      :math:`z_d`; the same on all workers of a hub.
+    """
+    weight = None
+    if shares is not None:
+        sizes = tuple(
+            collectives.bound_axis(name).size for name in (hub_axis, worker_axis)
+        )
+        if shares.shape != sizes:
+            raise ValueError(
+                f"shares must have one row a hub and one entry a worker, {sizes} as "
+                f"the axes {hub_axis!r} and {worker_axis!r} are, got shape "
+                f"{shares.shape}."
+            )
+        table = jnp.asarray(shares / shares.sum(1, keepdims=True))
+        weight = table[
+            collectives.worker_index(hub_axis), collectives.worker_index(worker_axis)
+        ]
+    if topology is None:
+        if weight is None:
+            return average(tree, worker_axis)
+
+        def one(x):
+            y = x.astype(collectives.widened(x.dtype))
+            y = (y * weight.astype(y.dtype)).astype(x.dtype)
+            return collectives.total(y, worker_axis)
+
+    else:
+        _check_axis(topology.num_workers, f"{topology!r}", hub_axis)
+        rounds = [topology] if isinstance(topology, Topology) else list(topology)
+        if shares is not None:
+            rounds = [reweighted(one, shares.sum(1)) for one in rounds]
+        matrices = [one.matrix for one in rounds]
+
+        def between(z):
+            if len(matrices) == 1 and _averages_exactly(matrices[0]):
+                return collectives.mean(z, hub_axis)
+            return collectives.combine(z, matrices, hub_axis, step)
+
+        def one(x):
+            return collectives.mean_in_parts(x, between, worker_axis, weight)
+
+    return _by_bucket(one, tree, (hub_axis, worker_axis), ALL_REDUCE_BUCKET_BYTES)
 
 
 def gather(tree: Any, axis_name: AxisName = "workers") -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from decentral_jax.topology.core import Topology
+from decentral_jax.topology.core import Topology, check_topology
 from decentral_jax.validation import check_choice, check_int, check_interval
 
 
@@ -120,13 +120,16 @@ def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
     - "metropolis": :math:`1 / (1 + \max(d_i, d_j))` (Metropolis-Hastings),
     - "max_degree": :math:`1 / (1 + \max_k d_k)`,
     - "given": the edge attribute "weight"; for a directed graph the edge `(j, i)` says
-      what worker `i` gives to the value of `j`.
+      what worker `i` gives to the value of `j`;
+    - "push": each worker splits its value evenly between itself and the :math:`d_j`
+      workers that it sends to, :math:`1 / (1 + d_j)` each. Columns sum to one and rows
+      need not: for `dj.sgp`.
 
-    What is left to one goes to oneself.
+    But with "push", what is left to one goes to oneself.
 
     Args:
-      graph: A connected networkx graph; a directed one needs given weights.
-      weights: "metropolis", "max_degree" or "given".
+      graph: A connected networkx graph; a directed one needs weights "given" or "push".
+      weights: "metropolis", "max_degree", "given" or "push".
 
     Returns:
       The topology.
@@ -141,7 +144,7 @@ def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
       >>> dj.topology.from_graph(nx.petersen_graph()).max_degree
       3
     """
-    check_choice("weights", weights, ("metropolis", "max_degree", "given"))
+    check_choice("weights", weights, ("metropolis", "max_degree", "given", "push"))
     if not isinstance(graph, nx.Graph):
         raise TypeError(
             f"graph must be a networkx graph, got {type(graph).__name__}: for a matrix "
@@ -152,10 +155,10 @@ def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
             f"graph must be a simple graph with at least one node, got {graph}: "
             "convert a multigraph with nx.Graph(graph)."
         )
-    if graph.is_directed() and weights != "given":
+    if graph.is_directed() and weights not in ("given", "push"):
         raise ValueError(
             f"weights={weights!r} needs an undirected graph, got {graph}: pass "
-            'weights="given" with an edge attribute "weight", or '
+            'weights="push", weights="given" with an edge attribute "weight", or '
             "graph.to_undirected()."
         )
     number = {node: index for index, node in enumerate(graph)}
@@ -163,6 +166,10 @@ def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
     name = graph.name or "graph"
     if weights == "metropolis":
         topology = _metropolis(len(graph), edges, name)
+    elif weights == "push":
+        sends = nx.to_numpy_array(graph, weight=None).T != 0
+        np.fill_diagonal(sends, True)
+        topology = Topology(sends / sends.sum(0), name)
     else:
         topology = _weighted(graph, number, weights, name)
     return _connected(topology)
@@ -190,6 +197,48 @@ def from_matrix(matrix: Any) -> Topology:
             "take weights from dj.topology.from_graph."
         )
     return _connected(topology)
+
+
+def reweighted(topology: Topology, shares: Any) -> Topology:
+    r"""The matrix on a topology's edges that keeps a weighted mean.
+
+    With shares :math:`b` and the symmetric matrix :math:`W`
+
+    .. math:: H_{ij} = W_{ij} \min(1, b_j / b_i) \quad (j \ne i),
+
+    and what is left of each row on the diagonal: :math:`H 1 = 1` and
+    :math:`b^T H = b^T`, so that :math:`\sum_i b_i x_i` stays what it is and all values
+    move towards it (Metropolis et al., 1953; Hastings, 1970).
+
+    Args:
+      topology: A static, symmetric, doubly stochastic topology.
+      shares: :math:`b`, positive, shape `[n]`, such as the workers' numbers of
+        examples; scaled to sum to one.
+
+    Returns:
+      The topology; it is doubly stochastic only if all shares are equal.
+
+    Raises:
+      ValueError: If the topology lacks a property, or a share is not positive.
+
+    Example:
+      >>> import decentral_jax as dj, numpy as np
+      >>> hubs = dj.topology.reweighted(dj.topology.ring(4), [4, 1, 1, 2])
+      >>> np.round(np.array([4, 1, 1, 2]) @ hubs.matrix, 6)
+      array([4., 1., 1., 2.])
+    """
+    b = np.asarray(shares, np.float64)
+    if b.shape != (topology.num_workers,) or not (np.isfinite(b) & (b > 0)).all():
+        raise ValueError(
+            f"shares must be {topology.num_workers} positive numbers, one a worker of "
+            f"{topology!r}, got {shares!r}."
+        )
+    if np.allclose(b, b[0], rtol=1e-9):
+        return topology
+    check_topology(topology, symmetric=True, static=True)
+    matrix = topology.matrix * np.minimum(1, b[None, :] / b[:, None])
+    np.fill_diagonal(matrix, 0)
+    return Topology(_fill_diagonal(matrix), f"{topology.name}.reweighted")
 
 
 def _connected(topology: Topology) -> Topology:

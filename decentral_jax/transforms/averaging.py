@@ -1,12 +1,25 @@
-"""Averaging gradients over all workers: the centralized baseline."""
+"""Exact averaging over all workers: of gradients each step, of parameters now and then.
 
-from typing import Any
+Averaging gradients is the centralized baseline. Averaging parameters every few steps is
+Local SGD; with an outer optimizer on the averaged difference, SlowMo and DiLoCo.
+"""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName
+from decentral_jax.collectives import AxisName, every
 from decentral_jax.mixing import average
-from decentral_jax.validation import check_axis_name
+from decentral_jax.validation import (
+    check_axis_name,
+    check_int,
+    check_optimizer,
+    check_trees,
+    require_params,
+)
 
 
 def average_gradients(
@@ -44,3 +57,152 @@ def average_gradients(
         return average(updates, axis_name), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class PeriodicAveragingState(NamedTuple):
+    """State of `average_parameters`."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
+    start: Any  # like params: the common model z of the last exchange; () without outer
+    outer: tuple  # a fragment: the outer optimizer's state, equal on all workers
+
+
+def average_parameters(
+    period: int,
+    outer: optax.GradientTransformation | None = None,
+    fragments: int = 1,
+    axis_name: AxisName = "workers",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averages the workers' parameters every `period` steps; else they go alone.
+
+    Steps between exchanges take the incoming update, and send nothing. At an exchange,
+    with the incoming update :math:`u_i`,
+
+    .. math:: \bar x = \frac1n \sum_j (x_j + u_j), \qquad x_i \leftarrow \bar x.
+
+    With an outer optimizer the way from the last common model :math:`z` to
+    :math:`\bar x` is one gradient to it,
+
+    .. math::
+       z \leftarrow z + \mathrm{outer}(z - \bar x), \qquad x_i \leftarrow z,
+
+    so that `outer=optax.sgd(1.0)` is plain averaging again.
+
+    With `fragments` :math:`P > 1` the leaves are dealt into as many parts of similar
+    size, which take turns: part :math:`p = 1 \dots P` is exchanged at the steps
+    :math:`\lfloor p H / P \rfloor` of each period of :math:`H`. All bytes travel as
+    often as before, but never all at once.
+
+    Args:
+      period: :math:`H`, steps from one exchange to the next.
+      outer: Any optax optimizer for the averaged difference.
+      fragments: :math:`P`, at most `period` and at most the number of leaves.
+      axis_name: The worker axis.
+
+    Returns:
+      The transformation; place it last in a chain. A worker sends
+      `2 (n - 1) / n` times the parameters' bytes a period; with `outer` it keeps one
+      copy of the parameters beside the outer optimizer's state.
+
+    Raises:
+      TypeError: If `period` or `fragments` is no integer or `outer` no optimizer.
+      ValueError: If they are out of range, trees do not match, or `update` gets no
+        `params`.
+
+    References:
+      Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, Algorithm 1;
+      Wang et al., "SlowMo", ICLR 2020, Algorithm 1; Douillard et al., "DiLoCo", 2023,
+      Algorithm 1; Douillard et al., "Streaming DiLoCo with overlapping communication",
+      2025, Section 2.1 (fragments; here without overlap).
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.sgd(1.0), dj.average_parameters(period=2))
+      >>> def two_steps(p, g):
+      ...     state = tx.init(p)
+      ...     for _ in range(2):
+      ...         updates, state = tx.update(g, state, p)
+      ...         p = optax.apply_updates(p, updates)
+      ...     return p
+      >>> jax.vmap(two_steps, axis_name="workers")(jnp.zeros(2), jnp.array([1.0, 3.0]))
+      Array([-4., -4.], dtype=float32)
+    """
+    period = check_int("period", period, minimum=1)
+    if outer is not None:
+        check_optimizer("outer", outer)
+    fragments = check_int("fragments", fragments, minimum=1)
+    if fragments > period:
+        raise ValueError(
+            f"fragments must be at most period={period}, got {fragments}: each part "
+            "has a step of its own."
+        )
+    check_axis_name(axis_name)
+
+    def init_fn(params):
+        params = require_params(params, "average_parameters")
+        check_trees("params", params)
+        if outer is None:
+            return PeriodicAveragingState(jnp.zeros([], jnp.int32), (), ())
+        leaves = jax.tree.leaves(params)
+        states = [
+            outer.init([leaves[i] for i in part]) for part in _deal(leaves, fragments)
+        ]
+        start = jax.tree.map(jnp.copy, params)
+        return PeriodicAveragingState(jnp.zeros([], jnp.int32), start, tuple(states))
+
+    def exchange(updates, params, start, state):
+        mean = average(optax.apply_updates(params, updates), axis_name)
+        if outer is not None:
+            way = jax.tree.map(jnp.subtract, start, mean)
+            step, state = outer.update(way, state, start)
+            start = mean = optax.apply_updates(start, step)
+        return jax.tree.map(jnp.subtract, mean, params), start, state
+
+    def wait(updates, params, start, state):
+        updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+        return updates, start, state
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "average_parameters")
+        check_trees("updates", updates, params)
+        count = optax.safe_increment(state.count)
+        us, structure = jax.tree.flatten(updates)
+        ps, starts = jax.tree.leaves(params), jax.tree.leaves(state.start)
+        outer_states = []
+        for p, part in enumerate(_deal(ps, fragments), start=1):
+            mine = [us[i] for i in part], [ps[i] for i in part]
+            start = [starts[i] for i in part] if outer is not None else ()
+            outer_state = state.outer[p - 1] if outer is not None else ()
+            new, start, outer_state = every(
+                *(period, count - p * period // fragments, axis_name),
+                *(exchange, wait),
+                *(*mine, start, outer_state),
+            )
+            for i, leaf in zip(part, new, strict=True):
+                us[i] = leaf
+            if outer is not None:
+                for i, leaf in zip(part, start, strict=True):
+                    starts[i] = leaf
+                outer_states.append(outer_state)
+        start = structure.unflatten(starts) if outer is not None else ()
+        updates = structure.unflatten(us)
+        return updates, PeriodicAveragingState(count, start, tuple(outer_states))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _deal(leaves: Sequence[jax.Array], parts: int) -> list[list[int]]:
+    """The leaves' numbers in parts of similar size, the largest leaves dealt first."""
+    if parts > len(leaves):
+        raise ValueError(
+            f"fragments must be at most the number of leaves, got {parts} for "
+            f"{len(leaves)}: pass a smaller number."
+        )
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for i in sorted(range(len(leaves)), key=lambda i: -leaves[i].size):
+        lightest = sizes.index(min(sizes))
+        dealt[lightest].append(i)
+        sizes[lightest] += max(1, leaves[i].size)
+    return [sorted(part) for part in dealt]

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
@@ -121,11 +120,8 @@ def error_reset(
             return updates, error, memory
 
         count = optax.safe_increment(state.count)
-        now = collectives.agreed(count, axis_name) % period == 0
-        updates, error, reset_memory = (
-            reset(updates, error, state.memory[1])
-            if period == 1
-            else lax.cond(now, reset, wait, updates, error, state.memory[1])
+        updates, error, reset_memory = collectives.every(
+            period, count, axis_name, reset, wait, updates, error, state.memory[1]
         )
         return updates, ErrorResetState(count, error, (memory, reset_memory))
 

@@ -1,0 +1,154 @@
+"""Hubs and workers: averaging inside sub-networks often, between them seldom."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from decentral_jax.collectives import agreed, every
+from decentral_jax.mixing import hub_average
+from decentral_jax.topology import AnyTopology, check_topology
+from decentral_jax.transforms.gossip import difference
+from decentral_jax.validation import (
+    as_table,
+    check_axis_name,
+    check_int,
+    check_trees,
+    require_params,
+)
+
+
+class MultiLevelState(NamedTuple):
+    """State of `multi_level`."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: ticks so far
+
+
+def multi_level(
+    hub_topology: AnyTopology,
+    tau: int,
+    q: int,
+    shares: Any = None,
+    hub_axis: str = "hub",
+    worker_axis: str = "worker",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averages in each hub every `tau` ticks, and between hubs every `q` of those.
+
+    With the incoming update :math:`u_i` of worker :math:`i` of hub :math:`d`, a tick is
+    :math:`x_i \leftarrow x_i + u_i`; every :math:`\tau` ticks, moreover,
+
+    .. math:: z_d = \sum_{i \in d} v_i x_i, \qquad x_i \leftarrow z_d,
+
+    with :math:`v_i` the worker's share of its hub's data; and every :math:`q \tau`
+    ticks, in between,
+
+    .. math:: z_d \leftarrow \sum_j H_{dj} z_j.
+
+    :math:`H` is the hub topology's matrix, made to keep the mean that is weighted with
+    the hubs' shares of the data (`dj.topology.reweighted`). Other ticks send nothing.
+
+    Args:
+      hub_topology: A doubly stochastic topology or schedule of the hubs.
+      tau: :math:`\tau`, ticks from one average inside hubs to the next.
+      q: Averages inside hubs from one exchange between hubs to the next.
+      shares: Each worker's share of all data, a row a hub; they sum to 1. Rows may
+        differ in length: a sub-network of fewer workers than `worker_axis` has is
+        filled up with workers of share 0, which count for nothing. Equal if None.
+      hub_axis: The axis of hubs.
+      worker_axis: The axis of workers in a hub.
+
+    Returns:
+      The transformation; place it last in a chain. With `b` bytes of parameters and
+      `n` workers a hub, a worker sends `2 b (n - 1) / n` inside its hub each `tau`
+      ticks, and `max_degree * b / n` to other hubs each `q * tau`: of what a hub sends
+      to another one, each of its workers carries a part.
+
+    Raises:
+      TypeError: If `tau` or `q` is no integer, or `hub_topology` no topology.
+      ValueError: If one is below 1, if shares are negative or do not sum to 1, or a
+        hub has none, if the hub topology is not connected, not doubly stochastic or not
+        of the hub axis's size, or if `update` gets no `params`.
+
+    References:
+      Castiglia, Das & Patterson, "Multi-Level Local SGD: Distributed SGD for
+      Heterogeneous Hierarchical Networks", ICLR 2021, Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(
+      ...     optax.sgd(0.1), dj.multi_level(dj.topology.ring(4), tau=1, q=2)
+      ... )
+      >>> params = jnp.arange(8.0).reshape(4, 2)
+      >>> def step(p):
+      ...     updates, _ = tx.update(jnp.zeros_like(p), tx.init(p), p)
+      ...     return optax.apply_updates(p, updates)
+      >>> jax.vmap(jax.vmap(step, axis_name="worker"), axis_name="hub")(params)[:, 0]
+      Array([0.5, 2.5, 4.5, 6.5], dtype=float32)
+    """
+    check_topology(hub_topology)
+    tau = check_int("tau", tau, minimum=1)
+    q = check_int("q", q, minimum=1)
+    check_axis_name((hub_axis, worker_axis))
+    axes = (hub_axis, worker_axis)
+    table = None if shares is None else _shares(shares, hub_topology)
+
+    def init_fn(params):
+        params = require_params(params, "multi_level")
+        check_trees("params", params)
+        return MultiLevelState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "multi_level")
+        check_trees("updates", updates, params)
+        count = optax.safe_increment(state.count)
+        tick = agreed(count, axes)
+
+        def average(topology):
+            def run(updates, params):
+                adapted = optax.apply_updates(params, updates)
+                round_number = tick // (q * tau) - 1
+                mean = hub_average(adapted, topology, table, round_number, *axes)
+                return difference(mean, params)
+
+            return run
+
+        def exchange(updates, params):
+            both = average(hub_topology), average(None)
+            return every(q, tick // tau, axes, *both, updates, params)
+
+        def wait(updates, params):
+            return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+
+        updates = every(tau, tick, axes, exchange, wait, updates, params)
+        return updates, MultiLevelState(count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _shares(shares: Any, hub_topology: AnyTopology) -> np.ndarray:
+    """Shares as a checked array `[hubs, workers a hub]`."""
+    table = as_table("shares", shares, fill=0.0)
+    hubs = hub_topology.num_workers
+    if table.ndim != 2 or len(table) != hubs:
+        raise ValueError(
+            f"shares must have {hubs} rows, one a hub of {hub_topology!r}, got shape "
+            f"{table.shape}: pass a list of rows, one entry a worker."
+        )
+    if not np.isfinite(table).all() or (table < 0).any():
+        raise ValueError(
+            f"shares must not be negative, got {table.min():.6g}: pass each worker's "
+            "number of examples divided by the number of all."
+        )
+    if abs(table.sum() - 1) > 1e-6:
+        raise ValueError(
+            f"shares must sum to 1, got {table.sum():.6g}: divide them by their sum."
+        )
+    if (table.sum(1) == 0).any():
+        raise ValueError(
+            "shares must be positive for at least one worker a hub, got none in hub "
+            f"{int(table.sum(1).argmin())}: leave the hub out."
+        )
+    return table

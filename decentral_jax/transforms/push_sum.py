@@ -1,0 +1,95 @@
+"""Push-sum: gossip on directed graphs, where no doubly stochastic weights exist."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from decentral_jax.collectives import AxisName, widened
+from decentral_jax.mixing import mix
+from decentral_jax.topology import AnyTopology, check_topology
+from decentral_jax.validation import check_axis_name, check_trees, require_params
+
+
+class PushSumState(NamedTuple):
+    """State of `push_sum`."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: rounds so far
+    weight: jax.Array  # shape=(), at least float32: w
+
+    def evaluation_params(self, params):
+        """The numerator, whose mean over workers is the weighted mean of models."""
+        return jax.tree.map(lambda z: _times(z, self.weight), params)
+
+
+def push_sum(
+    topology: AnyTopology, axis_name: AxisName = "workers"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averages by pushing shares of oneself, and corrects for who received more.
+
+    With the incoming update :math:`u` and the column-stochastic matrix :math:`P_t`
+
+    .. math::
+       x \leftarrow P_t (x + u), \qquad w \leftarrow P_t w, \qquad z = x / w,
+       \qquad w_0 = 1.
+
+    The parameters hold :math:`z`, where gradients are taken; :math:`x = w z`.
+    `dj.eval_params` gives the mean of the :math:`x`, which gossip preserves.
+
+    Args:
+      topology: A topology or schedule whose columns sum to one, for example
+        `dj.topology.from_graph(directed_graph, weights="push")`.
+      axis_name: The worker axis.
+
+    Returns:
+      The transformation; place it last in a chain. A worker sends `max_degree` times
+      the bytes of the parameters and of one number.
+
+    Raises:
+      TypeError: If `topology` does not come from `dj.topology`.
+      ValueError: If it is not column-stochastic or not connected, or if `update` gets
+        no `params`.
+
+    References:
+      Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML
+      2019, Algorithm 1; Kempe, Dobra & Gehrke, "Gossip-Based Computation of Aggregate
+      Information", FOCS 2003.
+
+    Example:
+      >>> import decentral_jax as dj, networkx as nx, optax
+      >>> graph = nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2)])
+      >>> topology = dj.topology.from_graph(graph, weights="push")
+      >>> tx = optax.chain(optax.sgd(0.1, momentum=0.9), dj.push_sum(topology))
+    """
+    check_topology(topology, doubly_stochastic=False)
+    if not topology.is_column_stochastic:
+        raise ValueError(
+            f"topology must have columns that sum to one, got {topology!r}: use "
+            'dj.topology.from_graph(graph, weights="push").'
+        )
+    check_axis_name(axis_name)
+
+    def init_fn(params):
+        params = require_params(params, "push_sum")
+        check_trees("params", params)
+        dtype = widened(jnp.result_type(*jax.tree.leaves(params)))
+        return PushSumState(jnp.zeros([], jnp.int32), jnp.ones([], dtype))
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "push_sum")
+        check_trees("updates", updates, params)
+        adapted = jax.tree.map(
+            lambda z, u: _times(z, state.weight) + u.astype(z.dtype), params, updates
+        )
+        x, weight = mix((adapted, state.weight), topology, axis_name, state.count)
+        updates = jax.tree.map(lambda x, z: _times(x, 1 / weight) - z, x, params)
+        return updates, PushSumState(optax.safe_increment(state.count), weight)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
+    wide = widened(x.dtype)
+    return (x.astype(wide) * weight.astype(wide)).astype(x.dtype)

@@ -1,0 +1,100 @@
+"""Quasi-global momentum: momentum from where the mixed model went, not from gradients.
+
+On differing data local momentum drifts apart; the way of the mixed model does not.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from decentral_jax.collectives import AxisName
+from decentral_jax.mixing import mix
+from decentral_jax.topology import AnyTopology, check_topology
+from decentral_jax.validation import (
+    check_axis_name,
+    check_interval,
+    check_learning_rate,
+    check_trees,
+    require_params,
+)
+
+
+class QuasiGlobalState(NamedTuple):
+    """State of `quasi_global_momentum`."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
+    momentum: optax.Params  # like params: m
+
+
+def quasi_global_momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    topology: AnyTopology,
+    momentum: float = 0.9,
+    factor: float | None = None,
+    axis_name: AxisName = "workers",
+) -> optax.GradientTransformationExtraArgs:
+    r"""A decentralized step with momentum :math:`\beta` along the mixed model's way.
+
+    .. math::
+       x_i^+ = \sum_j W_{ij} \bigl(x_j - \gamma (\beta m_j + g_j)\bigr), \qquad
+       m_i \leftarrow (1 - f) m_i + f \, (x_i - x_i^+) / \gamma
+
+    Args:
+      learning_rate: :math:`\gamma`, a number or schedule; where it is 0, :math:`m`
+        stays.
+      topology: A doubly stochastic topology or schedule.
+      momentum: :math:`\beta`, in [0, 1).
+      factor: :math:`f`, in [0, 1]; in the paper :math:`1 - \beta`.
+      axis_name: The worker axis.
+
+    Returns:
+      The transformation, of gradients; it stands alone, or after what changes
+      gradients. A worker sends `max_degree` times the parameters' bytes a step and
+      keeps one copy of the parameters.
+
+    Raises:
+      TypeError: If `topology` does not come from `dj.topology`.
+      ValueError: If a number is out of range, the topology not doubly stochastic or not
+        connected, or `update` gets no `params`.
+
+    References:
+      Lin et al., "Quasi-Global Momentum: Accelerating Decentralized Deep Learning on
+      Heterogeneous Data", ICML 2021, Algorithm 1 (QG-DSGDm).
+    """
+    check_learning_rate(learning_rate)
+    check_topology(topology)
+    check_interval("momentum", momentum, 0.0, 1.0, closed="left")
+    if factor is None:
+        factor = 1 - momentum
+    check_interval("factor", factor, 0.0, 1.0)
+    check_axis_name(axis_name)
+
+    def init_fn(params):
+        params = require_params(params, "quasi_global_momentum")
+        check_trees("params", params)
+        return QuasiGlobalState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "quasi_global_momentum")
+        check_trees("updates", updates, params)
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate)
+
+        def adapt(x, m, g):
+            return x - rate.astype(x.dtype) * (momentum * m + g.astype(x.dtype))
+
+        def remember(m, x, mixed):
+            gamma = rate.astype(m.dtype)
+            way = (x - mixed) / jnp.where(gamma > 0, gamma, 1)
+            return jnp.where(gamma > 0, m + factor * (way - m), m)
+
+        adapted = jax.tree.map(adapt, params, state.momentum, updates)
+        mixed = mix(adapted, topology, axis_name, state.count)
+        new = jax.tree.map(remember, state.momentum, params, mixed)
+        updates = jax.tree.map(jnp.subtract, mixed, params)
+        return updates, QuasiGlobalState(optax.safe_increment(state.count), new)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
