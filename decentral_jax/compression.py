@@ -52,9 +52,10 @@ class Selection(Compressor):
         """`x` with the selected entries replaced, in place where XLA can."""
         raise NotImplementedError
 
-    def blend(self, key: jax.Array, x: jax.Array, payload: jax.Array) -> jax.Array:
-        """The same for an `x` that is being computed: one pass, fused with that."""
-        return self.replace(key, x, payload)
+    def mask(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Whether an entry of `x` is selected, in its shape."""
+        ones = jnp.ones_like(self.compress(key, x), bool)
+        return self.replace(key, jnp.zeros(x.shape, bool), ones)
 
     def decompress(self, key: jax.Array, payload: Any, like: Any) -> jax.Array:
         """The selected entries, zero elsewhere."""
@@ -85,19 +86,28 @@ class RandomBlock(Selection):
             positions = (start + jnp.arange(size)) % flat.size
             return flat.at[positions].set(payload).reshape(x.shape)
         window, offset = _window(flat, start, size)
-        window = lax.dynamic_update_slice(window, payload, (offset,))
+        window = _write(window, payload, offset)
         # The head first: where the block does not wrap, it is written as it was.
-        flat = lax.dynamic_update_slice(flat, window[size:], (0,))
-        tail = jnp.minimum(start, flat.size - size)
-        flat = lax.dynamic_update_slice(flat, window[:size], (tail,))
+        flat = _write(flat, window[size:], jnp.zeros_like(start))
+        flat = _write(flat, window[:size], jnp.minimum(start, flat.size - size))
         return lax.optimization_barrier(flat).reshape(x.shape)
 
-    def blend(self, key, x, payload):
-        """`x` with another block, entry by entry."""
-        start, size = self._block(key, x)
-        position = lax.iota(jnp.int32, x.size).reshape(x.shape) - start
-        position = jnp.where(position < 0, position + x.size, position)
-        return jnp.where(position < size, payload[jnp.minimum(position, size - 1)], x)
+    def mask(self, key, x):
+        """Whether an entry lies in the block."""
+        return self._position(key, x) < _share(x.size, self.ratio)
+
+    def decompress(self, key, payload, like):
+        """The block, zero elsewhere; one pass, fused with what uses it."""
+        position = self._position(key, like)
+        entries = payload[jnp.minimum(position, payload.size - 1)]
+        return jnp.where(position < payload.size, entries, jnp.zeros_like(entries))
+
+    def _position(self, key, x):
+        """Each entry's place counted from the block's start on, cyclically."""
+        start, _ = self._block(key, x)
+        size = math.prod(x.shape)
+        position = lax.iota(jnp.int32, size).reshape(x.shape) - start
+        return jnp.where(position < 0, position + size, position)
 
     def _block(self, key, x):
         # One draw instead of randint's three, which XLA takes long to compile; that the
@@ -116,6 +126,30 @@ def _window(flat, start, size):
     tail = jnp.minimum(start, flat.size - size)
     window = jnp.concatenate([lax.dynamic_slice(flat, (tail,), (size,)), flat[:size]])
     return window, start - tail
+
+
+@jax.custom_batching.custom_vmap
+def _write(x, block, start):
+    """Overwrites a block of the last axis, in place where XLA can.
+
+    JAX makes a scatter of a mapped `dynamic_update_slice`, and XLA of that a copy; the
+    start is the same on all workers, so that it can stay what it is.
+    """
+    return lax.dynamic_update_slice(x, block, (*(0,) * (x.ndim - 1), start))
+
+
+@_write.def_vmap
+def _write_mapped(axis_size, in_batched, x, block, start):
+    x_batched, block_batched, start_batched = in_batched
+    if start_batched:  # an outer map over runs with keys of their own
+        axes = [0 if batched else None for batched in in_batched]
+        mapped = jax.vmap(_write.fun, in_axes=axes, axis_size=axis_size)
+        return mapped(x, block, start), True
+    if not x_batched:
+        x = jnp.broadcast_to(x, (axis_size, *x.shape))
+    if not block_batched:
+        block = jnp.broadcast_to(block, (axis_size, *block.shape))
+    return _write(x, block, start), True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,11 @@ def selections(key, x, other, ratio):
             compressor.compress(key, positions),
             compressor.decompress(key, payload, x),
             compressor.replace(key, other, payload),
-            compressor.blend(key, other, payload),
+            jnp.where(
+                compressor.mask(key, x),
+                compressor.decompress(key, payload, x),
+                other,
+            ),
         )
     top = C.top_k(ratio)
     payload = top.compress(key, x)
@@ -79,6 +83,30 @@ def test_selected_plus_kept_back_is_all(shape, ratio, seed):
     np.testing.assert_array_equal(block, (start + np.arange(size)) % x.size)
     left = np.delete(x.reshape(-1), found["TopK"][1])
     assert np.abs(found["TopK"][0]).min() >= np.abs(left).max(initial=0)
+
+
+@pytest.mark.parametrize("over_keys", [None, 0])
+def test_blocks_are_replaced_under_maps(over_keys):
+    """Of a shared key, and of runs that have one each; arrays mapped or not."""
+    block = C.random_block(4)
+    keys = jax.random.split(KEY, 3)
+    key = KEY if over_keys is None else keys
+    x = jnp.arange(3 * 5 * 10.0).reshape(3, 5, 10)
+    payload = -jnp.ones((5, 3))
+
+    def workers(key, x):
+        by_worker = jax.vmap(block.replace, (None, 0, 0))(key, x, payload)
+        return by_worker, jax.vmap(block.replace, (None, None, 0))(key, x[0], payload)
+
+    found = jax.jit(jax.vmap(workers, (over_keys, 0)))(key, x)
+    for run in range(3):
+        k = KEY if over_keys is None else keys[run]
+        for worker in range(5):
+            expected = block.replace(k, x[run, worker], payload[worker])
+            assert (expected == -1).sum() == 3
+            np.testing.assert_array_equal(found[0][run, worker], expected)
+            expected = block.replace(k, x[run, 0], payload[worker])
+            np.testing.assert_array_equal(found[1][run, worker], expected)
 
 
 def test_blocks_start_anywhere():

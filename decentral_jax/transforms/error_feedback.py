@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax.collectives import AxisName, every
 from decentral_jax.compression import Compressor, Selection, check_compressor
 from decentral_jax.mixing import average
 from decentral_jax.transforms.compressed import (
@@ -159,36 +158,46 @@ def error_feedback(
             params = require_params(params, "error_feedback with detach > 0")
         check_trees("updates", updates, state.kept)
 
-        def send(updates, state, params):
-            key = step_key(seed, state.count, axis_name)
-            if isinstance(compressor, Selection) and feedback == 1:
-                return send_selected(key, updates, state, params)
-            return send_any(key, updates, state, params)
-
-        def collect(updates, state, params):
-            residual = residual_of(state, params)
-            p = jax.tree.map(plus_residual, residual, updates)
-            if not detached:
-                return optax.tree.zeros_like(p), p, state.memory
-            return *towards(state.kept, p, params), state.memory
-
-        def residual_of(state, params):
-            if not detached:
-                return state.kept
-            return jax.tree.map(lambda x, y: (y - x) / detach, state.kept, params)
-
         def plus_residual(e, u):
             return (e if feedback == 1 else feedback * e) + u.astype(e.dtype)
 
+        def collected(updates, state, params):
+            """What is to be sent, p."""
+            residual = state.kept
+            if detached:
+                residual = jax.tree.map(
+                    lambda x, y: (y - x) / detach, state.kept, params
+                )
+            return jax.tree.map(plus_residual, residual, updates)
+
         def towards(shared, residual, params):
-            """Updates that lead to the next gradient's point; and the model to keep."""
-            updates = jax.tree.map(
+            """Updates that lead to the next gradient's point."""
+            return jax.tree.map(
                 lambda x, e, y: (x + detach * e) - y, shared, residual, params
             )
-            return updates, shared
 
-        def send_any(key, updates, state, params):
-            p = jax.tree.map(plus_residual, residual_of(state, params), updates)
+        def collect(updates, state, params):
+            p = collected(updates, state, params)
+            if not detached:
+                return optax.tree.zeros_like(p), p, state.memory
+            return towards(state.kept, p, params), state.kept, state.memory
+
+        def send(updates, state, params):
+            key = step_key(seed, state.count, axis_name)
+            if isinstance(compressor, Selection) and feedback == 1:
+                us, structure = jax.tree.flatten(updates)
+                kept = jax.tree.leaves(state.kept)
+                us = [u.astype(k.dtype) for u, k in zip(us, kept, strict=True)]
+                keys = leaf_keys(compressor, key, us, axis_name)
+                if detached:
+                    ys = jax.tree.leaves(params)
+                    sent = _send_detached(
+                        compressor, keys, us, kept, ys, detach, axis_name
+                    )
+                else:
+                    sent = _send_selected(compressor, keys, us, kept, axis_name)
+                return *map(structure.unflatten, sent), state.memory
+            p = collected(updates, state, params)
             own, mean, memory = average_compressed(
                 compressor, key, p, state.memory, axis_name
             )
@@ -196,54 +205,64 @@ def error_feedback(
             if not detached:
                 return mean, residual, memory
             shared = jax.tree.map(jnp.add, state.kept, mean)
-            return *towards(shared, residual, params), memory
-
-        def send_selected(key, updates, state, params):
-            """The same, touching the model or residual only where something is sent."""
-            assert isinstance(compressor, Selection)
-            us, structure = jax.tree.flatten(updates)
-            kept = jax.tree.leaves(state.kept)
-            us = [u.astype(k.dtype) for u, k in zip(us, kept, strict=True)]
-            keys = leaf_keys(compressor, key, us, axis_name)
-            take, put = compressor.compress, compressor.replace
-            blend = compressor.blend
-            if detached:
-                # Elsewhere e grows by u: y moves by detach * u, and x stays.
-                xs = [take(k, x) for k, x in zip(keys, kept, strict=True)]
-                leaves = jax.tree.leaves(params)
-                ys = [take(k, y) for k, y in zip(keys, leaves, strict=True)]
-                given = zip(xs, ys, keys, us, strict=True)
-                sent = [(y - x) / detach + take(k, u) for x, y, k, u in given]
-                means = average(sent, axis_name)
-                xs = [x + mean for x, mean in zip(xs, means, strict=True)]
-                new = [
-                    blend(k, detach * u, x - y)
-                    for k, u, x, y in zip(keys, us, xs, ys, strict=True)
-                ]
-                kept = [put(*each) for each in zip(keys, kept, xs, strict=True)]
-            else:
-                given = zip(keys, kept, us, strict=True)
-                sent = [take(k, e) + take(k, u) for k, e, u in given]
-                # Read before it is written: then the residual need not be copied.
-                kept, sent = lax.optimization_barrier((kept, sent))
-                kept = [e + u for e, u in zip(kept, us, strict=True)]
-                means = average(sent, axis_name)
-                new = [
-                    blend(k, jnp.zeros_like(e), mean)
-                    for k, e, mean in zip(keys, kept, means, strict=True)
-                ]
-                kept = [
-                    blend(k, e, jnp.zeros_like(s))
-                    for k, e, s in zip(keys, kept, sent, strict=True)
-                ]
-            return structure.unflatten(new), structure.unflatten(kept), state.memory
+            return towards(shared, residual, params), shared, memory
 
         count = optax.safe_increment(state.count)
-        if period == 1:
-            updates, kept, memory = send(updates, state, params)
-        else:
-            now = collectives.agreed(count, axis_name) % period == 0
-            updates, kept, memory = lax.cond(now, send, collect, updates, state, params)
+        updates, kept, memory = every(
+            period, count, axis_name, send, collect, updates, state, params
+        )
         return updates, ErrorFeedbackState(count, kept, memory, model)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _send_selected(
+    compressor: Selection, keys: list, us: list, es: list, axis_name: AxisName
+) -> tuple[list, list]:
+    """The updates and residuals of a step; only the selected entries are averaged."""
+    take = compressor.compress
+    sent = [take(k, e) + take(k, u) for k, e, u in zip(keys, es, us, strict=True)]
+    # Read before it is written: then the residual need not be copied.
+    es, sent = lax.optimization_barrier((es, sent))
+    means = average(sent, axis_name)
+    new = [
+        compressor.decompress(k, mean, e)
+        for k, mean, e in zip(keys, means, es, strict=True)
+    ]
+    es = [
+        jnp.where(compressor.mask(k, e), jnp.zeros_like(e), e + u)
+        for k, e, u in zip(keys, es, us, strict=True)
+    ]
+    return new, es
+
+
+def _send_detached(
+    compressor: Selection,
+    keys: list,
+    us: list,
+    xs: list,
+    ys: list,
+    detach: float,
+    axis_name: AxisName,
+) -> tuple[list, list]:
+    """The same with the residual between shared model and parameters.
+
+    It is read and written only where something is sent. Elsewhere e grows by u: the
+    parameters move by `detach * u`, and the shared model stays.
+    """
+    take = compressor.compress
+    blocks = [take(k, x) for k, x in zip(keys, xs, strict=True)]
+    sent = [
+        (take(k, y) - x) / detach + take(k, u)
+        for k, x, y, u in zip(keys, blocks, ys, us, strict=True)
+    ]
+    means = average(sent, axis_name)
+    blocks = [x + mean for x, mean in zip(blocks, means, strict=True)]
+    xs = [compressor.replace(*each) for each in zip(keys, xs, blocks, strict=True)]
+    # The selected entries are read from the shared model: an index into the block
+    # would keep XLA:CPU from vectorizing the pass.
+    new = [
+        jnp.where(compressor.mask(k, x), x - y, detach * u)
+        for k, x, y, u in zip(keys, xs, ys, us, strict=True)
+    ]
+    return new, xs
