@@ -141,6 +141,13 @@ def mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return y
 
 
+def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """An array times a weight, in its own dtype; where the weight is 0, it is 0."""
+    wide = widened(x.dtype)
+    y = x.astype(wide) * weight.astype(wide)
+    return jnp.where(weight != 0, y, jnp.zeros_like(y)).astype(x.dtype)
+
+
 def mean_in_parts(
     x: jax.Array,
     fn: Callable[[jax.Array], jax.Array],
@@ -162,11 +169,10 @@ def mean_in_parts(
       The result, the same on each worker of the axis.
     """
     axis = bound_axis(axis_name)
-    y = x.astype(widened(x.dtype))
-    y = y / axis.size if weight is None else y * weight.astype(y.dtype)
+    y = weighted(x, jnp.full([], 1 / axis.size) if weight is None else weight)
     if axis.virtual:
-        y = lax.psum(y, axis.virtual)
-    y = y.astype(x.dtype)
+        wide = widened(x.dtype)
+        y = lax.psum(y.astype(wide), axis.virtual).astype(x.dtype)
     if axis.num_devices == 1:
         return varying(fn(y), axis_name)
     flat = jnp.pad(y.reshape(-1), (0, -y.size % axis.num_devices))
@@ -202,7 +208,7 @@ def agreed(x: jax.typing.ArrayLike, axis_name: AxisName) -> jax.Array:
 
 def every(
     period: int,
-    count: jax.Array,
+    count: jax.typing.ArrayLike,
     axis_name: AxisName,
     then: Callable,
     otherwise: Callable,

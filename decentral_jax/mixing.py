@@ -72,7 +72,7 @@ def mix(
     check_topology(topology, doubly_stochastic=False)
     _check_axis(topology.num_workers, f"{topology!r}", axis_name)
     if isinstance(topology, Topology):
-        if _averages_exactly(topology.matrix):
+        if topology.averages_exactly:
             return average(tree, axis_name)
         matrices = [topology.matrix]
     else:
@@ -301,20 +301,18 @@ def hub_average(
             return average(tree, worker_axis)
 
         def one(x):
-            y = x.astype(collectives.widened(x.dtype))
-            y = (y * weight.astype(y.dtype)).astype(x.dtype)
-            return collectives.total(y, worker_axis)
+            return collectives.total(collectives.weighted(x, weight), worker_axis)
 
     else:
         _check_axis(topology.num_workers, f"{topology!r}", hub_axis)
         rounds = [topology] if isinstance(topology, Topology) else list(topology)
         if shares is not None:
             rounds = [reweighted(one, shares.sum(1)) for one in rounds]
-        matrices = [one.matrix for one in rounds]
 
         def between(z):
-            if len(matrices) == 1 and _averages_exactly(matrices[0]):
+            if len(rounds) == 1 and rounds[0].averages_exactly:
                 return collectives.mean(z, hub_axis)
+            matrices = [one.matrix for one in rounds]
             return collectives.combine(z, matrices, hub_axis, step)
 
         def one(x):
@@ -361,10 +359,6 @@ def mix_decoded(
     return collectives.combine(
         arrays, [topology.matrix], axis_name, decode=lambda a: decode(unpack(a))
     )
-
-
-def _averages_exactly(matrix: np.ndarray) -> bool:
-    return bool(np.allclose(matrix, 1 / len(matrix), rtol=0, atol=1e-12))
 
 
 def _check_axis(num_workers: int, topology: str, axis_name: AxisName) -> None:

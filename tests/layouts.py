@@ -11,20 +11,54 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import decentral_jax as dj
 
-
-def _vmap(fn: Callable, n: int = 8) -> Callable:
-    return jax.jit(jax.vmap(fn, axis_name="workers", axis_size=n))
+Shape = int | dict[str, int]
 
 
-def _shard_map(fn: Callable, n: int = 8) -> Callable:
+def named(shape: Shape) -> dict[str, int]:
+    """The worker axes: one by the usual name, or several levels by theirs."""
+    return shape if isinstance(shape, dict) else {"workers": shape}
+
+
+def nested_vmap(fn: Callable, shape: Shape = 8, **options: Any) -> Callable:
+    """One `vmap` a level, the outermost first."""
+    for name, size in reversed(named(shape).items()):
+        fn = jax.vmap(fn, axis_name=name, axis_size=size, **options)
+    return fn
+
+
+def _flat(build: Callable) -> Callable:
+    """A layout of several levels as one whose trees have one worker axis in front."""
+
+    def flat(fn: Callable, shape: Shape = 8) -> Callable:
+        run, sizes = build(fn, shape), tuple(named(shape).values())
+        if len(sizes) == 1:
+            return run
+
+        def call(*args):
+            split = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), args)
+            joined = run(*split)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(sizes) :]), joined)
+
+        return call
+
+    return flat
+
+
+def _vmap(fn: Callable, shape: Shape) -> Callable:
+    return jax.jit(nested_vmap(fn, shape))
+
+
+def _shard_map(fn: Callable, shape: Shape) -> Callable:
     """One worker a device, written by hand, with check_vma on."""
-    mesh = Mesh(np.array(jax.devices()[:n]), ("workers",), axis_types=(AxisType.Auto,))
+    names, sizes = tuple(named(shape)), tuple(named(shape).values())
+    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
+    mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
     def one_device(*args):
-        result = fn(*jax.tree.map(lambda x: x[0], args))
-        return jax.tree.map(lambda x: x[None], result)
+        result = fn(*jax.tree.map(lambda x: x[(0,) * len(sizes)], args))
+        return jax.tree.map(lambda x: x[(None,) * len(sizes)], result)
 
-    spec = PartitionSpec("workers")
+    spec = PartitionSpec(*names)
     return jax.jit(
         jax.shard_map(
             one_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True
@@ -32,26 +66,30 @@ def _shard_map(fn: Callable, n: int = 8) -> Callable:
     )
 
 
-def _pmap(fn: Callable, n: int = 8) -> Callable:
-    return jax.pmap(fn, axis_name="workers", devices=jax.devices()[:n])
+def _pmap(fn: Callable, shape: Shape) -> Callable:
+    """The outermost level by `pmap`; levels inside stay on a device."""
+    (name, size), *inside = named(shape).items()
+    if inside:
+        fn = nested_vmap(fn, dict(inside))
+    return jax.pmap(fn, axis_name=name, devices=jax.devices()[:size])
 
 
 def _workers(num_devices: int) -> Callable:
-    def build(fn: Callable, n: int = 8) -> Callable:
-        return dj.Workers(n, devices=jax.devices()[:num_devices]).spmd(fn)
+    def build(fn: Callable, shape: Shape) -> Callable:
+        return dj.Workers(shape, devices=jax.devices()[:num_devices]).spmd(fn)
 
     return build
 
 
-# name -> function of (fn, n=8) that gives a compiled function of trees with a leading
-# worker axis, from a function of one worker's trees.
+# name -> function of (fn, shape=8) that gives a compiled function of trees with a
+# leading worker axis, from a function of one worker's trees.
 LAYOUTS: dict[str, Callable[..., Callable[..., Any]]] = {
-    "vmap": _vmap,
-    "shard_map": _shard_map,
-    "pmap": _pmap,
-    "folded_4": _workers(4),
-    "folded_2": _workers(2),
-    "one_device": _workers(1),
+    "vmap": _flat(_vmap),
+    "shard_map": _flat(_shard_map),
+    "pmap": _flat(_pmap),
+    "folded_4": _flat(_workers(4)),
+    "folded_2": _flat(_workers(2)),
+    "one_device": _flat(_workers(1)),
 }
 
 

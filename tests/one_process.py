@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import decentral_jax as dj
+from tests.layouts import named
 from tests.registry import ALGORITHMS
 from tests.test_trajectories import expected, problem, schedule, trajectory
 
@@ -20,13 +21,22 @@ def main(rank: int, processes: int, port: int, names: list[str]) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_x64", True)
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank)
-    workers = dj.Workers(8)
-    assert workers.num_devices == 8
     for name in names:
-        run = workers.spmd(trajectory(ALGORITHMS[name].make(schedule)))
-        path = workers.gather(run(workers.shard(problem())))
+        algorithm = ALGORITHMS[name]
+        sizes = named(algorithm.shape)
+        workers = dj.Workers(sizes)
+        assert workers.num_devices == 8
+        run = workers.spmd(trajectory(algorithm.make(schedule), tuple(sizes)))
+        data = jax.tree.map(
+            lambda x, sizes=sizes: x.reshape(*sizes.values(), *x.shape[1:]), problem()
+        )
+        path = workers.gather(run(workers.shard(data)))
         np.testing.assert_allclose(
-            path, expected(name), rtol=0, atol=1e-10, err_msg=name
+            path.reshape(8, *path.shape[len(sizes) :]),
+            expected(name),
+            rtol=0,
+            atol=1e-10,
+            err_msg=name,
         )
     print("equal")
 

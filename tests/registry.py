@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import networkx as nx
 import numpy as np
 import optax
 
 import decentral_jax as dj
 from tests.dense_compressors import dense
-from tests.reference import averaging, compression, gossip, tracking
+from tests.layouts import Shape
+from tests.reference import averaging, compression, gossip, local_updates, tracking
 
 RING = dj.topology.ring(8)
 LAZY = RING.lazy(0.75)
@@ -34,16 +36,28 @@ class Algorithm(NamedTuple):
     arguments: dict[str, Any]
     # arguments that inject_hyperparams must leave alone
     static: tuple[str, ...]
+    # 8 workers: on one axis, or on several levels
+    shape: Shape = 8
+    # Whether it finds the optimum of the workers' mean loss, also where local optima
+    # differ and gradients come at one rate
+    finds_optimum: bool = True
     # A variant shares its code with another setting, which runs all tests; of a variant
     # the trajectory is compared, in the layouts that differ most.
     variant: bool = False
 
 
-def _algorithm(build, reference, static=(), **arguments):
-    def make(learning_rate, axis_name="workers"):
-        return build(learning_rate, **arguments, axis_name=axis_name)
+def _algorithm(
+    build,
+    reference,
+    static=(),
+    shape: Shape = 8,
+    finds_optimum=True,
+    **arguments,
+):
+    def make(learning_rate, **axes):
+        return build(learning_rate, **arguments, **axes)
 
-    return Algorithm(make, reference, build, arguments, static)
+    return Algorithm(make, reference, build, arguments, static, shape, finds_optimum)
 
 
 def _matrices(topology):
@@ -190,6 +204,129 @@ def _powersgd(g, x, lr, steps):
     return np.concatenate([whole, thin.reshape(*thin.shape[:2], 6)], axis=-1)
 
 
+def _slowmo(period, momentum, slow_rate, slow_momentum):
+    return _algorithm(
+        dj.slowmo,
+        lambda g, x, lr, steps: local_updates.slowmo(
+            *(g, x, 8, lr, steps, period, slow_rate, slow_momentum, momentum)
+        ),
+        static=("period", "momentum", "slow_rate", "slow_momentum"),
+        period=period,
+        momentum=momentum,
+        slow_rate=slow_rate,
+        slow_momentum=slow_momentum,
+    )
+
+
+def _standard(learning_rate, period, fragments, axis_name="workers"):
+    """DiLoCo, whose AdamW of optax does not run under strict promotion."""
+    tx = dj.diloco(learning_rate, period, fragments=fragments, axis_name=axis_name)
+
+    def update(*args, **extra_args):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(*args, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _diloco(period, fragments):
+    # The kernel is the larger of the two leaves: it is dealt first.
+    parts = {1: [np.arange(10)], 2: [np.arange(4, 10), np.arange(4)]}[fragments]
+    return _algorithm(
+        _standard,
+        lambda g, x, lr, steps: local_updates.diloco(
+            g, x, 8, lr, steps, period, 0.7, 0.9, parts
+        ),
+        static=("period", "fragments"),
+        finds_optimum=False,  # Adam's steps do not tell how far away optima are
+        period=period,
+        fragments=fragments,
+    )
+
+
+def _mll(shape, hubs, shares, rates, tau, q):
+    """Hubs and workers; who operates is drawn as the library draws it."""
+    sizes = tuple(shape.values())
+    table = np.full(sizes, 1 / 8) if shares is None else np.array(shares)
+    p = np.broadcast_to(np.float32(rates), sizes).ravel()
+
+    def operates(t, i):
+        key = jax.random.fold_in(jax.random.key(0), t)
+        return np.asarray(jax.random.uniform(key, sizes, np.float32)).ravel()[i] < p[i]
+
+    def reference(g, x, lr, steps):
+        matrix = local_updates.hub_matrix(hubs.matrix, table.sum(1))
+        return local_updates.multi_level(
+            g, x, matrix, table, operates, lr, steps, tau, q
+        )
+
+    return _algorithm(
+        dj.mll_sgd,
+        reference,
+        static=("tau", "q", "rates", "shares", "seed", "hub_axis", "worker_axis"),
+        shape=shape,
+        finds_optimum=False,  # but a mean weighted by shares and rates
+        hub_topology=hubs,
+        tau=tau,
+        q=q,
+        rates=rates,
+        shares=shares,
+    )
+
+
+def _hl(shares):
+    def reference(g, x, lr, steps):
+        table = np.full((2, 4), 1 / 8) if shares is None else np.array(shares)
+        matrix = np.tile(table.sum(1), (2, 1))
+        return local_updates.multi_level(
+            g, x, matrix, table, lambda t, i: True, lr, steps, 2, 3
+        )
+
+    return _algorithm(
+        dj.hl_sgd,
+        reference,
+        static=("num_hubs", "tau", "q", "shares", "hub_axis", "worker_axis"),
+        shape={"hub": 2, "worker": 4},
+        num_hubs=2,
+        tau=2,
+        q=3,
+        shares=shares,
+    )
+
+
+UNEVEN = np.array([[1, 2], [3, 4], [5, 0], [7, 8]]) / 30
+PUSH = dj.topology.from_graph(
+    nx.DiGraph([(i, (i + k) % 8) for i in range(8) for k in (1, 2 + i % 3)]),
+    weights="push",
+)
+
+
+def _sgp(topology, momentum):
+    return _algorithm(
+        dj.sgp,
+        lambda g, x, lr, steps: local_updates.sgp(
+            g, x, _matrices(topology), lr, steps, momentum or 0.0
+        ),
+        static=("momentum",),
+        topology=topology,
+        momentum=momentum,
+    )
+
+
+def _qg(topology, momentum, factor):
+    return _algorithm(
+        dj.qg_dsgdm,
+        lambda g, x, lr, steps: local_updates.qg_dsgdm(
+            *(g, x, _matrices(topology), lr, steps),
+            *(momentum, 1 - momentum if factor is None else factor),
+        ),
+        static=("momentum", "factor"),
+        topology=topology,
+        momentum=momentum,
+        factor=factor,
+    )
+
+
 CTA, ATC = "combine_then_adapt", "adapt_then_combine"
 
 ALGORITHMS = {
@@ -251,6 +388,30 @@ ALGORITHMS = {
     "powersgd": _algorithm(
         dj.powersgd, _powersgd, static=("rank", "momentum"), rank=1, momentum=0.5
     ),
+    "local_sgd": _algorithm(
+        dj.local_sgd,
+        lambda g, x, lr, steps: local_updates.local_sgd(g, x, 8, lr, steps, 4),
+        static=("period",),
+        period=4,
+    ),
+    "slowmo": _slowmo(3, 0.5, 0.8, 0.4),
+    "diloco": _diloco(4, 1),
+    "diloco_fragments": _diloco(5, 2),
+    "mll_sgd": _mll({"hub": 4, "worker": 2}, dj.topology.path(4), None, 0.7, 2, 3),
+    "mll_sgd_uneven": _mll(
+        *({"hub": 4, "worker": 2}, dj.topology.ring(4), UNEVEN),
+        *([[0.5, 1.0], [0.3, 0.8], [0.9, 0.4], [1.0, 0.6]], 3, 2),
+    ),
+    "mll_sgd_two_hubs": _mll(
+        *({"hub": 2, "worker": 4}, dj.topology.path(2).lazy(0.6)),
+        *(UNEVEN.reshape(2, 4), 0.6, 1, 2),
+    ),
+    "hl_sgd": _hl(None),
+    "hl_sgd_uneven": _hl(UNEVEN.reshape(2, 4)),
+    "sgp": _sgp(PUSH, None),
+    "sgp_one_peer": _sgp(ONE_PEER, 0.5),
+    "qg_dsgdm": _qg(RING, 0.9, None),
+    "qg_dsgdm_schedule": _qg(SCHEDULE, 0.6, 0.3),
 }
 
 VARIANTS = (
@@ -259,5 +420,8 @@ VARIANTS = (
     "step_ahead_whole",
     "partial_feedback",
     "choco_sgd_quantize",
+    "diloco_fragments",
+    "hl_sgd_uneven",
+    "qg_dsgdm_schedule",
 )
 ALGORITHMS |= {name: ALGORITHMS[name]._replace(variant=True) for name in VARIANTS}

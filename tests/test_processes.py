@@ -10,6 +10,7 @@ import pytest
 
 HERE = Path(__file__).parent
 NAMES = ["all_reduce_sgd", "d_psgd_one_peer", "d2", "dsgt_schedule", "detagm"]
+NAMES += ["mll_sgd_two_hubs", "diloco", "sgp"]
 
 
 @pytest.mark.parametrize("processes", [2])

@@ -373,3 +373,29 @@ def test_random_connected_graphs(graph, kappa):
         gap = topology.lazy(kappa).spectral_gap
         assert 0 < gap <= 1
     assert_exact_factors(T.from_graph(graph))
+
+
+def test_push_weights_split_evenly():
+    """Each column: the same share for oneself and for each successor."""
+    directed = nx.DiGraph([("a", "b"), ("b", "c"), ("c", "a"), ("a", "c")])
+    matrix = T.from_graph(directed, weights="push").matrix
+    expected = [[1 / 3, 0, 1 / 2], [1 / 3, 1 / 2, 0], [1 / 3, 1 / 2, 1 / 2]]
+    np.testing.assert_allclose(matrix, expected)
+    path = T.from_graph(nx.path_graph(3), weights="push").matrix
+    expected = [[1 / 2, 1 / 3, 0], [1 / 2, 1 / 3, 1 / 2], [0, 1 / 3, 1 / 2]]
+    np.testing.assert_allclose(path, expected)
+
+
+def test_reweighted_keeps_a_weighted_mean():
+    shares = np.array([0.4, 0.1, 0.1, 0.3, 0.1])
+    for topology in (T.ring(5), T.star(5), T.complete(5)):
+        found = T.reweighted(topology, 7 * shares).matrix
+        np.testing.assert_allclose(found.sum(1), 1)
+        np.testing.assert_allclose(shares @ found, shares, atol=1e-15)
+        assert (found >= 0).all()
+        edges = topology.matrix > 0
+        np.fill_diagonal(edges, val=True)
+        assert not found[~edges].any()
+    np.testing.assert_allclose(found, np.tile(shares, (5, 1)))  # exact, as before
+    equal = T.exponential(5)
+    assert T.reweighted(equal, np.ones(5)) is equal

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from decentral_jax import collectives
-from tests.layouts import LAYOUTS
+from tests.layouts import LAYOUTS, named
 from tests.registry import ALGORITHMS
 
 WORKERS, STEPS, SHAPES = 8, 26, {"bias": (4,), "kernel": (2, 3)}
@@ -48,7 +48,7 @@ def unflatten(x):
     return {"bias": x[:4], "kernel": x[4:].reshape(2, 3)}
 
 
-def trajectory(tx):
+def trajectory(tx, axis_name="workers"):
     """One worker's run as one scan: returns the parameters before every iteration."""
 
     def run(data):
@@ -64,7 +64,7 @@ def trajectory(tx):
 
         # A scan's carry must enter as it leaves: different on each worker.
         start = jax.tree.map(
-            lambda x: collectives.varying(x, "workers"), (params, tx.init(params))
+            lambda x: collectives.varying(x, axis_name), (params, tx.init(params))
         )
         _, rest = lax.scan(iteration, start, noise)
         return jnp.concatenate([flatten(params)[None], rest])
@@ -88,17 +88,20 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_equals_reference_in_float64(name, layout, x64):
-    run = trajectory(ALGORITHMS[name].make(schedule))
-    path = LAYOUTS[layout](run, WORKERS)(jax.tree.map(jnp.asarray, problem()))
+    algorithm = ALGORITHMS[name]
+    run = trajectory(algorithm.make(schedule), tuple(named(algorithm.shape)))
+    data = jax.tree.map(jnp.asarray, problem())
+    path = LAYOUTS[layout](run, algorithm.shape)(data)
     assert path.dtype == np.float64
     np.testing.assert_allclose(path, expected(name), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_equals_reference_in_float32(name):
-    run = trajectory(ALGORITHMS[name].make(schedule))
+    algorithm = ALGORITHMS[name]
+    run = trajectory(algorithm.make(schedule), tuple(named(algorithm.shape)))
     data = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), problem())
-    path = LAYOUTS["shard_map"](run, WORKERS)(data)
+    path = LAYOUTS["shard_map"](run, algorithm.shape)(data)
     assert path.dtype == np.float32
     np.testing.assert_allclose(path, expected(name), rtol=0, atol=1e-5)
 

@@ -88,11 +88,14 @@ def slowmo(
     outer = optax.sgd(slow_rate, slow_momentum)
     if callable(learning_rate):
         mean = _mean_over_periods(learning_rate, period)
-        # A period without steps leads nowhere, and must not be divided by its rate.
+
+        def inverse(t):
+            rate = jnp.asarray(mean(t))
+            # A period without steps leads nowhere, and must not be divided by its rate.
+            return 1 / jnp.where(rate > 0, rate, jnp.ones_like(rate))
+
         outer = optax.chain(
-            optax.scale_by_schedule(lambda t: 1 / jnp.where(mean(t) > 0, mean(t), 1)),
-            outer,
-            optax.scale_by_schedule(mean),
+            optax.scale_by_schedule(inverse), outer, optax.scale_by_schedule(mean)
         )
     local = local_optimizer(learning_rate, base, momentum)
     return optax.chain(local, average_parameters(period, outer, axis_name=axis_name))

@@ -81,6 +81,11 @@ class Topology:
         nonnegative = bool((self.matrix >= 0).all())
         return nonnegative and self.is_row_stochastic and self.is_column_stochastic
 
+    @property
+    def averages_exactly(self) -> bool:
+        """Whether one round gives everyone the mean: all weights are equal."""
+        return bool(np.allclose(self.matrix, 1 / self.num_workers, rtol=0, atol=1e-12))
+
     @functools.cached_property
     def is_connected(self) -> bool:
         """Whether every worker's value reaches every other one in the end."""

@@ -167,8 +167,10 @@ def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
     if weights == "metropolis":
         topology = _metropolis(len(graph), edges, name)
     elif weights == "push":
-        sends = nx.to_numpy_array(graph, weight=None).T != 0
-        np.fill_diagonal(sends, True)
+        sends = np.eye(len(graph), dtype=bool)
+        for sender, receiver in edges:
+            sends[receiver, sender] = True
+            sends[sender, receiver] |= not graph.is_directed()
         topology = Topology(sends / sends.sum(0), name)
     else:
         topology = _weighted(graph, number, weights, name)
@@ -208,7 +210,8 @@ def reweighted(topology: Topology, shares: Any) -> Topology:
 
     and what is left of each row on the diagonal: :math:`H 1 = 1` and
     :math:`b^T H = b^T`, so that :math:`\sum_i b_i x_i` stays what it is and all values
-    move towards it (Metropolis et al., 1953; Hastings, 1970).
+    move towards it (Metropolis et al., 1953; Hastings, 1970). A matrix that averages
+    exactly keeps doing so: :math:`H = 1 b^T`.
 
     Args:
       topology: A static, symmetric, doubly stochastic topology.
@@ -236,9 +239,12 @@ def reweighted(topology: Topology, shares: Any) -> Topology:
     if np.allclose(b, b[0], rtol=1e-9):
         return topology
     check_topology(topology, symmetric=True, static=True)
+    name = f"{topology.name}.reweighted"
+    if topology.averages_exactly:
+        return Topology(np.tile(b / b.sum(), (len(b), 1)), name)
     matrix = topology.matrix * np.minimum(1, b[None, :] / b[:, None])
     np.fill_diagonal(matrix, 0)
-    return Topology(_fill_diagonal(matrix), f"{topology.name}.reweighted")
+    return Topology(_fill_diagonal(matrix), name)
 
 
 def _connected(topology: Topology) -> Topology:

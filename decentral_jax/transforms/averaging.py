@@ -166,7 +166,7 @@ def average_parameters(
         del extra_args
         params = require_params(params, "average_parameters")
         check_trees("updates", updates, params)
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         us, structure = jax.tree.flatten(updates)
         ps, starts = jax.tree.leaves(params), jax.tree.leaves(state.start)
         outer_states = []
