@@ -27,7 +27,11 @@ from decentral_jax.algorithms import (
     slowmo,
 )
 from decentral_jax.collectives import worker_index
-from decentral_jax.communication import communication_cost
+from decentral_jax.communication import (
+    Collective,
+    CommunicationCost,
+    communication_cost,
+)
 from decentral_jax.evaluation import consensus_distance, eval_params
 from decentral_jax.mixing import (
     accelerated_mix,
@@ -56,6 +60,8 @@ from decentral_jax.workers import Workers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Collective",
+    "CommunicationCost",
     "Workers",
     "accelerated_mix",
     "accelerated_tracking",

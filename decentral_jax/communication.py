@@ -8,6 +8,7 @@ an all-reduce (`psum`, `pmax`, ...) sends `2 b (n - 1) / n`, as a ring all-reduc
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
@@ -57,12 +58,26 @@ class Collective:
       axis: The axis, several joined by commas.
       count: How many are executed a call.
       bytes_sent: Bytes that a worker sends for all of them together.
+      pairs: Of `ppermute`, who sends to whom, as numbers along the axis; all take part
+        in the others.
     """
 
     kind: str
     axis: str
     count: int
     bytes_sent: float
+    pairs: frozenset[tuple[int, int]] = dataclasses.field(
+        default=frozenset(), compare=False
+    )
+
+    def plus(self, other: "Collective") -> "Collective":
+        """Both together, of one kind and axis."""
+        return dataclasses.replace(
+            self,
+            count=self.count + other.count,
+            bytes_sent=self.bytes_sent + other.bytes_sent,
+            pairs=self.pairs | other.pairs,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +162,12 @@ def communication_cost(
     walk = _Walk()
     known = [_known_integer(leaf) for leaf in jax.tree.leaves(args)]
     found = list(walk(jaxpr.jaxpr, jaxpr.consts, known, {}))
-    merged: dict[tuple[str, str], tuple[int, float]] = {}
-    for kind, axis, count, sent in found:
-        old = merged.get((kind, axis), (0, 0.0))
-        merged[kind, axis] = old[0] + count, old[1] + sent
-    entries = [Collective(k, a, c, s) for (k, a), (c, s) in sorted(merged.items())]
-    return CommunicationCost(tuple(entries), walk.is_exact)
+    merged: dict[tuple[str, str], Collective] = {}
+    for new in found:
+        key = new.kind, new.axis
+        merged[key] = merged[key].plus(new) if key in merged else new
+    entries = tuple(entry for _, entry in sorted(merged.items()))
+    return CommunicationCost(entries, walk.is_exact)
 
 
 def _first(x: Any, dims: int) -> Any:
@@ -190,9 +205,8 @@ def _is_discrete(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.bool_)
 
 
-Entry = tuple[str, str, int, float]  # kind, axis, count, bytes
-# Yields entries; returns the results that are known, None for the others.
-Walked = Generator[Entry, None, list]
+# Yields collectives; returns the results that are known, None for the others.
+Walked = Generator[Collective, None, list]
 
 
 class _Walk:
@@ -220,11 +234,13 @@ class _Walk:
             elif name == "scan":
                 inner = eqn.params["jaxpr"]
                 unknown = [None] * len(inner.jaxpr.invars)
-                for kind, axis, count, sent in self(
-                    inner.jaxpr, inner.consts, unknown, sizes
-                ):
-                    length = eqn.params["length"]
-                    yield kind, axis, count * length, sent * length
+                length = eqn.params["length"]
+                for entry in self(inner.jaxpr, inner.consts, unknown, sizes):
+                    yield dataclasses.replace(
+                        entry,
+                        count=entry.count * length,
+                        bytes_sent=entry.bytes_sent * length,
+                    )
             elif name == "while":
                 found = []
                 for inner in (eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]):
@@ -251,7 +267,7 @@ class _Walk:
                     known |= _evaluate(eqn, values)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def cond(self, eqn, values, sizes) -> Iterator[Entry]:
+    def cond(self, eqn, values, sizes) -> Iterator[Collective]:
         index, *operands = values
         branches = eqn.params["branches"]
         if index is not None:
@@ -262,13 +278,13 @@ class _Walk:
             list(self(branch.jaxpr, branch.consts, operands, sizes))
             for branch in chosen
         ]
-        heaviest = max(costs, key=lambda found: sum(entry[3] for entry in found))
-        if any(sorted(found) != sorted(heaviest) for found in costs):
+        heaviest = max(costs, key=lambda found: sum(e.bytes_sent for e in found))
+        if any(Counter(found) != Counter(heaviest) for found in costs):
             self.is_exact = False
         yield from heaviest
 
 
-def _sent(eqn, sizes) -> Iterator[Entry]:
+def _sent(eqn, sizes) -> Iterator[Collective]:
     axes = eqn.params.get("axes", eqn.params.get("axis_name"))
     axes = axes if isinstance(axes, tuple) else (axes,)
     axes = tuple(axis for axis in axes if axis in sizes)  # the rest are vmap axes
@@ -276,9 +292,10 @@ def _sent(eqn, sizes) -> Iterator[Entry]:
     if n == 1:
         return
     kind = KINDS[eqn.primitive.name]
+    pairs = frozenset((int(i), int(j)) for i, j in eqn.params.get("perm", ()))
     for atom in eqn.invars:
         sent = SENT[kind](atom.aval.size * atom.aval.dtype.itemsize, n)
-        yield kind, ",".join(axes), 1, sent
+        yield Collective(kind, ",".join(axes), 1, sent, pairs)
 
 
 def _inner(eqn) -> Iterator[tuple[Any, Any]]:

@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from experiments import compare, detag, error_feedback, synthetic
+from experiments import compare, detag, error_feedback, multi_level, synthetic
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
                 "compare": _compare,
                 "detag": _detag,
                 "def": _def,
+                "mll-sgd": _mll_sgd,
                 "synthetic": _synthetic,
             },
             prog="python -m experiments",
@@ -37,6 +38,11 @@ def _detag(options: tyro.conf.OmitArgPrefixes[detag.DeTAG]) -> None:
 def _def(options: tyro.conf.OmitArgPrefixes[error_feedback.ErrorFeedback]) -> None:
     """Detached error feedback at ratios 16, 64 and 256 against dense SGD."""
     error_feedback.main(options)
+
+
+def _mll_sgd(options: tyro.conf.OmitArgPrefixes[multi_level.MultiLevel]) -> None:
+    """Hubs and workers: hierarchies, operating rates, shapes, time slots."""
+    multi_level.main(options)
 
 
 def _synthetic(options: tyro.conf.OmitArgPrefixes[synthetic.Synthetic]) -> None:

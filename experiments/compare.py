@@ -19,6 +19,10 @@ class Compare(settings.Options):
     """The ring's sparsity: kappa W + (1 - kappa) I, with weights 1/3 in W."""
     rounds: int = 4
     """DeTAG's rounds a phase; 4 was best of 4, 6 and 11 in the default setting."""
+    algorithms: tuple[str, ...] = ()
+    """Only these, by their names in the table; all if not given."""
+    network: settings.Network = dataclasses.field(default_factory=settings.Network)
+    """The machines of the simulated seconds."""
 
 
 def main(options: Compare) -> None:
@@ -26,23 +30,33 @@ def main(options: Compare) -> None:
     console = Console()
     setting = options.setting(options.shuffled)
     topology = dj.topology.ring(options.workers).lazy(options.kappa)
-    entries = settings.everything(topology, options.rounds)
+    network = options.network
+    entries = settings.everything(topology, options.rounds, network.slow)
+    unknown = set(options.algorithms) - set(entries)
+    if unknown:
+        raise ValueError(
+            f"algorithms must be among {', '.join(map(repr, entries))}, got "
+            f"{sorted(unknown)}."
+        )
+    if options.algorithms:
+        entries = {name: entries[name] for name in options.algorithms}
     console.print(
         f"{options.dataset}, {options.shuffled:g}% shuffled, {options.model}, "
         f"{topology}, DeTAG R={options.rounds}; {len(options.rates)} rates x "
         f"{options.seeds} seeds in one program an algorithm"
     )
-    results = report.run_all(entries, setting, console, "compare")
+    results = report.run_all(entries, setting, console, "compare", network)
     report.print_table(
         results, console, f"After {setting.iterations} iterations, at the best rate"
     )
     report.write_csv(options.out / "compare.csv", report.rows(results))
-    figure = plt.figure(figsize=(10, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2)
+    figure = plt.figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
     for row, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
-        for ax, against in zip(row, ("iterations", "megabytes"), strict=True):
+        for ax, against in zip(row, report.AGAINST, strict=True):
             report.plot_curves(ax, results, against, name)
-    axes[1, 0].legend(fontsize=8, loc="lower right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center")
     figure.suptitle(
         f"{options.dataset}, {options.shuffled:g}% shuffled, {topology.name}, "
         f"{options.seeds} seeds, tuned rates"

@@ -159,26 +159,51 @@ class MLP(nn.Module):
         return nn.Dense(self.num_classes, dtype=x.dtype)(x)
 
 
-class SmallCNN(nn.Module):
-    """Two 3x3 convolutions with pooling, then two linear layers, for small images.
+class BinaryLogistic(nn.Module):
+    """Logistic regression with one logit: the other class has the logit 0.
+
+    One step of it moves the decision half as far as one of `LogisticRegression`, whose
+    classes both have weights.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps ``[batch, ...]`` to logits ``[batch, 2]``."""
+        logit = LogisticRegression(1)(x)
+        return jnp.concatenate([jnp.zeros_like(logit), logit], axis=-1)
+
+
+class CNN(nn.Module):
+    """Two convolutions with pooling, then two linear layers.
 
     Attributes:
       num_classes: Number of logits.
-      width: Channels of the first convolution; the second has twice, the hidden
-        linear layer four times as many.
+      channels: Of the two convolutions.
+      kernel: Side of their kernels, in pixels.
+      hidden: Width of the first linear layer.
+      padding: "SAME" or "VALID".
     """
 
     num_classes: int
-    width: int = 16
+    channels: tuple[int, int] = (16, 32)
+    kernel: int = 3
+    hidden: int = 64
+    padding: str = "SAME"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps ``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
-        for width in (self.width, 2 * self.width):
-            x = max_pool(nn.relu(Conv(width)(x)))
+        for width in self.channels:
+            conv = Conv(width, (self.kernel, self.kernel), padding=self.padding)
+            x = max_pool(nn.relu(conv(x)))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(4 * self.width, dtype=x.dtype)(x))
+        x = nn.relu(nn.Dense(self.hidden, dtype=x.dtype)(x))
         return nn.Dense(self.num_classes, dtype=x.dtype)(x)
+
+
+def emnist_cnn(num_classes: int) -> CNN:
+    """The network of Castiglia et al. (2021) for 28x28 images."""
+    return CNN(num_classes, (10, 20), kernel=5, hidden=100, padding="VALID")
 
 
 class ResNet20(nn.Module):
@@ -235,7 +260,8 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "logistic": LogisticRegression,
     "small_mlp": lambda num_classes: MLP((32,), num_classes),
     "mlp": lambda num_classes: MLP((128,), num_classes),
-    "small_cnn": SmallCNN,
+    "small_cnn": CNN,
+    "emnist_cnn": emnist_cnn,
     "resnet20": ResNet20,
     "resnet20_batch": lambda num_classes: ResNet20(num_classes, norm="batch"),
 }

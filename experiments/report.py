@@ -16,11 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from experiments.settings import Entry
-from experiments.training import Curves, Setting, bytes_sent, train
+from experiments.settings import Entry, Network
+from experiments.training import Curves, Setting, bytes_sent, step_log, train
 
 # One colour and line an algorithm, in every figure.
-STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5
+STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5 + ["-."] * 8
+AGAINST = {
+    "iterations": "iterations (gradients a worker)",
+    "megabytes": "megabytes sent by a worker",
+    "seconds": "simulated seconds",
+}
 
 
 class Result(NamedTuple):
@@ -29,6 +34,7 @@ class Result(NamedTuple):
     name: str
     curves: Curves
     megabytes: np.ndarray  # shape=[E]: sent by a worker up to each evaluation
+    seconds: np.ndarray  # shape=[E]: simulated, when the last worker is there
     rates: tuple[float, ...]
 
     @property
@@ -48,9 +54,14 @@ class Result(NamedTuple):
 
 
 def run_all(
-    entries: dict[str, Entry], setting: Setting, console: Console, title: str
+    entries: dict[str, Entry],
+    setting: Setting,
+    console: Console,
+    title: str,
+    network: Network | None = None,
 ) -> list[Result]:
     """Trains algorithms one after the other behind a progress bar."""
+    network = network or Network()
     bar = Progress(
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -63,10 +74,21 @@ def run_all(
         task = bar.add_task(title, total=len(entries))
         for name, entry in entries.items():
             bar.update(task, description=f"{title}: {name}")
-            curves = train(entry.make, setting, lambda share: bar.advance(task, share))
-            sent = bytes_sent(entry.make, setting, entry.phase)
-            megabytes = sent[curves.iteration] / 1e6
-            results.append(Result(name, curves, megabytes, setting.rates))
+            curves = train(
+                entry.make,
+                setting,
+                lambda share: bar.advance(task, share),
+                entry.levels,
+            )
+            log = step_log(entry.make, setting, entry.phase, entry.levels)
+            sent = bytes_sent(log, setting.iterations)
+            at = curves.iteration
+            seconds = network.seconds(
+                entry, log, setting.num_workers, setting.iterations
+            )
+            results.append(
+                Result(name, curves, sent[at] / 1e6, seconds[at], setting.rates)
+            )
         bar.update(task, description=title)
     return results
 
@@ -136,6 +158,7 @@ def rows(results: Sequence[Result], **columns: Any) -> Iterable[dict[str, Any]]:
                         "seed": seed,
                         "iteration": int(iteration),
                         "megabytes_sent": round(float(result.megabytes[e]), 6),
+                        "simulated_seconds": round(float(result.seconds[e]), 6),
                         "train_loss": float(curves.train_loss[r, seed, e]),
                         "test_accuracy": float(curves.test_accuracy[r, seed, e]),
                         "consensus_distance": float(curves.consensus[r, seed, e]),
@@ -148,23 +171,20 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
     Args:
       ax: The matplotlib axes.
       results: The algorithms.
-      against: "iterations" or "megabytes".
+      against: A key of `AGAINST`.
       name: "train_loss" or "test_accuracy".
     """
     for index, result in enumerate(results):
         y = result.at_best(name)
-        x = result.curves.iteration if against == "iterations" else result.megabytes
+        x = result.curves.iteration
+        x = {"megabytes": result.megabytes, "seconds": result.seconds}.get(against, x)
         style = {"color": f"C{index % 10}", "linestyle": STYLES[index % len(STYLES)]}
         ax.plot(x, y.mean(0), label=result.name, lw=1.6, **style)
         low, high = y.mean(0) - y.std(0), y.mean(0) + y.std(0)
         ax.fill_between(
             x, np.maximum(low, 1e-6), high, alpha=0.15, lw=0, color=style["color"]
         )
-    ax.set_xlabel(
-        "iterations (gradients a worker)"
-        if against == "iterations"
-        else "megabytes sent by a worker"
-    )
+    ax.set_xlabel(AGAINST[against])
     ax.set_ylabel(name.replace("_", " "))
     if name == "train_loss":
         ax.set_yscale("log")

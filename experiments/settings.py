@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import optax
 
 import decentral_jax as dj
-from experiments import data, models
+from experiments import data, models, wall_clock
 from experiments.training import Setting
 
 
@@ -18,6 +19,8 @@ class Entry(NamedTuple):
 
     make: Callable[[Any], optax.GradientTransformation]  # from a learning rate
     phase: int = 1  # iterations after which its traffic repeats
+    levels: Mapping[str, int] | None = None  # worker axes, if they are several
+    waits: bool = True  # for slow workers; else they skip iterations
 
 
 def phase_length(topology: dj.topology.Topology) -> int:
@@ -65,7 +68,52 @@ def compressed(
     }
 
 
-def everything(topology: dj.topology.Topology, rounds: int) -> dict[str, Entry]:
+# Local SGD's steps from one average to the next, and those of its relatives.
+PERIOD = 8
+
+
+def local_updates(
+    topology: dj.topology.Topology, slow: float = 1.0
+) -> dict[str, Entry]:
+    """The algorithms that average now and then, and those with other momentum.
+
+    Hubs are pairs of workers on a ring; in MLL-SGD the first worker takes a step in one
+    of `slow` iterations only, which is how it keeps up with the others.
+    """
+    n = topology.num_workers
+    hubs = {"hub": n // 2, "worker": 2} if n % 2 == 0 else {"hub": n, "worker": 1}
+    tau, q = PERIOD // 2, 2
+    rates = np.ones(tuple(hubs.values()))
+    rates[0, 0] = 1 / slow
+    ring = dj.topology.ring(hubs["hub"])
+    one_peer = dj.topology.one_peer_exponential(n)
+
+    def slowmo(rate):
+        return dj.slowmo(rate, PERIOD, momentum=None)
+
+    def diloco(rate):
+        return dj.diloco(None, PERIOD, base=optax.sgd(rate))
+
+    return {
+        "Local SGD": Entry(lambda rate: dj.local_sgd(rate, PERIOD), PERIOD),
+        "SlowMo": Entry(slowmo, PERIOD),
+        "DiLoCo": Entry(diloco, PERIOD),
+        "HL-SGD": Entry(
+            lambda rate: dj.hl_sgd(rate, hubs["hub"], tau, q), q * tau, hubs
+        ),
+        "MLL-SGD": Entry(
+            lambda rate: dj.mll_sgd(rate, ring, tau, q, rates),
+            *(q * tau, hubs),
+            waits=False,
+        ),
+        "SGP one-peer": Entry(lambda rate: dj.sgp(rate, one_peer), one_peer.period),
+        "QG-DSGDm": Entry(lambda rate: dj.qg_dsgdm(rate, topology)),
+    }
+
+
+def everything(
+    topology: dj.topology.Topology, rounds: int, slow: float = 1.0
+) -> dict[str, Entry]:
     """All algorithms of the library, the centralized one first."""
     factors = len(dj.topology.exact_factors(topology))
     n = topology.num_workers
@@ -74,9 +122,42 @@ def everything(topology: dj.topology.Topology, rounds: int) -> dict[str, Entry]:
         "all-reduce SGD": Entry(dj.all_reduce_sgd),
         **decentralized(topology, rounds),
         "DeFacto": Entry(lambda rate: dj.defacto(rate, topology), phase=2 * factors),
-        "D-PSGD one-peer": Entry(lambda rate: dj.d_psgd(rate, one_peer)),
+        "D-PSGD one-peer": Entry(
+            lambda rate: dj.d_psgd(rate, one_peer), one_peer.period
+        ),
         **compressed(ratio=16),
+        **local_updates(topology, slow),
     }
+
+
+@dataclasses.dataclass
+class Network:
+    """The machines that a run is imagined on; see `experiments.wall_clock`."""
+
+    step_ms: float = 10.0
+    """Milliseconds that a gradient takes a worker."""
+    slow: float = 2.0
+    """How many times as long the first worker takes."""
+    latency_ms: float = 1.0
+    """Milliseconds that an exchange takes beside its bytes."""
+    bandwidth: float = 10.0
+    """Megabytes a second that a worker sends."""
+
+    def seconds(
+        self,
+        entry: Entry,
+        log: list[dj.CommunicationCost],
+        num_workers: int,
+        iterations: int,
+    ) -> np.ndarray:
+        """When the last worker has finished each iteration, `[iterations + 1]`."""
+        compute = np.full((iterations, num_workers), self.step_ms / 1e3)
+        if entry.waits:
+            compute[:, 0] *= self.slow
+        levels = entry.levels or {"workers": num_workers}
+        link = wall_clock.Link(self.latency_ms / 1e3, 1e6 * self.bandwidth)
+        links = dict.fromkeys(levels, link)
+        return wall_clock.finish_times(compute, log, levels, links).max(1)
 
 
 @dataclasses.dataclass
@@ -90,7 +171,7 @@ class Options:
     examples: int | None = None
     """Use only so many training examples, the first ones; all if not given."""
     model: str = "small_mlp"
-    """Model: small_mlp, mlp, logistic, small_cnn, resnet20."""
+    """Model: small_mlp, mlp, logistic, small_cnn, emnist_cnn, resnet20."""
     workers: int = 8
     """Number of workers, on a ring."""
     batch_size: int = 1

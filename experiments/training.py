@@ -1,12 +1,12 @@
 """The one training loop of the experiments.
 
 Trains every learning rate and every seed of an algorithm inside one compiled program:
-an outer `vmap` over runs around the workers' own axis, and a scan over iterations.
+an outer `vmap` over runs around the workers' own axes, and a scan over iterations.
 """
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -33,6 +33,9 @@ class Setting(NamedTuple):
     evaluations: int  # evenly spread over the iterations; divides them
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    # Whether workers take their gradients one after the other. On a CPU that is faster
+    # where one worker's batch fills the caches, and for convolutions.
+    sequential: bool = False
 
     @property
     def num_workers(self) -> int:
@@ -54,6 +57,7 @@ def train(
     make: Callable[..., optax.GradientTransformation],
     setting: Setting,
     on_progress: Callable[[float], None] = lambda share: None,
+    levels: Mapping[str, int] | None = None,
 ) -> Curves:
     """Trains one algorithm at every rate and seed of a setting.
 
@@ -64,6 +68,7 @@ def train(
       make: From a learning rate to the algorithm.
       setting: Data, model, and how long.
       on_progress: Called with the share of the iterations done since the last call.
+      levels: The worker axes and their sizes, if they are several.
 
     Returns:
       The curves.
@@ -71,9 +76,10 @@ def train(
     rates = jnp.asarray(setting.rates, jnp.float32)
     keys = jnp.stack([jax.random.key(seed) for seed in setting.seeds])
     # Arguments of the program, not constants in it: XLA would try to fold them.
-    data = jax.tree.map(jnp.asarray, setting.dataset[:4])
-    start, advance = _programs(make, setting)
-    runs = jax.jit(start)(rates, _initial(setting.model, keys, data[0][:1]))
+    x_train, y_train, x_test, y_test = map(jnp.asarray, setting.dataset[:4])
+    data = _as_bytes(x_train), y_train, x_test, y_test
+    start, advance = _programs(make, setting, levels)
+    runs = jax.jit(start)(rates, _initial(setting.model, keys, x_train[:1]))
     batches = _batches(setting)
     batch = next(batches)
     # Compiled before the clock starts.
@@ -92,38 +98,55 @@ def train(
     return Curves(iteration, loss, accuracy, consensus, seconds)
 
 
-def bytes_sent(
+def step_log(
     make: Callable[..., optax.GradientTransformation],
     setting: Setting,
-    phase: int,
-) -> np.ndarray:
-    """Bytes that a worker has sent after each iteration.
+    phase: int = 1,
+    levels: Mapping[str, int] | None = None,
+) -> list[dj.CommunicationCost]:
+    """What a worker sends in each iteration of a phase.
 
     Args:
       make: From a learning rate to the algorithm.
       setting: Model and number of workers.
       phase: The number of iterations after which the traffic repeats.
+      levels: The worker axes and their sizes, if they are several.
 
     Returns:
-      Cumulated bytes, shape `[iterations + 1]`, from 0.
+      One entry an iteration.
     """
     tx = make(0.1)
     example = jnp.asarray(setting.dataset.x_train[:1])
     key = jax.random.key(0)
     params = jax.eval_shape(setting.model.init, key, example)["params"]
     state = jax.eval_shape(tx.init, params)
+    sizes = levels or {AXIS: setting.num_workers}
 
     def cost(t):
         # A stateless algorithm has no counter to set.
         at_t = optax.tree.set(state, count=np.int32(t)) if phase > 1 else state
-        return dj.communication_cost(
-            tx.update, params, at_t, params, axis_sizes={AXIS: setting.num_workers}
-        ).bytes_sent
+        return dj.communication_cost(tx.update, params, at_t, params, axis_sizes=sizes)
 
-    one_phase = np.array([cost(t) for t in range(phase)])
-    repeats = -(-setting.iterations // phase)
-    each = np.tile(one_phase, repeats)[: setting.iterations]
+    return [cost(t) for t in range(phase)]
+
+
+def bytes_sent(log: list[dj.CommunicationCost], iterations: int) -> np.ndarray:
+    """Bytes that a worker has sent after each iteration, `[iterations + 1]`, from 0."""
+    one_phase = np.array([cost.bytes_sent for cost in log])
+    each = np.resize(one_phase, iterations)
     return np.concatenate([[0.0], np.cumsum(each)])
+
+
+def _as_bytes(x: jax.Array) -> tuple[jax.Array, float]:
+    """Images and what to divide them by; a byte a pixel where that is exact.
+
+    Bytes are gathered faster than floats.
+    """
+    for scale in (255.0, 16.0):
+        levels = jnp.round(x * scale)
+        if jnp.array_equal(levels / scale, x) and levels.min() >= 0:
+            return levels.astype(jnp.uint8), scale
+    return x, 1.0
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -148,9 +171,13 @@ def _batches(setting: Setting) -> Iterator[jax.Array]:
         yield jnp.asarray(np.stack(drawn), jnp.int32)
 
 
-def _programs(make: Callable, setting: Setting) -> tuple[Callable, Callable]:
+def _programs(
+    make: Callable, setting: Setting, levels: Mapping[str, int] | None
+) -> tuple[Callable, Callable]:
     """The start of all runs, and their iterations up to the next evaluation."""
     model, n = setting.model, setting.num_workers
+    levels = levels or {AXIS: n}
+    axes, sizes = tuple(levels), tuple(levels.values())
 
     def logits_fn(params, x) -> jax.Array:
         return cast(jax.Array, model.apply({"params": params}, x))
@@ -159,32 +186,41 @@ def _programs(make: Callable, setting: Setting) -> tuple[Callable, Callable]:
         logits = logits_fn(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
+    def gradient(params, batch, x_train, scale, y_train):
+        x = x_train[batch].astype(jnp.float32) / scale
+        return jax.grad(loss_fn)(params, x, y_train[batch])
+
+    if setting.sequential:
+        gradient = jax.custom_batching.sequential_vmap(gradient)
+
     def start(rate, params):
         def replicate(x):
-            return jnp.broadcast_to(x, (n, *jnp.shape(x)))
+            return jnp.broadcast_to(x, (*sizes, *jnp.shape(x)))
 
         return jax.tree.map(replicate, (params, make(rate).init(params)))
 
     def advance(rate, batches, run, data):
-        x_train, y_train, x_test, y_test = data
+        (x_train, scale), y_train, x_test, y_test = data
         tx = make(rate)
 
         def worker(batches, run):
             def iteration(run, batch):
                 params, opt_state = run
-                grads = jax.grad(loss_fn)(params, x_train[batch], y_train[batch])
+                grads = gradient(params, batch, x_train, scale, y_train)
                 updates, opt_state = tx.update(grads, opt_state, params)
                 return (optax.apply_updates(params, updates), opt_state), None
 
             (params, opt_state), _ = lax.scan(iteration, run, batches)
-            averaged = dj.eval_params(opt_state, params, AXIS)
-            consensus = dj.consensus_distance(params, AXIS)
+            averaged = dj.eval_params(opt_state, params, axes)
+            consensus = dj.consensus_distance(params, axes)
             return (params, opt_state), (averaged, consensus)
 
-        on_workers = jax.vmap(worker, axis_name=AXIS, out_axes=(0, None))
-        run, (averaged, consensus) = on_workers(batches, run)
+        for axis in reversed(axes):
+            worker = jax.vmap(worker, axis_name=axis, out_axes=(0, None))
+        batches = batches.reshape(*sizes, *batches.shape[1:])
+        run, (averaged, consensus) = worker(batches, run)
         hits = logits_fn(averaged, x_test).argmax(-1) == y_test
-        loss = loss_fn(averaged, x_train, y_train)
+        loss = loss_fn(averaged, x_train.astype(jnp.float32) / scale, y_train)
         return run, (loss, hits.mean(), consensus)
 
     # The outer maps: over rates, and inside over seeds, which share start and batches.

@@ -227,6 +227,13 @@ def test_nested_programs():
     assert cost(loss, X).bytes_sent == 4 * BYTES
 
 
+def test_pairs_are_who_sends_to_whom():
+    (ring,) = cost(once, X).collectives
+    assert ring.pairs == {(i, (i + k) % N) for i in range(N) for k in (1, N - 1)}
+    (everyone,) = cost(dj.average, X).collectives
+    assert everyone.pairs == frozenset()
+
+
 def test_loops():
     def scans(x):
         def inner(x, _):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import data, models
@@ -150,8 +151,8 @@ def test_max_pool_shares_the_gradient_of_ties():
 CASES = {
     "logistic": (models.LogisticRegression(10), (8, 8, 1)),
     "mlp": (models.MLP((16, 8), 10), (8, 8, 1)),
-    "small_cnn_8": (models.SmallCNN(10), (8, 8, 1)),
-    "small_cnn_28": (models.SmallCNN(10), (28, 28, 1)),
+    "small_cnn_8": (models.CNN(10), (8, 8, 1)),
+    "small_cnn_28": (models.CNN(10), (28, 28, 1)),
     "resnet20_group": (models.ResNet20(10, norm="group"), (32, 32, 3)),
     "resnet20_batch": (models.ResNet20(10, norm="batch"), (32, 32, 3)),
 }
@@ -282,7 +283,7 @@ def test_workers_train_small_cnn_under_vmap():
     digits = data.load_digits()
     parts = data.partition(digits.y_train[:512], num_workers=2, shuffled=100)
     x, y = digits.x_train[parts], digits.y_train[parts]
-    model = models.SmallCNN(10, width=4)
+    model = models.CNN(10, (4, 8), hidden=16)
     params = filled(init_shapes(model, x[0]))
     params = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), params)
 
@@ -304,9 +305,9 @@ def test_workers_train_small_cnn_under_vmap():
 
 
 def test_registry_builds_every_model():
-    named = {"logistic", "mlp", "small_cnn", "resnet20", "resnet20_batch"}
+    named = {"logistic", "mlp", "small_cnn", "emnist_cnn", "resnet20", "resnet20_batch"}
     assert named <= set(models.MODELS)
-    x = jax.ShapeDtypeStruct((2, 8, 8, 1), np.float32)
+    x = jax.ShapeDtypeStruct((2, 28, 28, 1), np.float32)
     for name in models.MODELS:
         model = models.get_model(name, 7)
         logits, _ = jax.eval_shape(
@@ -314,6 +315,30 @@ def test_registry_builds_every_model():
         )
         assert logits.shape == (2, 7)
     assert models.get_model("resnet20_batch", 7) == models.ResNet20(7, norm="batch")
+
+
+def test_the_binary_model_is_half_of_two_classes():
+    """Its gradient is that of the second class's weights, as of logits (0, z)."""
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    y = np.array([0, 1, 1, 0, 1])
+
+    def gradient(model):
+        params = model.init(jax.random.key(0), x)
+
+        def loss(params):
+            logits = model.apply(params, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        grads = jax.grad(loss)(params)
+        return np.concatenate([np.atleast_2d(g) for g in jax.tree.leaves(grads)])
+
+    one, both = (
+        gradient(models.BinaryLogistic()),
+        gradient(models.get_model("logistic", 2)),
+    )
+    assert one.shape == (5, 1)
+    np.testing.assert_allclose(one[:, 0], both[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(one[:, 0], -both[:, 0], rtol=1e-6)
 
 
 def test_registry_refuses_bad_arguments():
