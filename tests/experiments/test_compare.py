@@ -1,27 +1,14 @@
 """The experiments run from the command line and write what they promise."""
 
 import csv
-import sys
 
 import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import __main__ as cli
 from experiments import compare, detag, models, settings, training
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
-        monkeypatch.chdir(tmp_path)
-        cli.main()
-        return tmp_path / "results"
-
-    return run
 
 
 def read(path):
@@ -50,7 +37,7 @@ def test_every_algorithm_of_compare_traces():
     """On every number of workers that the command line takes."""
     for n in (2, 3, 8):
         setting = small_setting(parts=np.zeros((n, 4), int))
-        entries = settings.everything(dj.topology.ring(n), rounds=2)
+        entries = settings.everything(dj.topology.ring(n).lazy(0.5), rounds=2)
         assert len(entries) > 18
         for entry in entries.values():
             log = training.step_log(entry.make, setting, entry.phase, entry.levels)

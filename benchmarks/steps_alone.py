@@ -1,0 +1,87 @@
+"""Do the steps between exchanges cost what a step without communication costs?
+
+`python -m benchmarks.steps_alone`: eight workers on one device under `vmap`, and on
+four fake CPU devices; an MLP of 1.0M parameters, batch 16. Plain SGD, the same inside
+Local SGD, MLL-SGD and DiLoCo in steps that exchange nothing, and with an average in
+every step.
+"""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import decentral_jax as dj
+from benchmarks.timing import in_turn, machine, ratio, table
+from experiments.models import MLP
+
+NEVER = 1_000_000
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=21)
+    repeats = parser.parse_args().repeats
+    print(machine())
+    sgd = optax.sgd(0.01)
+    hubs = dj.topology.ring(4)
+    variants = {
+        "SGD alone": (sgd, 8),
+        "Local SGD, alone": (dj.local_sgd(0.01, NEVER), 8),
+        "MLL-SGD, alone": (
+            dj.mll_sgd(0.01, hubs, NEVER, 2),
+            {"hub": 4, "worker": 2},
+        ),
+        "DiLoCo on SGD, alone": (dj.diloco(None, NEVER, base=sgd), 8),
+        "an average every step": (dj.local_sgd(0.01, 1), 8),
+    }
+    for num_devices in (1, 4):
+        runs = {
+            name: _steps(tx, dj.Workers(shape, jax.devices()[:num_devices]))
+            for name, (tx, shape) in variants.items()
+        }
+        times = in_turn(runs, repeats, calls=3)
+        print(f"\n8 workers on {num_devices} device(s)")
+        print(table(times))
+        for name in list(variants)[1:]:
+            print(ratio(times, name, "SGD alone"))
+
+
+def _steps(tx, workers: dj.Workers):
+    """A function that advances its own state, as training does."""
+    model = MLP((784, 440), 10)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 784)))["params"]
+    x = np.random.default_rng(0).normal(size=(*workers.shape, 16, 784))
+    x = workers.shard(x.astype(np.float32))
+
+    def step(carry, x):
+        params, state = carry
+
+        def loss(params):
+            logits = model.apply({"params": params}, x)
+            labels = jnp.zeros(16, jnp.int32)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    run = workers.spmd(step, donate_argnums=0)
+    box = [workers.replicate((params, tx.init(params)))]
+
+    def again():
+        box[0] = run(box[0], x)
+        return box[0]
+
+    return again
+
+
+if __name__ == "__main__":
+    main()
