@@ -48,6 +48,14 @@ from decentral_jax.transforms.gossip import exact_diffusion, gossip
 from decentral_jax.transforms.iterate_averaging import iterate_averaging
 from decentral_jax.transforms.multi_level import multi_level
 from decentral_jax.transforms.operating import operating_rates
+from decentral_jax.transforms.ordering import (
+    d_grab,
+    grab,
+    independent_grab,
+    next_examples,
+    pair_balance,
+    random_reshuffling,
+)
 from decentral_jax.transforms.push_sum import push_sum
 from decentral_jax.transforms.quasi_global import quasi_global_momentum
 from decentral_jax.transforms.tracking import (
@@ -78,6 +86,7 @@ __all__ = [
     "consensus_distance",
     "cser",
     "d2",
+    "d_grab",
     "d_psgd",
     "def_a_sgd",
     "def_sgd",
@@ -92,17 +101,22 @@ __all__ = [
     "exact_diffusion",
     "exact_phases",
     "gossip",
+    "grab",
     "hl_sgd",
+    "independent_grab",
     "iterate_averaging",
     "local_sgd",
     "mix",
     "mll_sgd",
     "multi_level",
+    "next_examples",
     "operating_rates",
+    "pair_balance",
     "powersgd",
     "push_sum",
     "qg_dsgdm",
     "quasi_global_momentum",
+    "random_reshuffling",
     "sgd_ia",
     "sgp",
     "slowmo",

@@ -195,6 +195,41 @@ def gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return rows
 
 
+def of_device(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The arrays of this device's workers, the same on each: `[num_virtual, ...]`."""
+    return _gather_virtual(x, bound_axis(axis_name))
+
+
+def to_devices(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """All-to-all: each worker has a part for each device, `[num_devices, ...]`.
+
+    Returns:
+      What all workers have for this device, the same on each of its workers:
+      `[n, ...]` in the order of their numbers.
+    """
+    axis = bound_axis(axis_name)
+    block = jnp.moveaxis(_gather_virtual(x, axis), 1, 0)
+    if axis.mesh:
+        block = lax.all_to_all(block, axis.mesh, 0, 0, tiled=True)
+    return varying(block.reshape(axis.size, *x.shape[1:]), axis_name)
+
+
+def device_total(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Sum over devices of an array that a device's workers have in common."""
+    axis = bound_axis(axis_name)
+    if not axis.mesh:
+        return x
+    return lax.pcast(lax.psum(x, axis.mesh), axis.mesh, to="varying")
+
+
+def device_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """All devices' arrays, which a device's workers have in common, stacked."""
+    axis = bound_axis(axis_name)
+    if not axis.mesh:
+        return x[None]
+    return varying(lax.all_gather(x, axis.mesh), axis_name)
+
+
 def agreed(x: jax.typing.ArrayLike, axis_name: AxisName) -> jax.Array:
     """A value that is equal on all workers, without its batch dimension.
 
@@ -206,21 +241,17 @@ def agreed(x: jax.typing.ArrayLike, axis_name: AxisName) -> jax.Array:
     return lax.pmax(x, virtual) if virtual else jnp.asarray(x)
 
 
-def every(
-    period: int,
-    count: jax.typing.ArrayLike,
+def either(
+    due: jax.Array,
     axis_name: AxisName,
     then: Callable,
     otherwise: Callable,
     *operands: Any,
 ) -> Any:
-    """`then(*operands)` where `period` divides `count`, else `otherwise(*operands)`.
+    """`then(*operands)` where `due`, else `otherwise(*operands)`; only that one runs.
 
-    Only the one that is due runs, and communicates: a `cond` on devices and under
-    `vmap`, none at all with period 1. `count` must be equal on all workers.
+    A `cond` on devices and under `vmap`. `due` must be equal on all workers.
     """
-    if period == 1:
-        return then(*operands)
 
     def marked(branch):
         def run(*operands):
@@ -229,8 +260,23 @@ def every(
 
         return run
 
-    due = agreed(count, axis_name) % period == 0
+    due = agreed(due, axis_name)
     return lax.cond(due, marked(then), marked(otherwise), *operands)
+
+
+def every(
+    period: int,
+    count: jax.typing.ArrayLike,
+    axis_name: AxisName,
+    then: Callable,
+    otherwise: Callable,
+    *operands: Any,
+) -> Any:
+    """`then(*operands)` where `period` divides `count`, else `otherwise(*operands)`."""
+    if period == 1:
+        return then(*operands)
+    due = agreed(count, axis_name) % period == 0
+    return either(due, axis_name, then, otherwise, *operands)
 
 
 def varying(x: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -1,5 +1,7 @@
 """Local updates' part of the table of bad inputs; see `test_bad_inputs`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,10 +93,6 @@ ROWS = {
     ),
     "one axis twice": (mll(worker_axis="hub"), "ValueError: axis_name | repeat"),
     "no hubs": (lambda: dj.hl_sgd(0.1, 0, 1, 1), "ValueError: n must | 0 | >= 1"),
-    "mll without params": (
-        updated(mll(), HUBS, params=False),
-        "ValueError: multi_level needs params | None",
-    ),
     "period 0": (lambda: dj.local_sgd(0.1, 0), "ValueError: period | 0"),
     "period 2.5": (lambda: dj.slowmo(0.1, 2.5), "TypeError: period | 2.5"),
     "outer not called": (
@@ -110,10 +108,6 @@ ROWS = {
         "ValueError: fragments | leaves | 3 for 1",
     ),
     "fragments 0": (lambda: dj.diloco(0.1, 9, fragments=0), "ValueError: fragments"),
-    "averaging without params": (
-        updated(lambda: dj.average_parameters(2), {"workers": 8}, params=False),
-        "ValueError: average_parameters needs params | None",
-    ),
     "slow momentum 1": (
         lambda: dj.slowmo(0.1, 2, slow_momentum=1.0),
         "ValueError: slow_momentum | 1.0",
@@ -138,10 +132,6 @@ ROWS = {
         lambda: dj.sgp(0.1, T.from_matrix([[0.5, 0.5], [0.2, 0.8]])),
         "ValueError: topology | columns | push",
     ),
-    "push-sum without params": (
-        updated(lambda: dj.push_sum(RING), {"workers": 4}, params=False),
-        "ValueError: push_sum needs params | None",
-    ),
     "reweighted, a share of 0": (
         lambda: T.reweighted(RING, [1, 1, 1, 0]),
         r"ValueError: shares | 4 positive | \[1, 1, 1, 0\]",
@@ -155,3 +145,71 @@ ROWS = {
         "TypeError: graph | ndarray | from_matrix",
     ),
 }
+
+
+def reshaped(tx, shape):
+    """Traces `update` with updates that have lost an entry."""
+    x = jax.ShapeDtypeStruct((*shape.values(), 3), jnp.float32)
+    return lambda: jax.eval_shape(
+        nested_vmap(lambda x: tx.update(x[:2], tx.init(x), x), shape), x
+    )
+
+
+COLUMNS = T.Topology([[0.9, 0.5], [0.1, 0.5]], "columns")
+ROWS |= {
+    "hub topology not doubly stochastic": (
+        mll(hub_topology=COLUMNS),
+        "ValueError: topology | doubly stochastic | columns",
+    ),
+    "quasi-global momentum on columns": (
+        lambda: dj.qg_dsgdm(0.1, COLUMNS),
+        "ValueError: topology | doubly stochastic | columns",
+    ),
+    "quasi-global rate -1": (
+        lambda: dj.qg_dsgdm(-1.0, RING),
+        "ValueError: learning_rate | -1.0",
+    ),
+    "outer rate -1": (
+        lambda: dj.diloco(0.1, 2, outer_rate=-1.0),
+        "ValueError: outer_rate | -1.0",
+    ),
+    "seed of who operates": (mll(seed=-1), "ValueError: seed | -1 | >= 0"),
+    "reweighted, a share of inf": (
+        lambda: T.reweighted(RING, [1, 1, 1, np.inf]),
+        "ValueError: shares | 4 positive | inf",
+    ),
+    "reweighted schedule": (
+        lambda: T.reweighted(T.one_peer_exponential(4), [1, 2, 3, 4]),
+        "TypeError: topology | schedule | static",
+    ),
+    "rates' axis": (
+        lambda: dj.operating_rates(SGD, 0.5, axis_name=["a"]),
+        "TypeError: axis_name | 'a' | string",
+    ),
+    "quasi-global axis": (
+        lambda: dj.qg_dsgdm(0.1, RING, axis_name=["a"]),
+        "TypeError: axis_name | 'a' | string",
+    ),
+}
+TRANSFORMATIONS = {
+    "average_parameters": (dj.average_parameters(2), {"workers": 4}),
+    "multi_level": (dj.multi_level(RING, 2, 3), HUBS),
+    "push_sum": (dj.push_sum(RING), {"workers": 4}),
+    "quasi_global_momentum": (dj.quasi_global_momentum(0.1, RING), {"workers": 4}),
+}
+for name, (tx, shape) in TRANSFORMATIONS.items():
+    ROWS |= {
+        f"{name} without params": (
+            updated(lambda tx=tx: tx, shape, params=False),
+            f"ValueError: {name} needs params | None | update",
+        ),
+        f"{name} of no arrays": (partial(tx.init, {}), "ValueError: params | {}"),
+        f"{name} of integers": (
+            partial(tx.init, {"a": np.ones(3, int)}),
+            r"TypeError: params | int(32|64) | \['a'\]",
+        ),
+        f"{name} of another shape": (
+            reshaped(tx, shape),
+            r"ValueError: updates | shapes | \(2,\)",
+        ),
+    }

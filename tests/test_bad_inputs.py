@@ -156,6 +156,10 @@ BY_NAME = {
     "dsgt": partial(dj.dsgt, topology=RING),
     "detag": partial(dj.detag, topology=RING, rounds=4),
     "defacto": partial(dj.defacto, topology=RING),
+    "local_sgd": partial(dj.local_sgd, period=2),
+    "slowmo": partial(dj.slowmo, period=2),
+    "diloco": partial(dj.diloco, period=2),
+    "sgp": partial(dj.sgp, topology=RING),
 }
 BY_NAME_ROWS = {
     "rate": (lambda make: make(-2.0), "ValueError: learning_rate | -2.0 | range"),

@@ -170,6 +170,24 @@ def _needs_value():
     return optax.GradientTransformationExtraArgs(lambda _: jnp.float32(0), update)
 
 
+def test_worker_axes_may_have_other_names(algorithm):
+    """A name that is dropped on the way would not be bound."""
+    sizes = named(algorithm.shape).values()
+    words = ("axis_name",) if len(sizes) == 1 else ("hub_axis", "worker_axis")
+    axes = {word: word.upper() for word in words}
+    tx = algorithm.make(0.1, **axes)
+    x = {
+        "a": jax.ShapeDtypeStruct((*sizes, 2), jnp.float32),
+        "b": jax.ShapeDtypeStruct((*sizes, 3), jnp.float32),
+    }
+
+    def step(x):
+        return tx.update(x, tx.init(x), x)[0]
+
+    shape = dict(zip(axes.values(), sizes, strict=True))
+    assert jax.eval_shape(nested_vmap(step, shape), x) == x
+
+
 def test_apply_if_finite_and_masked_compose(algorithm):
     """Under finite gradients `apply_if_finite` changes nothing; masks leave out."""
     targets = targets_of(algorithm)

@@ -423,3 +423,16 @@ def test_average_every(layout):
         assert result.is_exact
     # One branch runs, not both.
     assert primitives(fn, x, np.zeros(N, np.int32))["cond"] == 1
+
+
+def test_another_seed_selects_other_entries():
+    def sent(seed):
+        tx = dj.error_feedback(C.random_block(8), seed=seed)
+
+        def worker(u):
+            return tx.update(u, tx.init(u))[0]
+
+        return jax.vmap(worker, axis_name="workers")(jnp.ones((2, 80)))
+
+    np.testing.assert_array_equal(sent(3), sent(3))
+    assert not np.array_equal(sent(3), sent(4))

@@ -1,4 +1,6 @@
-"""Local updates and hierarchies: special cases, what is sent when, who operates."""
+"""Local updates: special cases, what is sent when, outer optimizers, half precision."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,26 +10,9 @@ import optax
 import pytest
 
 import decentral_jax as dj
-from tests.layouts import LAYOUTS, equations, nested_vmap
-
-HUBS = {"hub": 4, "worker": 2}
-STEPS = 13
-TARGETS = np.random.default_rng(2).normal(size=(8, 3))
-
-
-def run(tx, shape=8, layout="vmap", dtype=jnp.float64):
-    """Parameters after each step of 0.5 ||x - target||^2, `[8, STEPS, 3]`."""
-
-    def worker(target):
-        params = jnp.zeros(3, dtype)
-        state, path = tx.init(params), []
-        for _ in range(STEPS):
-            updates, state = tx.update(params - target, state, params)
-            params = optax.apply_updates(params, updates)
-            path.append(params)
-        return jnp.stack(path)
-
-    return np.asarray(LAYOUTS[layout](worker, shape)(jnp.asarray(TARGETS, dtype)))
+from decentral_jax import collectives
+from tests.layouts import LAYOUTS, equations, named, nested_vmap
+from tests.small_runs import BYTES, HUBS, PARAMS, TARGETS, exchanges, run
 
 
 def mll(hubs, tau, q, shape, **options):
@@ -79,6 +64,10 @@ SPECIAL_CASES = {
         lambda: run(dj.sgp(0.1, dj.topology.ring(8))),
         lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
     ),
+    "quasi-global factor 0: gossip": (
+        lambda: run(dj.qg_dsgdm(0.1, dj.topology.ring(8), factor=0.0)),
+        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
+    ),
     "quasi-global momentum 0: gossip": (
         lambda: run(dj.qg_dsgdm(0.1, dj.topology.ring(8), momentum=0.0)),
         lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
@@ -92,43 +81,6 @@ def test_special_cases_coincide(case, x64):
     special, plain = (fn() for fn in SPECIAL_CASES[case])
     assert np.abs(plain).max() > 0.1
     np.testing.assert_allclose(special, plain, rtol=0, atol=2e-15)
-
-
-PARAMS = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(20)}
-BYTES = 4 * 620
-
-
-def exchanges(tx, sizes, steps):
-    """What each of so many steps sends: `{(kind, axis): bytes}`."""
-    state = jax.eval_shape(tx.init, PARAMS)
-    found = []
-    for t in range(steps):
-        cost = dj.communication_cost(
-            tx.update,
-            *(PARAMS, optax.tree.set(state, count=np.int32(t)), PARAMS),
-            axis_sizes=sizes,
-        )
-        assert cost.is_exact
-        found.append({(c.kind, c.axis): c.bytes_sent for c in cost.collectives})
-    return found
-
-
-def test_traffic_of_hubs_and_workers():
-    """Over q tau ticks, each level sends what its formula says, and no more."""
-    tau, q, n = 3, 4, 5
-    tx = dj.mll_sgd(0.1, dj.topology.ring(6), tau, q)
-    found = exchanges(tx, {"hub": 6, "worker": n}, 2 * q * tau)
-    inside = 2 * BYTES * (n - 1) / n
-    for t, sent in enumerate(found, start=1):
-        if t % (q * tau) == 0:
-            # Two neighbours; each of the hub's workers carries a part of the model.
-            assert sent.pop(("ppermute", "hub")) == 2 * BYTES / n
-            assert sum(sent.values()) == pytest.approx(inside)
-            assert {axis for _, axis in sent} == {"worker"}
-        elif t % tau == 0:
-            assert sent == {("all-reduce", "worker"): pytest.approx(inside)}
-        else:
-            assert sent == {}
 
 
 def test_traffic_of_periodic_averaging():
@@ -209,94 +161,6 @@ def _outside_conds(jaxpr):
                     yield from _outside_conds(inner)
 
 
-def test_workers_operate_at_their_rates():
-    """Each worker's share of steps is its rate; without one its state stays."""
-    rates = np.array([[0.1, 0.9], [0.5, 1.0]])
-    tx = dj.operating_rates(
-        optax.sgd(1.0, momentum=0.5), rates, axis_name=("hub", "worker")
-    )
-
-    def worker(g):
-        def tick(carry, _):
-            params, state = carry
-            updates, new = tx.update(g, state, params)
-            kept = jnp.array_equal(new.inner[0].trace, state.inner[0].trace)
-            return (params + updates, new), (updates == 0, kept)
-
-        start = jnp.float32(0), tx.init(jnp.float32(0))
-        return jax.lax.scan(tick, start, length=4000)[1]
-
-    rested, kept = nested_vmap(worker, {"hub": 2, "worker": 2})(jnp.ones((2, 2)))
-    deviation = np.sqrt(rates * (1 - rates) / 4000)
-    assert (np.abs(np.mean(~np.asarray(rested), -1) - rates) <= 4 * deviation).all()
-    # Of a constant gradient, momentum moves in every step until it has settled.
-    np.testing.assert_array_equal(rested[..., :20], kept[..., :20])
-    # Draws are independent of each other.
-    moves = ~np.asarray(rested).reshape(4, -1)[:3]
-    assert np.abs(np.corrcoef(moves) - np.eye(3)).max() < 4 / np.sqrt(4000)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_who_operates_is_the_same_everywhere(layout):
-    shape = {"hub": 2, "worker": 4}
-    tx = dj.operating_rates(optax.sgd(1.0), 0.5, axis_name=tuple(shape))
-
-    def worker(g):
-        state, moved = tx.init(g), []
-        for _ in range(20):
-            updates, state = tx.update(g, state, g)
-            moved.append(updates)
-        return jnp.stack(moved)
-
-    ones = jnp.ones(8)
-    here = LAYOUTS[layout](worker, shape)(ones)
-    np.testing.assert_array_equal(here, LAYOUTS["vmap"](worker, shape)(ones))
-    assert 0.3 < -here.mean() < 0.7
-
-
-def test_absent_workers_count_for_nothing():
-    """A sub-network of one worker beside one of two: the third of four is filled in."""
-    shares = [[0.2, 0.3], [0.5]]
-    tx = dj.mll_sgd(
-        *(0.1, dj.topology.path(2), 1, 1),
-        rates=[[1.0, 1.0], [1.0]],
-        shares=shares,
-    )
-
-    def worker(x):
-        updates, _ = tx.update(jnp.zeros(()), tx.init(x), x)
-        return x + updates
-
-    mapped = nested_vmap(worker, {"hub": 2, "worker": 2})
-    found = mapped(jnp.array([[1.0, 2.0], [4.0, jnp.nan]]))
-    assert np.isnan(found[1, 1])  # only by adding the way to the common model
-    inside = np.array([(0.2 * 1 + 0.3 * 2) / 0.5, 4.0])
-    np.testing.assert_allclose(found[:, 0], [inside.mean()] * 2, rtol=1e-6)
-
-
-def test_the_weighted_mean_is_kept(x64):
-    """Gossip between hubs preserves the mean that is weighted with shares."""
-    shares = np.random.default_rng(0).dirichlet(np.ones(8)).reshape(4, 2)
-    tx = dj.multi_level(dj.topology.path(4), 1, 1, shares)
-
-    def worker(x):
-        state = tx.init(x)
-        for _ in range(60):
-            updates, state = tx.update(jnp.zeros_like(x), state, x)
-            x = x + updates
-        return x
-
-    found = nested_vmap(worker, HUBS)(jnp.asarray(TARGETS.reshape(4, 2, 3)))
-    mean = np.einsum("hw,hwd->d", shares, TARGETS.reshape(4, 2, 3))
-    np.testing.assert_allclose(np.einsum("hw,hwd->d", shares, found), mean, atol=1e-14)
-    hubs = dj.topology.reweighted(dj.topology.path(4), shares.sum(1)).matrix
-    inside = np.einsum("hw,hwd->hd", shares, TARGETS.reshape(4, 2, 3))
-    inside /= shares.sum(1, keepdims=True)
-    expected = np.linalg.matrix_power(hubs, 60) @ inside
-    np.testing.assert_allclose(found[:, 0], expected, atol=1e-14)
-    np.testing.assert_allclose(found[:, 1], expected, atol=1e-14)
-
-
 def test_workers_agree_bitwise_after_many_periods():
     """The outer model and its momentum, after 250 exchanges in bfloat16."""
     tx = dj.diloco(None, 4, base=optax.sgd(0.05))
@@ -349,3 +213,154 @@ def test_push_sum_evaluates_at_the_preserved_mean():
     z, evaluated = jax.vmap(worker, axis_name="workers")(start)
     np.testing.assert_allclose(z, np.ones(4), atol=1e-5)
     np.testing.assert_allclose(evaluated, np.ones(4), atol=1e-5)
+
+
+LAST = {
+    "average_parameters": (dj.average_parameters(2), 8),
+    "average_parameters, outer": (dj.average_parameters(2, optax.sgd(0.5)), 8),
+    "multi_level": (dj.multi_level(dj.topology.ring(4), 2, 2), HUBS),
+    "push_sum": (dj.push_sum(dj.topology.ring(8)), 8),
+    "quasi_global_momentum": (dj.quasi_global_momentum(0.1, dj.topology.ring(8)), 8),
+    "error_feedback": (dj.error_feedback(dj.compression.random_block(2)), 8),
+    "error_feedback, detached": (
+        dj.error_feedback(dj.compression.random_block(2), 0.3),
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_updates_of_another_dtype_become_the_parameters(name, standard_promotion):
+    """Float32 gradients of bfloat16 parameters: state and updates stay narrow."""
+    tx, shape = LAST[name]
+    sizes = tuple(named(shape).values())
+    params = jax.ShapeDtypeStruct((*sizes, 3), jnp.bfloat16)
+    grads = jax.ShapeDtypeStruct((*sizes, 3), jnp.float32)
+
+    def step(grads, params):
+        state = tx.init(params)
+        updates, new = tx.update(grads, state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, new)
+        return updates
+
+    assert jax.eval_shape(nested_vmap(step, shape), grads, params) == params
+
+
+def test_the_outer_optimizer_sees_the_common_model():
+    """Weight decay of the outer optimizer: of z, not of the workers' mean."""
+    outer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
+    tx = dj.average_parameters(1, outer)
+
+    def worker(update):
+        z = jnp.float32(2.0)
+        return z + tx.update(update, tx.init(z), z)[0]
+
+    found = jax.vmap(worker, axis_name="workers")(jnp.array([1.0, 3.0]))
+    np.testing.assert_array_equal(found, [4.0 - 0.5 * 2.0] * 2)
+
+
+def test_the_common_model_is_a_copy():
+    """Parameters may be donated beside the state."""
+    params = jnp.ones(3)
+    state = dj.average_parameters(2, optax.sgd(1.0)).init(params)
+    params.delete()
+    assert not state.start.is_deleted()
+
+
+def test_fragments_are_of_similar_size():
+    """Of four leaves the largest alone, not two and two."""
+    params = [jnp.zeros(size) for size in (2, 9, 4, 3)]
+    tx = dj.average_parameters(2, fragments=2)
+    state = tx.init(params)._replace(count=np.int32(0))
+    cost = dj.communication_cost(
+        tx.update, params, state, params, axis_sizes={"workers": 8}
+    )
+    assert cost.bytes_sent == pytest.approx(2 * 4 * 9 * 7 / 8)
+
+
+OWN_STEPS = {
+    "local_sgd": (partial(dj.local_sgd, period=3), {"momentum": 0.5}, 8),
+    "slowmo": (partial(dj.slowmo, period=3), {"momentum": 0.5}, 8),
+    "mll_sgd": (
+        partial(dj.mll_sgd, hub_topology=dj.topology.path(4), tau=2, q=2, rates=0.7),
+        {},
+        HUBS,
+    ),
+    "hl_sgd": (partial(dj.hl_sgd, num_hubs=4, tau=2, q=2), {}, HUBS),
+    "sgp": (partial(dj.sgp, topology=dj.topology.ring(8)), {"momentum": 0.5}, 8),
+}
+
+
+@pytest.mark.parametrize("name", OWN_STEPS)
+def test_a_base_takes_the_place_of_sgd(name, x64):
+    """One that needs params: weight decay, of 0."""
+    make, momentum, shape = OWN_STEPS[name]
+    base = optax.chain(optax.add_decayed_weights(0.0), optax.sgd(0.1, **momentum))
+    plain = run(make(0.1, **momentum), shape)
+    assert np.abs(plain).max() > 0.1
+    np.testing.assert_array_equal(run(make(None, base=base), shape), plain)
+
+
+def test_momentum_stays_where_the_rate_is_zero():
+    tx = dj.qg_dsgdm(lambda t: jnp.where(t == 1, 0.0, 0.1), dj.topology.ring(8))
+
+    def worker(target):
+        params = jnp.zeros(3)
+        state = [tx.init(params)]
+        for _ in range(2):
+            updates, new = tx.update(params - target, state[-1], params)
+            params = optax.apply_updates(params, updates)
+            state.append(new)
+        return [s.momentum for s in state]
+
+    _, first, second = LAYOUTS["vmap"](worker)(jnp.asarray(TARGETS, jnp.float32))
+    assert np.abs(first).max() > 0.1
+    np.testing.assert_array_equal(first, second)
+
+
+def test_push_sum_evaluates_at_the_preserved_mean_at_any_time():
+    """Also while models differ."""
+    graph = nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2), (2, 3), (3, 0)])
+    tx = dj.push_sum(dj.topology.from_graph(graph, weights="push"))
+
+    def worker(z):
+        state = tx.init(z)
+        for _ in range(2):
+            updates, state = tx.update(jnp.zeros_like(z), state, z)
+            z = z + updates
+        return z, dj.eval_params(state, z)
+
+    start = jnp.array([4.0, 0.0, 1.0, -1.0])
+    z, evaluated = jax.vmap(worker, axis_name="workers")(start)
+    assert abs(z.mean() - 1) > 1e-3
+    np.testing.assert_allclose(evaluated, np.ones(4), atol=1e-6)
+
+
+def test_half_precision_is_weighted_in_float32():
+    """One rounding, of the product."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=200), jnp.bfloat16)
+    weight = jnp.float32(0.3456789)
+    expected = (x.astype(jnp.float32) * weight).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(collectives.weighted(x, weight), expected)
+    tx = dj.push_sum(dj.topology.ring(4))
+    state = tx.init(x)._replace(weight=weight)
+    np.testing.assert_array_equal(state.evaluation_params(x), expected)
+
+
+def test_state_may_start_inside():
+    """In `shard_map(check_vma=True)` a state made there is equal on all devices."""
+    tx = dj.slowmo(0.1, 4)
+    expected = run(tx, dtype=jnp.float32)
+    found = run(tx, layout="shard_map", dtype=jnp.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_defaults_of_the_papers():
+    found = run(dj.slowmo(0.1, 3), dtype=jnp.float32)
+    expected = run(dj.slowmo(0.1, 3, 0.5, 1.0, momentum=0.9), dtype=jnp.float32)
+    np.testing.assert_array_equal(found, expected)
+    ring = dj.topology.ring(8)
+    found = run(dj.qg_dsgdm(0.1, ring), dtype=jnp.float32)
+    expected = run(dj.qg_dsgdm(0.1, ring, 0.9), dtype=jnp.float32)
+    np.testing.assert_array_equal(found, expected)

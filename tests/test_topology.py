@@ -399,3 +399,9 @@ def test_reweighted_keeps_a_weighted_mean():
     np.testing.assert_allclose(found, np.tile(shares, (5, 1)))  # exact, as before
     equal = T.exponential(5)
     assert T.reweighted(equal, np.ones(5)) is equal
+
+
+def test_reweighted_keeps_the_mean_of_nearly_equal_shares():
+    shares = np.array([1.0, 1.0, 1.0, 1.005])
+    found = T.reweighted(T.ring(4), shares).matrix
+    np.testing.assert_allclose(shares @ found, shares, rtol=1e-12)

@@ -1,0 +1,47 @@
+"""Short runs on quadratics, and what their steps send; for tests of local updates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import decentral_jax as dj
+from tests.layouts import LAYOUTS
+
+HUBS = {"hub": 4, "worker": 2}
+STEPS = 13
+TARGETS = np.random.default_rng(2).normal(size=(8, 3))
+
+
+def run(tx, shape=8, layout="vmap", dtype=jnp.float64):
+    """Parameters after each step of 0.5 ||x - target||^2, `[8, STEPS, 3]`."""
+
+    def worker(target):
+        params = jnp.zeros(3, dtype)
+        state, path = tx.init(params), []
+        for _ in range(STEPS):
+            updates, state = tx.update(params - target, state, params)
+            params = optax.apply_updates(params, updates)
+            path.append(params)
+        return jnp.stack(path)
+
+    return np.asarray(LAYOUTS[layout](worker, shape)(jnp.asarray(TARGETS, dtype)))
+
+
+PARAMS = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(20)}
+BYTES = 4 * 620
+
+
+def exchanges(tx, sizes, steps):
+    """What each of so many steps sends: `{(kind, axis): bytes}`."""
+    state = jax.eval_shape(tx.init, PARAMS)
+    found = []
+    for t in range(steps):
+        cost = dj.communication_cost(
+            tx.update,
+            *(PARAMS, optax.tree.set(state, count=np.int32(t)), PARAMS),
+            axis_sizes=sizes,
+        )
+        assert cost.is_exact
+        found.append({(c.kind, c.axis): c.bytes_sent for c in cost.collectives})
+    return found
