@@ -2,10 +2,13 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from hypothesis import strategies as st
 from jax import lax
 
 import decentral_jax as dj
@@ -108,3 +111,135 @@ def test_orders_equal_the_server(name, layout, workers, batch, examples, x64):
     found = LAYOUTS[layout](run, workers)(jnp.asarray(vectors))
     reference = np.moveaxis(expected(method, epochs, workers, examples), 1, 0)
     np.testing.assert_array_equal(found, reference)
+
+
+@hypothesis.settings(max_examples=12, deadline=None)
+@hypothesis.given(
+    examples=st.integers(1, 9),
+    workers=st.integers(1, 4),
+    batch=st.integers(1, 10),
+    name=st.sampled_from([*METHODS, "random"]),
+)
+def test_orders_are_permutations_always(examples, workers, batch, name):
+    """Whatever does not divide what, and also of gradients that are not finite."""
+    if name == "random":
+        tx = dj.random_reshuffling(examples)
+    else:
+        odd = name.replace(", odd", "")
+        odd = f"{odd}, odd" if f"{odd}, odd" in METHODS else odd
+        if odd == "independent pairs":
+            odd = "pair_balance, odd"
+        tx = METHODS[odd][0](examples, workers)
+    vectors = np.moveaxis(gradients(3, workers, examples), 1, 0).astype(np.float32)
+    vectors[0, 1] = np.nan
+    found = LAYOUTS["vmap"](orders(tx, batch, examples), workers)(jnp.asarray(vectors))
+    everyone = np.broadcast_to(np.arange(examples), found.shape)
+    np.testing.assert_array_equal(np.sort(found, axis=-1), everyone)
+
+
+def test_random_orders_differ_between_workers_and_epochs():
+    tx = dj.random_reshuffling(20)
+    vectors = jnp.zeros((4, 3, 20, SIZE))
+    found = LAYOUTS["vmap"](orders(tx, 5, 20), 4)(vectors)
+    later = np.asarray(found)[:, 1:].reshape(-1, 20)
+    assert len({tuple(order) for order in later}) == len(later)
+
+
+@pytest.mark.parametrize("layout", ["vmap", "shard_map", "folded_4"])
+@pytest.mark.parametrize("name", ["d_grab", "d_grab, odd"])
+def test_d_grab_passes_on_the_mean_of_all(name, layout):
+    tx = METHODS[name][0](6, 8)
+    vectors = np.random.default_rng(1).normal(size=(8, 4, SIZE)).astype(np.float32)
+
+    def worker(grads):
+        grads = unflatten(grads)
+        return tx.update(grads, tx.init(jax.tree.map(lambda g: g[0], grads)))[0]
+
+    found = LAYOUTS[layout](worker)(jnp.asarray(vectors))
+    mean = unflatten(vectors.mean((0, 1)))
+    for key in DIMENSION:
+        expected = np.broadcast_to(mean[key], found[key].shape)
+        np.testing.assert_allclose(found[key], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["grab", "pair_balance", "random"])
+def test_the_others_pass_on_the_workers_own_mean(name):
+    tx = dj.random_reshuffling(6) if name == "random" else METHODS[name][0](6, 8)
+    grads = jnp.arange(8.0)[:, None] * jnp.array([1.0, 3.0])
+
+    def worker(grads):
+        return tx.update(grads, tx.init(grads[0]))[0]
+
+    found = jax.vmap(worker, axis_name="workers")(grads)
+    np.testing.assert_allclose(found, 2.0 * np.arange(8))
+
+
+def test_d_grab_sends_slices():
+    """(P + 2) b (n - 1) / n and products; one all-to-all; state of b / n."""
+    n, batch = 8, 4
+    params = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(40)}
+    tx = dj.d_grab(12, n)
+    grads = {k: jnp.zeros((batch, *x.shape)) for k, x in params.items()}
+    state = tx.init(params)
+    cost = dj.communication_cost(tx.update, grads, state, axis_sizes={"workers": n})
+    sent = {c.kind: (c.count, c.bytes_sent) for c in cost.collectives}
+    share = 4 * 640 * (n - 1) / n
+    pairs = batch // 2
+    assert sent["all-to-all"] == (1, (pairs + 1) * share)
+    assert sent["all-gather"] == (1, share)
+    products = (pairs * n) * (pairs * n + 1)
+    assert sent["all-reduce"] == (1, pytest.approx(2 * 4 * products * (n - 1) / n))
+    assert len(sent) == 3
+    assert sum(x.size for x in state.balance.running) == 640 / n
+    assert not state.balance.pending
+
+
+def test_next_examples_through_a_chain():
+    """The last batch of an epoch is filled up with the epoch's first examples."""
+    tx = optax.chain(optax.chain(dj.grab(5)), optax.sgd(0.1))
+    state, seen = tx.init(jnp.zeros(2)), []
+
+    def step(state):
+        grads = jnp.ones((2, 2))
+        return dj.next_examples(state, 2), tx.update(grads, state, jnp.zeros(2))[1]
+
+    step = jax.jit(jax.vmap(step, axis_name="workers"))
+    state = jax.tree.map(lambda x: x[None], state)
+    for _ in range(4):
+        chosen, state = step(state)
+        seen.append(chosen[0].tolist())
+    assert seen[:3] == [[0, 1], [2, 3], [4, 0]]
+    assert state[0][0].epoch.tolist() == [1]
+    assert state[0][0].position.tolist() == [2]
+    # A host's data loader reads the same order.
+    assert seen[3] == np.asarray(state[0][0].order)[0, :2].tolist()
+
+
+def test_microbatches_are_composed_with_multi_steps():
+    """Two examples at a time, one step in four: no batch times parameters at once."""
+    small = optax.chain(dj.pair_balance(8), optax.MultiSteps(optax.sgd(0.5), 4))
+    whole = optax.chain(dj.pair_balance(8), optax.sgd(0.5))
+    vectors = jnp.asarray(np.random.default_rng(2).normal(size=(8, 3)), jnp.float32)
+
+    def worker(vectors):
+        state, params = small.init(vectors[0]), jnp.zeros(3)
+
+        def chunk(carry, _):
+            params, state = carry
+            grads = vectors[dj.next_examples(state, 2)] + params
+            updates, state = small.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = lax.scan(chunk, (params, state), length=4)
+        at_once = whole.init(vectors[0])
+        grads = vectors[dj.next_examples(at_once, 8)]
+        updates, at_once = whole.update(grads, at_once, jnp.zeros(3))
+        return params, updates, state[0].order, at_once[0].order
+
+    with jax.numpy_dtype_promotion("standard"):
+        params, updates, order, expected = jax.vmap(worker, axis_name="workers")(
+            vectors[None]
+        )
+    np.testing.assert_allclose(params, updates, atol=1e-6)
+    np.testing.assert_array_equal(order, expected)
+    assert order.tolist() != [list(range(8))]
