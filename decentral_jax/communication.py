@@ -96,7 +96,7 @@ class CommunicationCost:
     @property
     def bytes_sent(self) -> float:
         """Bytes that a worker sends a call."""
-        return sum(entry.bytes_sent for entry in self.collectives)
+        return float(sum(entry.bytes_sent for entry in self.collectives))
 
     @property
     def count(self) -> int:
