@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 import decentral_jax as dj
 from benchmarks.timing import in_turn, machine, ratio, table
@@ -42,19 +43,19 @@ def main() -> None:
         "DiLoCo on SGD, alone": (dj.diloco(None, NEVER, base=sgd), 8),
         "an average every step": (dj.local_sgd(0.01, 1), 8),
     }
-    for num_devices in (1, 4):
+    for num_devices, length in ((1, 1), (1, 10), (4, 1)):
         runs = {
-            name: _steps(tx, dj.Workers(shape, jax.devices()[:num_devices]))
+            name: _steps(tx, dj.Workers(shape, jax.devices()[:num_devices]), length)
             for name, (tx, shape) in variants.items()
         }
-        times = in_turn(runs, repeats, calls=3)
-        print(f"\n8 workers on {num_devices} device(s)")
+        times = in_turn(runs, repeats, calls=max(1, 3 // length))
+        print(f"\n8 workers on {num_devices} device(s), {length} step(s) a call")
         print(table(times))
         for name in list(variants)[1:]:
             print(ratio(times, name, "SGD alone"))
 
 
-def _steps(tx, workers: dj.Workers):
+def _steps(tx: optax.GradientTransformation, workers: dj.Workers, length: int):
     """A function that advances its own state, as training does."""
     model = MLP((784, 440), 10)
     params = model.init(jax.random.key(0), jnp.zeros((1, 784)))["params"]
@@ -73,7 +74,14 @@ def _steps(tx, workers: dj.Workers):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    run = workers.spmd(step, donate_argnums=0)
+    def steps(carry, x):
+        if length == 1:
+            return step(carry, x)
+        return lax.scan(lambda carry, _: (step(carry, x), None), carry, length=length)[
+            0
+        ]
+
+    run = workers.spmd(steps, donate_argnums=0)
     box = [workers.replicate((params, tx.init(params)))]
 
     def again():

@@ -180,10 +180,12 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
         x = {"megabytes": result.megabytes, "seconds": result.seconds}.get(against, x)
         style = {"color": f"C{index % 10}", "linestyle": STYLES[index % len(STYLES)]}
         ax.plot(x, y.mean(0), label=result.name, lw=1.6, **style)
-        low, high = y.mean(0) - y.std(0), y.mean(0) + y.std(0)
-        ax.fill_between(
-            x, np.maximum(low, 1e-6), high, alpha=0.15, lw=0, color=style["color"]
-        )
+        # Not below what was seen: that would be nothing on a logarithmic axis.
+        low = np.maximum(y.mean(0) - y.std(0), y.min(0))
+        high = y.mean(0) + y.std(0)
+        ax.fill_between(x, low, high, alpha=0.15, lw=0, color=style["color"])
+    if against == "megabytes":
+        ax.set_xscale("log")
     ax.set_xlabel(AGAINST[against])
     ax.set_ylabel(name.replace("_", " "))
     if name == "train_loss":
