@@ -4,7 +4,14 @@ import sys
 
 import tyro
 
-from experiments import compare, detag, error_feedback, multi_level, synthetic
+from experiments import (
+    compare,
+    d_grab,
+    detag,
+    error_feedback,
+    multi_level,
+    synthetic,
+)
 
 
 def main() -> None:
@@ -13,6 +20,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             {
                 "compare": _compare,
+                "d-grab": _d_grab,
                 "detag": _detag,
                 "def": _def,
                 "mll-sgd": _mll_sgd,
@@ -28,6 +36,11 @@ def main() -> None:
 def _compare(options: tyro.conf.OmitArgPrefixes[compare.Compare]) -> None:
     """Compare every algorithm on one ring of workers with differing data."""
     compare.main(options)
+
+
+def _d_grab(options: tyro.conf.OmitArgPrefixes[d_grab.DGraB]) -> None:
+    """Orders that balance gradients: the herding test."""
+    d_grab.main(options)
 
 
 def _detag(options: tyro.conf.OmitArgPrefixes[detag.DeTAG]) -> None:
