@@ -110,22 +110,18 @@ def as_table(name: str, value: Any, fill: float) -> np.ndarray:
     Rows of differing lengths are hubs of differing size.
     """
     try:
-        rows = (
-            [np.asarray(row, np.float64) for row in value] if np.iterable(value) else 0
+        if not (np.iterable(value) and all(map(np.iterable, value))):
+            return np.asarray(value, np.float64)
+        rows = [np.asarray(row, np.float64) for row in value]
+        longest = max(map(len, rows))
+        return np.stack(
+            [np.pad(row, (0, longest - len(row)), constant_values=fill) for row in rows]
         )
-        if rows and any(row.ndim == 1 for row in rows):
-            longest = max(len(row) for row in rows)
-            rows = [
-                np.pad(row, (0, longest - len(row)), constant_values=fill)
-                for row in rows
-            ]
-        table = np.stack(rows) if rows else np.asarray(value, np.float64)
     except (TypeError, ValueError):
         raise TypeError(
             f"{name} must hold numbers, got {value!r}: pass a number, an array with "
             "one entry a worker, or a list of rows, one a hub."
         ) from None
-    return table
 
 
 def require_params(params: Any, who: str) -> Any:
