@@ -97,11 +97,14 @@ def _signs(gram: jax.Array, start: jax.Array, mask: jax.Array) -> jax.Array:
     """
 
     def body(k, signs):
-        product = start[k] + signs @ gram[k]
-        sign = jnp.where(product <= 0, 1, -1).astype(gram.dtype)
-        return signs.at[k].set(jnp.where(mask[k], sign, 0))
+        return signs.at[k].set(_sign(start[k] + signs @ gram[k], mask[k]))
 
     return lax.fori_loop(0, mask.shape[0], body, jnp.zeros_like(start))
+
+
+def _sign(product: jax.Array, counts: jax.Array) -> jax.Array:
+    """1 where the product with the running sum is not positive, else -1; or 0."""
+    return jnp.where(counts, jnp.where(product <= 0, 1, -1), 0).astype(product.dtype)
 
 
 def balance_here(
@@ -132,28 +135,25 @@ def balance_here(
     everyone = [collectives.gather(g, axis_name) for g in pairs]
     complete = collectives.agreed(complete, axis_name)
     count = complete.shape[0]
-    chunk = max(c for c in range(1, min(n, CHUNK) + 1) if n % c == 0)
 
     def body(i, carry):
         whole, signs = carry
-        pair, first = i // (n // chunk), (i % (n // chunk)) * chunk
+        pair, one = i // n, i % n
 
-        def taken(x):
-            start = (first, pair) + (0,) * (x.ndim - 2)
-            block = lax.dynamic_slice(x, start, (chunk, 1, *x.shape[2:]))
-            return block[:, 0]
+        def rows(x):
+            start = (one, pair) + (0,) * (x.ndim - 2)
+            return lax.dynamic_slice(x, start, (1, 1, *x.shape[2:]))[0, 0]
 
-        mask = jnp.broadcast_to(complete[pair], (chunk,))
-        new, whole = balance(
-            [taken(x) for x in everyone],
-            whole,
-            mask,
-            lambda g: [x[:, 0] - x[:, 1] for x in g],
-        )
-        return whole, lax.dynamic_update_slice(signs, new[None], (pair, first))
+        both = [rows(x).astype(r.dtype) for x, r in zip(everyone, whole, strict=True)]
+        # Two products, of the gradients as they lie in memory: on a CPU faster than one
+        # of a difference that has to be written first.
+        products = _products(both, [r[None] for r in whole])[:, 0]
+        sign = _sign(products[0] - products[1], complete[pair])
+        whole = [r + sign * (x[0] - x[1]) for r, x in zip(whole, both, strict=True)]
+        return whole, signs.at[pair, one].set(sign)
 
     signs = jnp.zeros((count, n), whole[0].dtype)
-    whole, signs = lax.fori_loop(0, count * (n // chunk), body, (whole, signs))
+    whole, signs = lax.fori_loop(0, count * n, body, (whole, signs))
 
     def own(x, r):
         flat = jnp.pad(x.reshape(-1), (0, n * r.size - x.size))
