@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import argparse
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def _steps(tx: optax.GradientTransformation, workers: dj.Workers, length: int):
         params, state = carry
 
         def loss(params):
-            logits = model.apply({"params": params}, x)
+            logits = cast(jax.Array, model.apply({"params": params}, x))
             labels = jnp.zeros(16, jnp.int32)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean()
