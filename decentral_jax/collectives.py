@@ -123,9 +123,7 @@ def total(x: jax.Array, axis_name: AxisName) -> jax.Array:
     axis = bound_axis(axis_name)
     if axis.virtual:
         x = lax.psum(x, axis.virtual)
-    if axis.mesh:
-        x = lax.pcast(lax.psum(x, axis.mesh), axis.mesh, to="varying")
-    return x
+    return device_total(x, axis_name)
 
 
 def mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
@@ -250,7 +248,7 @@ def either(
 ) -> Any:
     """`then(*operands)` where `due`, else `otherwise(*operands)`; only that one runs.
 
-    A `cond` on devices and under `vmap`. `due` must be equal on all workers.
+    A `cond` on devices and, since `due` must be `agreed`, also under `vmap`.
     """
 
     def marked(branch):
@@ -260,7 +258,6 @@ def either(
 
         return run
 
-    due = agreed(due, axis_name)
     return lax.cond(due, marked(then), marked(otherwise), *operands)
 
 

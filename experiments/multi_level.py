@@ -162,13 +162,13 @@ class Runs:
             )
         return self.results[name]
 
-    def mll(self, rates, hubs=None, tau=None, q=None, name="MLL-SGD"):
+    def mll(self, rates, hubs=None, name="MLL-SGD"):
         """Multi-Level Local SGD on a path of hubs."""
         options = self.options
         hubs = hubs or options.hubs
         per_hub = self.setting.num_workers // hubs
-        tau = (tau or options.tau) * options.steps_per_tick
-        path, q = dj.topology.path(hubs), q or options.q
+        tau, q = options.tau * options.steps_per_tick, options.q
+        path = dj.topology.path(hubs)
         table = np.reshape(rates, (hubs, per_hub))
         return self(
             name,

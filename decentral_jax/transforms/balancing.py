@@ -129,7 +129,9 @@ def balance_here(
     n = collectives.bound_axis(axis_name).size
     worker = collectives.worker_index(axis_name)
     whole = [
-        collectives.gather(r, axis_name).reshape(-1)[: _size(g)].reshape(g.shape[2:])
+        collectives.gather(r, axis_name)
+        .reshape(-1)[: g[0, 0].size]
+        .reshape(g.shape[2:])
         for r, g in zip(running, pairs, strict=True)
     ]
     everyone = [collectives.gather(g, axis_name) for g in pairs]
@@ -217,8 +219,3 @@ def balance_apart(
     ]
     own = signs.reshape(-1, n)[:, collectives.worker_index(axis_name)]
     return own, running, means
-
-
-def _size(gradients: jax.Array) -> int:
-    """Entries of one vector among `[P, 2, ...]`."""
-    return gradients[0, 0].size

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, widened
+from decentral_jax.collectives import AxisName, weighted, widened
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import check_axis_name, check_trees, require_params
@@ -20,7 +20,7 @@ class PushSumState(NamedTuple):
 
     def evaluation_params(self, params):
         """The numerator, whose mean over workers is the weighted mean of models."""
-        return jax.tree.map(lambda z: _times(z, self.weight), params)
+        return jax.tree.map(lambda z: weighted(z, self.weight), params)
 
 
 def push_sum(
@@ -81,15 +81,10 @@ def push_sum(
         params = require_params(params, "push_sum")
         check_trees("updates", updates, params)
         adapted = jax.tree.map(
-            lambda z, u: _times(z, state.weight) + u.astype(z.dtype), params, updates
+            lambda z, u: weighted(z, state.weight) + u.astype(z.dtype), params, updates
         )
         x, weight = mix((adapted, state.weight), topology, axis_name, state.count)
-        updates = jax.tree.map(lambda x, z: _times(x, 1 / weight) - z, x, params)
+        updates = jax.tree.map(lambda x, z: weighted(x, 1 / weight) - z, x, params)
         return updates, PushSumState(optax.safe_increment(state.count), weight)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _times(x: jax.Array, weight: jax.Array) -> jax.Array:
-    wide = widened(x.dtype)
-    return (x.astype(wide) * weight.astype(wide)).astype(x.dtype)
