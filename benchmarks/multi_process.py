@@ -1,7 +1,7 @@
 """Like for like across processes: this library, PyTorch DDP and Decent-DP in one run.
 
-`python -m benchmarks.multi_process [gossip|compression] [--torch-python PYTHON]` starts
-four JAX processes and four PyTorch ones here, talking over loopback. They take turns:
+`python -m benchmarks.multi_process [gossip|compression|ordering]` starts four JAX
+processes and four PyTorch ones here, talking over loopback. They take turns:
 every variant trains a few steps, then the next, round after round; the others sleep.
 A step is forward, backward and plain SGD of a ReLU MLP at batch 16 a process, float32.
 
@@ -12,6 +12,9 @@ them again costs a page fault every 4 KiB. `--default-environment` measures with
 
 `--torch-python` is an interpreter with torch, and decent-dp for its rows; without
 them the rows are left out, with a message.
+
+"ordering" has no peers and no model: it exchanges four gradients a process, of so many
+entries as `--params` says (D-GraB), or averages one.
 """
 
 import argparse
@@ -48,6 +51,7 @@ COMPRESSION_JAX = (
     "EF, sign",
     "PowerSGD, rank 4",
 )
+ORDERING_JAX = ("one all-reduce", "D-GraB", "D-GraB, sketch 4096", "D-GraB, gathered")
 COMPRESSION_TORCH = ("none, momentum", "DDP, momentum")
 
 ENVIRONMENT = {
@@ -56,6 +60,12 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
+}
+
+JAX = {"gossip": GOSSIP_JAX, "compression": COMPRESSION_JAX, "ordering": ORDERING_JAX}
+TORCH = {
+    "gossip": GOSSIP_TORCH,
+    "compression": COMPRESSION_TORCH,
 }
 
 # Ours to theirs.
@@ -72,6 +82,9 @@ PAIRS = (
     ("jax: EF, ratio 64", "jax: none, momentum"),
     ("jax: EF, sign", "jax: none, momentum"),
     ("jax: PowerSGD, rank 4", "jax: none, momentum"),
+    ("jax: D-GraB", "jax: one all-reduce"),
+    ("jax: D-GraB, sketch 4096", "jax: one all-reduce"),
+    ("jax: D-GraB, gathered", "jax: one all-reduce"),
 )
 
 
@@ -133,9 +146,7 @@ class Group:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "what", choices=("gossip", "compression"), nargs="?", default="gossip"
-    )
+    parser.add_argument("what", choices=tuple(JAX), nargs="?", default="gossip")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--params", type=float, nargs="+", default=[1e6, 1e7])
     parser.add_argument("--steps", type=int, default=20)
@@ -149,17 +160,16 @@ def main() -> None:
 
 
 def _compare(size: int, options: argparse.Namespace) -> None:
-    width = WIDTHS[size]
-    torch_has = _modules(options.torch_python, "torch", "decent_dp")
+    names = TORCH.get(options.what, ())
+    width = WIDTHS[size] if names else size
+    torch_has = _modules(options.torch_python, "torch", "decent_dp") if names else {}
     variables = {} if options.default_environment else ENVIRONMENT
     how = width, options.processes, variables
     groups = {"jax": Group(sys.executable, "jax_steps.py", *how)}
-    gossip = options.what == "gossip"
-    variants = [("jax", name) for name in (GOSSIP_JAX if gossip else COMPRESSION_JAX)]
-    if torch_has["torch"]:
+    variants = [("jax", name) for name in JAX[options.what]]
+    if torch_has.get("torch"):
         groups["torch"] = Group(options.torch_python, "torch_steps.py", *how)
-        names = GOSSIP_TORCH if gossip else COMPRESSION_TORCH
-        if gossip and torch_has["decent_dp"]:
+        if options.what == "gossip" and torch_has["decent_dp"]:
             names += DECENT_DP
         variants += [("torch", name) for name in names]
     for module, found in torch_has.items():

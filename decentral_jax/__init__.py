@@ -45,17 +45,11 @@ from decentral_jax.transforms.compressed_gossip import compressed_gossip
 from decentral_jax.transforms.error_feedback import error_feedback
 from decentral_jax.transforms.error_reset import error_reset
 from decentral_jax.transforms.gossip import exact_diffusion, gossip
+from decentral_jax.transforms.grab import d_grab, grab, independent_grab, pair_balance
 from decentral_jax.transforms.iterate_averaging import iterate_averaging
 from decentral_jax.transforms.multi_level import multi_level
 from decentral_jax.transforms.operating import operating_rates
-from decentral_jax.transforms.ordering import (
-    d_grab,
-    grab,
-    independent_grab,
-    next_examples,
-    pair_balance,
-    random_reshuffling,
-)
+from decentral_jax.transforms.ordering import next_examples, random_reshuffling
 from decentral_jax.transforms.push_sum import push_sum
 from decentral_jax.transforms.quasi_global import quasi_global_momentum
 from decentral_jax.transforms.tracking import (

@@ -39,7 +39,7 @@ def _compare(options: tyro.conf.OmitArgPrefixes[compare.Compare]) -> None:
 
 
 def _d_grab(options: tyro.conf.OmitArgPrefixes[d_grab.DGraB]) -> None:
-    """Orders that balance gradients: the herding test."""
+    """Orders that balance gradients: the herding test, and training."""
     d_grab.main(options)
 
 

@@ -1,150 +1,177 @@
-"""The herding test of CD-GraB (NeurIPS 2023): orders alone, without training.
+"""Orders of D-GraB (CD-GraB, NeurIPS 2023): the herding test, and training with them.
 
-Workers share a million vectors, drawn uniformly, centred and scaled to norm one. Every
-round visits all of them in each worker's order and makes the orders of the next round.
-How far does the sum over all workers stray from zero along the way?
+Training compares losses seed by seed: a seed fixes the initial model and who holds
+which examples, so that only the order differs between methods.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from jax import lax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-import decentral_jax as dj
-from experiments import report
-
-# Published means of rounds 11 to 15 for 5, 10, 20, 50 and 100 workers.
-QUOTED = {
-    "D-GraB": (2.59, 2.52, 2.45, 2.44, 2.26),
-    "ID-GraB, pairs": (6.31, 8.50, 11.45, 17.67, 24.82),
-    "ID-GraB, mean": (4.24, 6.09, 8.23, 12.60, 17.13),
-}
-QUOTED_WORKERS = (5, 10, 20, 50, 100)
+from experiments import herding as herding_test
+from experiments import ordered, report
+from experiments.tasks import Source, Task, load
 
 
 @dataclasses.dataclass
 class DGraB:
-    """How far orders let sums of vectors stray, from 5 to 100 workers."""
+    """Example orders: the herding test, and training losses against random orders."""
 
-    vectors: int = 1_000_000
-    """Vectors of all workers together."""
-    dimension: int = 16
-    """Entries of a vector."""
-    workers: tuple[int, ...] = QUOTED_WORKERS
-    """Numbers of workers; an even number of vectors each."""
-    rounds: int = 15
-    """Rounds over all vectors; the last five are averaged."""
-    seeds: int = 1
-    """Number of draws of the vectors."""
+    parts: tuple[Literal["herding", "training"], ...] = ("herding", "training")
+    """What to run."""
+    herding: herding_test.Herding = dataclasses.field(
+        default_factory=herding_test.Herding
+    )
+    """What the herding test takes."""
+    tasks: tuple[Literal["logistic", "lenet", "lstm", "forecast"], ...] = (
+        "logistic",
+        "lenet",
+        "lstm",
+    )
+    """What to train; "forecast" needs --data-dir."""
+    source: Source | None = None
+    """Data set, if not digits and the text "python"; one task at a time then."""
+    data_dir: Path | None = None
+    """Folder with the files of a9a, MNIST, CIFAR-10, WikiText-2, M4 weekly."""
+    examples: int | None = None
+    """Use only so many training examples, the first ones; all if not given."""
+    workers: tuple[int, ...] = (4, 16)
+    """Numbers of workers in training."""
+    epochs: int | None = None
+    """Epochs; the task's own number if not given."""
+    rates: tuple[float, ...] | None = None
+    """Learning rates to tune over; the task's own if not given."""
+    seeds: int = 5
+    """Number of seeds in training."""
     out: Path = Path("results/d_grab")
-    """Folder for the figure (.png) and the numbers (.csv)."""
+    """Folder for the figures (.png) and the numbers (.csv)."""
 
 
-def main(options: DGraB) -> dict[str, np.ndarray]:
-    """Prints a table, writes `herding.png` and `.csv`.
+def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
+    """Prints tables, writes `herding`, and one figure and `.csv` a task.
 
     Returns:
-      For each method the bounds, shape `[workers, seeds]`.
+      For task, workers, method: the losses at each method's best rate, shape
+      `[seeds, epochs + 1]`.
     """
-    console = Console()
-    for m in options.workers:
-        if m < 1 or options.vectors % (2 * m):
+    console, found = Console(), {}
+    options.herding.check()
+    for name in ("workers", "epochs", "seeds", "examples", "rates"):
+        value = getattr(options, name)
+        if value is not None and np.less_equal(value, 0).any():
+            raise ValueError(f"{name} must be positive, got {value}.")
+    chosen = []
+    if "training" in options.parts:
+        if options.source is not None and len(options.tasks) != 1:
             raise ValueError(
-                f"vectors={options.vectors} must divide into an even number for each "
-                f"of workers={m}."
+                f"source={options.source!r} is for one task, got {options.tasks}: pass "
+                "--tasks with the one meant."
             )
-    if options.rounds < 1 or options.seeds < 1:
-        raise ValueError("rounds and seeds must be at least 1.")
-    methods = {
-        "D-GraB": lambda n, m: dj.d_grab(n, m),
-        "ID-GraB, pairs": lambda n, m: dj.pair_balance(n),
-        "ID-GraB, mean": lambda n, m: dj.grab(n),
-        "D-RR": lambda n, m: dj.random_reshuffling(n),
-    }
-    found = {name: np.zeros((len(options.workers), options.seeds)) for name in methods}
-    for seed in range(options.seeds):
-        vectors = unit_vectors(options.vectors, options.dimension, seed)
-        for i, m in enumerate(options.workers):
-            parts = jnp.asarray(vectors.reshape(m, -1, options.dimension))
-            for name, make in methods.items():
-                with console.status(f"{name}, {m} workers"):
-                    bounds = herding(make(parts.shape[1], m), parts, options.rounds)
-                found[name][i, seed] = bounds[-5:].mean()
-    _report(found, options, console)
+        chosen = [_load(name, options) for name in options.tasks]
+    if "herding" in options.parts:
+        herding_test.main(options.herding, options.out, console)
+    for task in chosen:
+        found |= _train(task, options, console)
     return found
 
 
-def unit_vectors(count: int, dimension: int, seed: int) -> np.ndarray:
-    """Uniform vectors, centred, scaled to norm one, float32.
-
-    Scaling moves their mean, which would add up over all of them: they are centred once
-    more, which changes their norms by less than a thousandth.
-    """
-    rng = np.random.default_rng(seed)
-    x = rng.uniform(size=(count, dimension))
-    x -= x.mean(0)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    return (x - x.mean(0)).astype(np.float32)
-
-
-def herding(tx, vectors: jax.Array, rounds: int) -> np.ndarray:
-    r"""The herding bound of each round's orders.
-
-    .. math:: \max_t \Bigl\| \sum_{s \le t} \sum_i x_{i, \pi_i(s)} \Bigr\|_\infty
-
-    Args:
-      tx: An ordering transformation.
-      vectors: Each worker's, shape `[m, N, d]`.
-      rounds: The number of rounds.
-
-    Returns:
-      The bounds, shape `[rounds]`.
-    """
-    n = vectors.shape[1]
-
-    def worker(vectors):
-        def one_round(state, _):
-            given = vectors[dj.next_examples(state, n)]
-            prefix = jnp.cumsum(lax.psum(given, "workers"), axis=0)
-            return tx.update(given, state)[1], jnp.abs(prefix).max()
-
-        state = tx.init(vectors[0])
-        return lax.scan(one_round, state, length=rounds)[1]
-
-    mapped = jax.vmap(worker, axis_name="workers")
-    return np.asarray(jax.jit(mapped)(vectors))[0]
+def _load(name: str, options: DGraB) -> Task:
+    task = load(name, options.data_dir, options.source, options.examples)
+    if len(task.x) < 2 * max(options.workers):
+        raise ValueError(
+            f"workers={max(options.workers)} for the {len(task.x)} examples of "
+            f"{task.name}: each worker needs two or more."
+        )
+    return task._replace(
+        epochs=options.epochs or task.epochs, rates=options.rates or task.rates
+    )
 
 
-def _report(found: dict[str, np.ndarray], options: DGraB, console: Console) -> None:
-    table = Table(title="Herding bound", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for m in options.workers:
-        table.add_column(f"m = {m}", justify="right")
-    table.add_column("published", justify="right")
-    figure = plt.figure(figsize=(5, 3.6), layout="constrained")
-    ax = figure.subplots()
+def _train(
+    task: Task, options: DGraB, console: Console
+) -> dict[tuple[str, int, str], np.ndarray]:
+    """All methods, with each number of workers, at the rate that is best on seed 0."""
+    seeds = tuple(range(options.seeds))
+    found, rates = {}, {}
+    with Progress(console=console) as bar:
+        for m in options.workers:
+            for name, order in ordered.methods(len(task.x) // m, m).items():
+                title = f"{task.name}: {name}, {m} workers"
+                total = task.epochs * ((len(task.rates) > 1) + 1)
+                line = bar.add_task(title, total=total)
+
+                def train(rates, seeds, order=order, m=m, line=line):
+                    return ordered.train(
+                        order, task, m, rates, seeds, lambda: bar.advance(line)
+                    )
+
+                rate = task.rates[0]
+                if len(task.rates) > 1:
+                    final = train(task.rates, (0,))[..., 0, -1]
+                    rate = task.rates[int(np.nanargmin(final))]
+                key = task.name, m, name
+                rates[key], found[key] = rate, train((rate,), seeds)[0]
+                bar.remove_task(line)
+    _report(task, found, rates, options, console)
+    return found
+
+
+def _report(
+    task: Task,
+    found: dict[tuple[str, int, str], np.ndarray],
+    rates: dict[tuple[str, int, str], float],
+    options: DGraB,
+    console: Console,
+) -> None:
+    table = Table(title=task.name, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("workers", "method", "rate", "train loss", "less than D-RR"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    figure = plt.figure(figsize=(3.6 * len(options.workers), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(options.workers), squeeze=False, sharey=True)[0]
+    at = dict(zip(options.workers, axes, strict=True))
     rows = []
-    for name, bounds in found.items():
-        quoted = " ".join(f"{x:g}" for x in QUOTED.get(name, ()))
-        table.add_row(name, *(f"{b:.2f}" for b in bounds.mean(1)), quoted)
-        ax.loglog(options.workers, bounds.mean(1), "o-", label=name)
+    for (_, m, name), losses in found.items():
+        key = task.name, m, name
+        random = found[task.name, m, "D-RR"]
+        final, gap = losses[:, -1], random[:, -1] - losses[:, -1]
+        table.add_row(
+            str(m),
+            name,
+            f"{rates[key]:g}",
+            f"{final.mean():.5f} ± {final.std():.5f}",
+            "" if name == "D-RR" else f"{gap.mean():+.5f} ± {gap.std():.5f}",
+        )
+        epochs = np.arange(losses.shape[1])
+        low, middle, high = losses.min(0), losses.mean(0), losses.max(0)
+        (line,) = at[m].semilogy(epochs, middle, label=name)
+        at[m].fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
         rows += [
-            {"method": name, "workers": m, "seed": seed, "bound": bound}
-            for m, of_m in zip(options.workers, bounds, strict=True)
-            for seed, bound in enumerate(of_m)
+            {
+                "workers": m,
+                "method": name,
+                "rate": rates[key],
+                "seed": seed,
+                "epoch": epoch,
+                "train_loss": loss,
+            }
+            for seed, of_seed in enumerate(losses)
+            for epoch, loss in enumerate(of_seed)
         ]
+    for m, ax in at.items():
+        ax.set_title(f"{m} workers", fontsize=9)
+        ax.set_xlabel("epochs")
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel("train loss")
+    axes[-1].legend(fontsize=8)
     console.print(table)
-    ax.set_xlabel("workers")
-    ax.set_ylabel("largest prefix sum")
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8)
-    report.save(figure, options.out / "herding.png")
-    report.write_csv(options.out / "herding.csv", rows)
-    console.print(f"Wrote herding.png and herding.csv to {options.out}.")
+    name = task.name.replace(", ", "_")
+    report.save(figure, options.out / f"{name}.png")
+    report.write_csv(options.out / f"{name}.csv", rows)
+    console.print(f"Wrote {name}.png and {name}.csv to {options.out}.")

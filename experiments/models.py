@@ -4,10 +4,11 @@ Under ``jax.vmap`` over workers every worker has its own kernels, and XLA on CPU
 ``lax.conv`` into a slow grouped convolution. `Conv` computes the same with slices and
 one matrix product, and pooling is a reshape.
 
-Every model maps images ``[batch, ...]`` to logits ``[batch, num_classes]`` and is
-called as ``model.apply(variables, x, train=...)``; only batch normalisation heeds
-``train``. Parameters are float32; all else is computed in the dtype of ``x``, which
-must be floating point.
+Every model maps images ``[batch, ...]`` to logits ``[batch, num_classes]``, except
+`Forecaster` and `LSTMLanguageModel`, and is called as
+``model.apply(variables, x, train=...)``; only batch normalisation heeds ``train``.
+Parameters are float32; all else is computed in the dtype of ``x``, which must be
+floating point, but for a language model's tokens.
 """
 
 import math
@@ -206,6 +207,19 @@ def emnist_cnn(num_classes: int) -> CNN:
     return CNN(num_classes, (10, 20), kernel=5, hidden=100, padding="VALID")
 
 
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU, largest values and padded images, so that 8x8 pixels do."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps ``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
+        for width in (6, 16):
+            x = max_pool(nn.relu(Conv(width, (5, 5))(x)))
+        return MLP((120, 84), self.num_classes)(x)
+
+
 class ResNet20(nn.Module):
     """The 20-layer residual network for 32x32 images of He et al. (2016).
 
@@ -256,12 +270,47 @@ class ResNet20(nn.Module):
         return layer(x.astype(jnp.float32)).astype(x.dtype)
 
 
+class Forecaster(nn.Module):
+    """Three linear layers of width 64 that foretell 6 values of a series from 20."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps ``[batch, 20]`` to ``[batch, 6]``."""
+        return MLP((64, 64), 6)(x)
+
+
+class LSTMLanguageModel(nn.Module):
+    """Stacked LSTM layers between an embedding and the same embedding transposed.
+
+    Attributes:
+      vocabulary: Number of different tokens.
+      width: Entries of an embedded token and of each layer's state.
+      layers: Number of LSTM layers.
+    """
+
+    vocabulary: int
+    width: int = 32
+    layers: int = 2
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        """Maps integers ``[..., length]`` to logits ``[..., length, vocabulary]``.
+
+        The logits at a place are those of the token after it; states start at zero.
+        """
+        embed = nn.Embed(self.vocabulary, self.width)
+        cells = [nn.OptimizedLSTMCell(self.width) for _ in range(self.layers)]
+        stack = nn.Sequential([nn.RNN(cell) for cell in cells])
+        return embed.attend(stack(embed(tokens)))
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "logistic": LogisticRegression,
     "small_mlp": lambda num_classes: MLP((32,), num_classes),
     "mlp": lambda num_classes: MLP((128,), num_classes),
     "small_cnn": CNN,
     "emnist_cnn": emnist_cnn,
+    "lenet": LeNet,
     "resnet20": ResNet20,
     "resnet20_batch": lambda num_classes: ResNet20(num_classes, norm="batch"),
 }

@@ -30,6 +30,7 @@ METHODS = {
     ),
     "d_grab": (lambda n, m: dj.d_grab(n, m), "d_grab"),
     "d_grab, odd": (lambda n, m: dj.d_grab(n, m, True), "d_grab"),
+    "d_grab, gathered": (lambda n, m: dj.d_grab(n, m, gathered=True), "d_grab"),
 }
 
 
@@ -75,6 +76,7 @@ def expected(method, epochs, workers, examples):
     )
 
 
+EVERYWHERE = ("grab", "pair_balance", "d_grab", "d_grab, gathered")
 CASES = [
     (name, layout, workers, batch, examples)
     for name in METHODS
@@ -87,7 +89,7 @@ CASES = [
         ("vmap", 1, 2, 9),
         ("vmap", 2, 18, 18),
     )
-    if name in ("grab", "pair_balance", "d_grab") or (layout, batch) == ("vmap", 2)
+    if name in EVERYWHERE or (layout, batch) == ("vmap", 2)
 ]
 CASES += [
     (name, layout, workers, batch, examples)
@@ -190,7 +192,7 @@ def test_d_grab_sends_slices():
     products = (pairs * n) * (pairs * n + 1)
     assert sent["all-reduce"] == (1, pytest.approx(2 * 4 * products * (n - 1) / n))
     assert len(sent) == 3
-    assert sum(x.size for x in state.balance.running) == 640 / n
+    assert state.balance.running.size == 640 / n
     assert not state.balance.pending
 
 

@@ -94,6 +94,34 @@ def by_hand_ring():
     return jax.jit(mapped, donate_argnums=0), WORKERS.replicate(initial_params())
 
 
+def exchange(update, start):
+    """A step that only averages or orders four given gradients of `WIDTH` entries."""
+    rng = np.random.default_rng(RANK)
+    grads = rng.normal(size=(4, WIDTH)).astype(np.float32)
+    mean = np.zeros(WIDTH, np.float32)
+
+    def one_worker(state, batch):
+        del batch
+        grads, _, state = state
+        mean, state = update(grads, state)
+        return grads, mean, state
+
+    state = WORKERS.replicate((grads, mean, start(mean)))
+    return WORKERS.spmd(one_worker, donate_argnums=0), state
+
+
+def ordering(**options):
+    """D-GraB of microbatches of four."""
+    tx = dj.d_grab(1000, SIZE, **options)
+    return exchange(tx.update, tx.init)
+
+
+def one_average():
+    """An all-reduce of one gradient."""
+    tx = dj.average_gradients()
+    return exchange(lambda grads, state: tx.update(grads[0], state), tx.init)
+
+
 TOPOLOGY = dj.topology
 BUILD = {
     "none": lambda: library(optax.sgd(RATE)),
@@ -113,6 +141,10 @@ BUILD = {
     "DEF, ratio 64": lambda: library(dj.def_sgd(RATE, dj.compression.random_block(64))),
     "EF, ratio 64": lambda: library(dj.ef_sgd(RATE, dj.compression.random_block(64))),
     "EF, sign": lambda: library(dj.ef_sgd(RATE, dj.compression.sign())),
+    "one all-reduce": one_average,
+    "D-GraB": ordering,
+    "D-GraB, gathered": lambda: ordering(gathered=True),
+    "D-GraB, sketch 4096": lambda: ordering(sketch=4096),
     "PowerSGD, rank 4": lambda: library(dj.powersgd(RATE, 4)),
 }
 

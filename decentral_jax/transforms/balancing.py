@@ -1,7 +1,7 @@
 """Vector balancing: signs that keep a running sum of vectors small.
 
 Vectors are taken in sequence, each with the sign that turns it against the sum so far.
-The mathematics of `decentral_jax.transforms.ordering`, on lists of leaves.
+The mathematics of `decentral_jax.transforms.grab`, on lists of leaves.
 """
 
 import functools
@@ -16,8 +16,8 @@ from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
 from decentral_jax.mixing import average
 
-# So many vectors are compared with the running sum at once.
-CHUNK = 8
+# Leaves of fewer entries are joined, which saves more operations than it copies.
+SMALL = 1 << 18
 
 
 def zeros_like_wide(leaves: list) -> list:
@@ -25,57 +25,15 @@ def zeros_like_wide(leaves: list) -> list:
     return [jnp.zeros(x.shape, collectives.widened(x.dtype)) for x in leaves]
 
 
+def size_and_dtype(leaves: list) -> tuple[int, jnp.dtype]:
+    """Of a vector of all entries, at least float32."""
+    dtypes = [collectives.widened(x.dtype) for x in leaves]
+    return sum(x.size for x in leaves), functools.reduce(jnp.promote_types, dtypes)
+
+
 def mean_of(leaves: list) -> list:
     """The mean over the leading axis."""
     return [leaf.mean(0) for leaf in leaves]
-
-
-def balance(
-    leaves: list,
-    running: list,
-    mask: jax.Array,
-    vectors: Callable[[list], list],
-) -> tuple[jax.Array, list]:
-    """Signs of vectors taken in sequence, and the running sum after them.
-
-    Args:
-      leaves: What the vectors are made of, `[K, ...]`.
-      running: The sum before, leaves as a vector's.
-      mask: Which vectors count, `[K]`.
-      vectors: From a part of the leaves, `[C, ...]`, to the vectors.
-
-    Returns:
-      1, -1 or, where masked out, 0, `[K]`; and the sum.
-    """
-    count = mask.shape[0]
-
-    def part(running, inputs):
-        leaves, mask = inputs
-        given = [
-            x.astype(r.dtype) for x, r in zip(vectors(leaves), running, strict=True)
-        ]
-        gram = _products(given, given)
-        start = _products(given, [r[None] for r in running])[:, 0]
-        signs = _signs(gram, start, mask)
-        running = [
-            r + jnp.tensordot(signs, x, 1, precision="highest")
-            for r, x in zip(running, given, strict=True)
-        ]
-        return running, signs
-
-    if count <= CHUNK:
-        running, signs = part(running, (leaves, mask))
-        return signs, running
-    padded = -(-count // CHUNK) * CHUNK
-
-    def chunks(x):
-        x = jnp.pad(x, [(0, padded - count)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, CHUNK, *x.shape[1:])
-
-    running, signs = lax.scan(
-        part, running, ([chunks(x) for x in leaves], chunks(mask))
-    )
-    return signs.reshape(-1)[:count], running
 
 
 def _products(xs: list, ys: list) -> jax.Array:
@@ -107,71 +65,217 @@ def _sign(product: jax.Array, counts: jax.Array) -> jax.Array:
     return jnp.where(counts, jnp.where(product <= 0, 1, -1), 0).astype(product.dtype)
 
 
+def balance(
+    rows: list,
+    running: jax.Array,
+    mask: jax.Array,
+    axis_name: AxisName,
+    at: Callable[[jax.Array], tuple] = lambda i: (i,),
+) -> tuple[jax.Array, jax.Array]:
+    """Signs of vectors taken in sequence, and the running sum after them.
+
+    Args:
+      rows: Leaves of the vectors, `[..., size]`; or pairs, `[..., 2, size]`, whose
+        differences are the vectors.
+      running: The sum before, `[d]`, its leaves as `joined` has them.
+      mask: Which vectors count, `[K]`.
+      axis_name: The worker axis.
+      at: From a vector's number in the sequence to its place in the leading axes.
+
+    Returns:
+      1, -1 or, where masked out, 0, `[K]`; and the sum.
+    """
+    groups = _groups(rows)
+    axes = len(at(jnp.zeros([], jnp.int32)))
+    # Small leaves become one vector: fewer operations for a short copy.
+    parts = [
+        rows[group[0]]
+        if len(group) == 1
+        else joined([_differences(rows[i], axes) for i in group], running.dtype)
+        for group in groups
+    ]
+
+    def vector(i):
+        return [_differences(x[at(i)], 0) for x in parts]
+
+    ends = list(itertools.accumulate(x.shape[-1] for x in parts))[:-1]
+    sums = jnp.split(running, ends)
+    signs, sums = _in_sequence(vector, mask, sums, axis_name)
+    return signs, jnp.concatenate(sums)
+
+
+def joined(leaves: list, dtype: jnp.dtype) -> jax.Array:
+    """Leaves `[..., size]` in one, `[..., d]`: large ones in front, then the others."""
+    order = itertools.chain(*_groups(leaves))
+    return jnp.concatenate([leaves[i].astype(dtype) for i in order], -1)
+
+
+def parted(vector: jax.Array, likes: list) -> list:
+    """The inverse: from `[d]` to leaves of the shapes and dtypes of others."""
+    order = list(itertools.chain(*_groups([x.reshape(-1) for x in likes])))
+    ends = list(itertools.accumulate(likes[i].size for i in order))[:-1]
+    found: list = [None] * len(likes)
+    for i, part in zip(order, jnp.split(vector, ends), strict=True):
+        found[i] = part.reshape(likes[i].shape).astype(likes[i].dtype)
+    return found
+
+
+def _groups(leaves: list) -> list[list[int]]:
+    """Which leaves are taken together: large ones alone, all others."""
+    small = [i for i, x in enumerate(leaves) if x.shape[-1] < SMALL]
+    large = [[i] for i in range(len(leaves)) if i not in small]
+    return large + [small] * bool(small)
+
+
+def _differences(x: jax.Array, axes: int) -> jax.Array:
+    """Of pairs, their differences; of vectors, themselves."""
+    return x if x.ndim == axes + 1 else x[..., 0, :] - x[..., 1, :]
+
+
+def _in_sequence(
+    vector: Callable[[jax.Array], list],
+    mask: jax.Array,
+    running: list,
+    axis_name: AxisName,
+) -> tuple[jax.Array, list]:
+    """`balance` of vectors that are read by number.
+
+    Each is read once, two at a time: XLA multiplies two rows with a vector well on
+    CPUs, but neither one row nor many rows with each other.
+    """
+    count = mask.shape[0]
+    mask = jnp.pad(mask, (0, count % 2))
+
+    def body(i, carry):
+        running, signs = carry
+        first, second = 2 * i, 2 * i + 1
+        pair = vector(first), vector(jnp.minimum(second, count - 1))
+        both = [
+            jnp.stack([x, y]).astype(r.dtype)
+            for x, y, r in zip(*pair, running, strict=True)
+        ]
+        # Else the vectors would be computed again for every use of them.
+        both = lax.optimization_barrier(both)
+        with_sum = _products(both, [r[None] for r in running])[:, 0]
+        with_first = _products(both, [x[:1] for x in both])[:, 0]
+        a = _sign(with_sum[0], mask[first])
+        b = _sign(with_sum[1] + a * with_first[1], mask[second])
+        running = [r + a * x[0] + b * x[1] for r, x in zip(running, both, strict=True)]
+        return running, signs.at[first].set(a).at[second].set(b)
+
+    dtype = functools.reduce(jnp.promote_types, (r.dtype for r in running))
+    signs = collectives.varying(jnp.zeros(mask.shape, dtype), axis_name)
+    running, signs = lax.fori_loop(0, mask.shape[0] // 2, body, (running, signs))
+    return signs[:count], running
+
+
 def balance_here(
     gradients: list,
     pairs: list,
     complete: jax.Array,
-    running: list,
+    running: jax.Array,
     axis_name: AxisName,
-) -> tuple[jax.Array, list, list]:
+) -> tuple[jax.Array, jax.Array, list]:
     """Balances all workers' pairs where they are on one device: nothing travels.
 
     Args:
       gradients: This worker's, leaves `[B, ...]`.
       pairs: The same in pairs, leaves `[P, 2, ...]`.
       complete: Which pairs count, `[P]`.
-      running: This worker's slices of the running sum.
+      running: This worker's slice of the running sum.
       axis_name: The worker axis.
 
     Returns:
-      This worker's signs `[P]`, its slices of the running sum, the mean gradient.
+      This worker's signs `[P]`, its slice of the running sum, the mean gradient.
+    """
+    n, rows = collectives.bound_axis(axis_name).size, flat(pairs)
+    worker, size = collectives.worker_index(axis_name), sum(x.shape[-1] for x in rows)
+    signs, whole = balance(
+        [collectives.gather(x, axis_name) for x in rows],
+        collectives.gather(running, axis_name).reshape(-1)[:size],
+        _each(complete, axis_name),
+        axis_name,
+        at=lambda i: (i % n, i // n),
+    )
+    running = jnp.pad(whole, (0, n * running.size - size)).reshape(n, -1)[worker]
+    own = signs.reshape(-1, n)[:, worker]
+    return own, running, average(mean_of(gradients), axis_name)
+
+
+def flat(pairs: list) -> list:
+    """Leaves `[P, 2, ...]` as `[P, 2, size]`."""
+    return [x.reshape(*x.shape[:2], -1) for x in pairs]
+
+
+def _each(complete: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Which differences count, in sequence: all workers' first, then their second."""
+    n = collectives.bound_axis(axis_name).size
+    return jnp.repeat(collectives.agreed(complete, axis_name), n)
+
+
+def balance_gathered(
+    gradients: list,
+    pairs: list,
+    complete: jax.Array,
+    running: jax.Array,
+    axis_name: AxisName,
+    sketch: int | None,
+) -> tuple[jax.Array, jax.Array, list]:
+    """The same where everyone gets all differences, or sketches of them.
+
+    Every worker has the whole running sum.
     """
     n = collectives.bound_axis(axis_name).size
-    worker = collectives.worker_index(axis_name)
-    whole = [
-        collectives.gather(r, axis_name)
-        .reshape(-1)[: g[0, 0].size]
-        .reshape(g.shape[2:])
-        for r, g in zip(running, pairs, strict=True)
-    ]
-    everyone = [collectives.gather(g, axis_name) for g in pairs]
-    complete = collectives.agreed(complete, axis_name)
-    count = complete.shape[0]
+    rows = [x[:, 0] - x[:, 1] for x in flat(pairs)]
+    if sketch is None:
+        rows = joined(rows, running.dtype)
+    else:
+        rows = sketched([x.astype(running.dtype) for x in rows], sketch)
+    signs, running = balance(
+        [collectives.gather(rows, axis_name)],
+        running,
+        _each(complete, axis_name),
+        axis_name,
+        at=lambda i: (i % n, i // n),
+    )
+    own = signs.reshape(-1, n)[:, collectives.worker_index(axis_name)]
+    return own, running, average(mean_of(gradients), axis_name)
 
-    def body(i, carry):
-        whole, signs = carry
-        pair, one = i // n, i % n
 
-        def rows(x):
-            start = (one, pair) + (0,) * (x.ndim - 2)
-            return lax.dynamic_slice(x, start, (1, 1, *x.shape[2:]))[0, 0]
+def sketched(leaves: list, k: int) -> jax.Array:
+    r"""A random projection to k entries that keeps inner products on average.
 
-        both = [rows(x).astype(r.dtype) for x, r in zip(everyone, whole, strict=True)]
-        # Two products, of the gradients as they lie in memory: on a CPU faster than one
-        # of a difference that has to be written first.
-        products = _products(both, [r[None] for r in whole])[:, 0]
-        sign = _sign(products[0] - products[1], complete[pair])
-        whole = [r + sign * (x[0] - x[1]) for r, x in zip(whole, both, strict=True)]
-        return whole, signs.at[pair, one].set(sign)
+    A vector is cut into rows of k entries, and their sum taken with random signs
+    :math:`a`, the same ones always and everywhere:
+    :math:`E \langle \sum_i a_i x_i, \sum_j a_j y_j \rangle =
+    \sum_i \langle x_i, y_i \rangle`.
 
-    signs = jnp.zeros((count, n), whole[0].dtype)
-    whole, signs = lax.fori_loop(0, count * n, body, (whole, signs))
+    Args:
+      leaves: Vectors' leaves, `[..., size]`.
+      k: The number of entries.
 
-    def own(x, r):
-        flat = jnp.pad(x.reshape(-1), (0, n * r.size - x.size))
-        return flat.reshape(n, -1)[worker]
-
-    running = [own(x, r) for x, r in zip(whole, running, strict=True)]
-    return signs[:, worker], running, average(mean_of(gradients), axis_name)
+    Returns:
+      The sketches, `[..., k]`.
+    """
+    parts = []
+    for number, x in enumerate(leaves):
+        rows = -(-x.shape[-1] // k)
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, rows * k - x.shape[-1])]
+        x = jnp.pad(x, padding).reshape(*x.shape[:-1], rows, k)
+        key = jax.random.fold_in(jax.random.key(0), number)
+        signs = jax.random.rademacher(key, (rows,), x.dtype)
+        parts.append(jnp.einsum("r,...rk->...k", signs, x, precision="highest"))
+    first, *others = parts
+    return functools.reduce(jnp.add, others, first)
 
 
 def balance_apart(
     gradients: list,
     pairs: list,
     complete: jax.Array,
-    running: list,
+    running: jax.Array,
     axis_name: AxisName,
-) -> tuple[jax.Array, list, list]:
+) -> tuple[jax.Array, jax.Array, list]:
     """The same where workers are on several devices, each with a slice of all vectors.
 
     A worker sends its differences and the sum of its gradients, sliced; and receives,
@@ -179,43 +283,28 @@ def balance_apart(
     """
     axis = collectives.bound_axis(axis_name)
     n, batch = axis.size, gradients[0].shape[0]
-    widths = [r.size * axis.num_virtual for r in running]
     dtype = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
-
-    def sliced(rows, r):
-        flat = rows.reshape(rows.shape[0], -1).astype(dtype)
-        flat = jnp.pad(flat, ((0, 0), (0, n * r.size - flat.shape[1])))
-        return flat.reshape(rows.shape[0], axis.num_devices, -1)
-
+    sums = [g.sum(0).reshape(1, -1).astype(g.dtype) for g in gradients]
     rows = [
-        jnp.concatenate(
-            [(g[:, 0] - g[:, 1]).astype(dtype), b.sum(0, keepdims=True).astype(dtype)]
-        )
-        for g, b in zip(pairs, gradients, strict=True)
+        jnp.concatenate([x[:, 0] - x[:, 1], total.astype(x.dtype)])
+        for x, total in zip(flat(pairs), sums, strict=True)
     ]
-    parts = [sliced(x, r) for x, r in zip(rows, running, strict=True)]
-    sent = jnp.moveaxis(jnp.concatenate(parts, -1), 1, 0)
+    rows = joined(rows, dtype)
+    size = rows.shape[-1]
+    rows = jnp.pad(rows, ((0, 0), (0, n * running.size - size)))
+    sent = jnp.moveaxis(rows.reshape(len(rows), axis.num_devices, -1), 1, 0)
     received = collectives.to_devices(sent, axis_name)  # [n, P + 1, width]
-    wide = running[0].dtype
-    vectors = received[:, :-1].swapaxes(0, 1).reshape(-1, sum(widths)).astype(wide)
-    held = jnp.concatenate(
-        [collectives.of_device(r, axis_name).reshape(-1) for r in running]
-    )
+    received = received.astype(running.dtype)
+    vectors = received[:, :-1].swapaxes(0, 1).reshape(-1, received.shape[-1])
+    held = collectives.of_device(running, axis_name).reshape(-1)
+    # The running sum takes part in the products as one vector more.
     products = _products([vectors], [jnp.concatenate([vectors, held[None]])])
     products = collectives.device_total(products, axis_name)
-    mask = jnp.repeat(collectives.agreed(complete, axis_name), n)
-    signs = _signs(products[:, :-1], products[:, -1], mask)
+    signs = _signs(products[:, :-1], products[:, -1], _each(complete, axis_name))
     held = held + jnp.matmul(signs, vectors, precision="highest")
-    ends = list(itertools.accumulate(widths))[:-1]
-    row = collectives.worker_index(axis_name) % axis.num_virtual
-    running = [
-        x.reshape(axis.num_virtual, -1)[row] for x in jnp.split(held, ends, axis=-1)
-    ]
-    mean = received[:, -1].astype(wide).sum(0) / (n * batch)
-    everywhere = collectives.device_gather(mean.astype(dtype), axis_name)
-    means = [
-        x.reshape(-1)[: b[0].size].reshape(b.shape[1:]).astype(b.dtype)
-        for x, b in zip(jnp.split(everywhere, ends, axis=-1), gradients, strict=True)
-    ]
-    own = signs.reshape(-1, n)[:, collectives.worker_index(axis_name)]
-    return own, running, means
+    worker = collectives.worker_index(axis_name)
+    running = held.reshape(axis.num_virtual, -1)[worker % axis.num_virtual]
+    mean = (received[:, -1].sum(0) / (n * batch)).astype(dtype)
+    mean = collectives.device_gather(mean, axis_name).reshape(-1)[:size]
+    own = signs.reshape(-1, n)[:, worker]
+    return own, running, parted(mean, [g[0] for g in gradients])

@@ -153,6 +153,7 @@ CASES = {
     "mlp": (models.MLP((16, 8), 10), (8, 8, 1)),
     "small_cnn_8": (models.CNN(10), (8, 8, 1)),
     "small_cnn_28": (models.CNN(10), (28, 28, 1)),
+    "lenet": (models.LeNet(10), (8, 8, 1)),
     "resnet20_group": (models.ResNet20(10, norm="group"), (32, 32, 3)),
     "resnet20_batch": (models.ResNet20(10, norm="batch"), (32, 32, 3)),
 }
@@ -301,6 +302,127 @@ def test_workers_train_small_cnn_under_vmap():
     assert (np.asarray(losses[-1]) < 0.5).all()
 
 
+def tokens(*shape: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 7, shape, np.int32)
+
+
+LSTM = models.LSTMLanguageModel(7, width=4)
+# 4 gates of 32 x 32 kernels from input and state, and a bias each, in two layers.
+LSTM_SIZE = 1000 * 32 + 2 * 4 * (2 * 32 * 32 + 32)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "output", "size"),
+    [
+        (models.LeNet(10), images(2, 8, 8, 1), (2, 10), 21_386),
+        (models.LeNet(10), images(2, 32, 32, 3), (2, 10), 136_886),
+        (models.Forecaster(), images(2, 20), (2, 6), 5_894),
+        (models.LSTMLanguageModel(1000), tokens(2, 5), (2, 5, 1000), LSTM_SIZE),
+        (models.LSTMLanguageModel(1000), tokens(5), (5, 1000), LSTM_SIZE),
+        (models.LSTMLanguageModel(7, 4, 1), tokens(3, 2, 5), (3, 2, 5, 7), 172),
+    ],
+)
+def test_sizes_and_shapes(model: nn.Module, x: np.ndarray, output, size: int):
+    with jax.enable_x64(True):
+        init = functools.partial(model.init_with_output, jax.random.key(0))
+        y, variables = jax.eval_shape(init, x)
+    assert y.shape == output
+    assert y.dtype == np.float32
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == size
+
+
+def test_lstm_equals_numpy():
+    model, x = LSTM, tokens(3, 5)
+    params = filled(init_shapes(model, x))["params"]
+    embedding = params["Embed_0"]["embedding"]
+    inputs = embedding[x]
+    for layer in range(2):
+        cell = params[f"OptimizedLSTMCell_{layer}"]
+        carry = hidden = np.zeros((3, 4))
+        outputs = []
+        for t in range(5):
+            i, f, g, o = (
+                inputs[:, t] @ cell[f"i{gate}"]["kernel"]
+                + hidden @ cell[f"h{gate}"]["kernel"]
+                + cell[f"h{gate}"]["bias"]
+                for gate in "ifgo"
+            )
+            i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+            carry = f * carry + i * np.tanh(g)
+            hidden = o * np.tanh(carry)
+            outputs.append(hidden)
+        inputs = np.stack(outputs, axis=1)
+    actual = jax.jit(model.apply)({"params": params}, x)
+    np.testing.assert_allclose(actual, inputs @ embedding.T, rtol=1e-4, atol=1e-6)
+
+
+def test_lstm_sees_no_later_token():
+    model, x = LSTM, tokens(6)
+    apply = jax.jit(functools.partial(model.apply, filled(init_shapes(model, x))))
+    logits = apply(x)
+    for t in range(6):
+        changed = apply(np.where(np.arange(6) == t, (x + 1) % 7, x))
+        np.testing.assert_array_equal(changed[:t], logits[:t])
+        assert (np.abs(changed - logits)[t:].max(1) > 1e-4).all()
+
+
+def test_lstm_output_is_tied_to_the_embedding():
+    model, x = LSTM, np.array([1, 2, 3], np.int32)
+    params = filled(init_shapes(model, x))
+    apply = jax.jit(model.apply)
+    logits = apply(params, x)
+    # Token 6 is not in x: its row acts on its own logit alone.
+    params["params"]["Embed_0"]["embedding"][6] *= 3
+    changed = apply(params, x)
+    np.testing.assert_array_equal(changed[:, :6], logits[:, :6])
+    np.testing.assert_allclose(changed[:, 6], 3 * logits[:, 6], rtol=1e-5)
+
+
+class FlaxLeNet(nn.Module):
+    """LeNet with Flax's convolution and pooling."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in (6, 16):
+            x = nn.relu(nn.Conv(width, (5, 5), padding="SAME")(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        return models.MLP((120, 84), 10)(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reference", "x"),
+    [
+        (models.LeNet(10), FlaxLeNet(), images(2, 3, 8, 9, 2)),
+        (models.Forecaster(), models.Forecaster(), images(2, 3, 20)),
+        (LSTM, LSTM, tokens(2, 3, 5)),
+    ],
+)
+def test_each_workers_loss_and_gradient_of_each_example(
+    model: nn.Module, reference: nn.Module, x: np.ndarray
+):
+    shapes = init_shapes(model, x[0])
+    workers = [filled(shapes, seed) for seed in (0, 1)]
+
+    def gradient(model: nn.Module, params: Any, x: jax.Array):
+        def loss(params: Any) -> jax.Array:
+            return (model.apply(params, x[None]) ** 2).mean()
+
+        return jax.value_and_grad(loss)(params)
+
+    of_all = jax.vmap(functools.partial(gradient, model), (None, 0))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *workers)
+    value, actual = jax.jit(jax.vmap(of_all))(stacked, x)
+    of_one = jax.jit(functools.partial(gradient, reference))
+    for w, params in enumerate(workers):
+        for i in range(3):
+            expected_value, expected = of_one(params, x[w, i])
+            np.testing.assert_allclose(value[w, i], expected_value, rtol=1e-5)
+            for a, b in zip(
+                jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+            ):
+                np.testing.assert_allclose(a[w, i], b, rtol=1e-4, atol=1e-6)
+
+
 # Registry
 
 
@@ -314,6 +436,7 @@ def test_registry_builds_every_model():
             functools.partial(model.init_with_output, jax.random.key(0)), x
         )
         assert logits.shape == (2, 7)
+    assert models.get_model("lenet", 7) == models.LeNet(7)
     assert models.get_model("resnet20_batch", 7) == models.ResNet20(7, norm="batch")
 
 
