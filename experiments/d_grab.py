@@ -112,10 +112,11 @@ def _train(
                         order, task, m, rates, seeds, lambda: bar.advance(line)
                     )
 
-                rate = task.rates[0]
+                best = 0
                 if len(task.rates) > 1:
-                    final = train(task.rates, (0,))[..., 0, -1]
-                    rate = task.rates[int(np.nanargmin(final))]
+                    final = train(task.rates, (0,)).reshape(len(task.rates), -1)[:, -1]
+                    best = int(np.nanargmin(final))
+                rate = task.rates[best]
                 key = task.name, m, name
                 rates[key], found[key] = rate, train((rate,), seeds)[0]
                 bar.remove_task(line)

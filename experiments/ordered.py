@@ -103,11 +103,11 @@ def train(
             return lax.scan(step, state, length=-(-each // BATCH))[0]
 
         # Workers have one model, and each its own order.
-        shared = (None, None, 0)
-        everyone = jax.vmap(worker, (*shared, 0), shared, axis_name="workers")
+        mapped = jax.vmap(worker, (None, None, 0, 0), axis_name="workers")
         params, momentum, orders = state
-        state = everyone(params, momentum, orders, parts)
-        return state, measure(state[0], x, y)
+        *shared, orders = mapped(params, momentum, orders, parts)
+        params, momentum = jax.tree.map(lambda x: x[0], shared)
+        return (params, momentum, orders), measure(params, x, y)
 
     def measure(params, x, y):
         # In parts, for the memory.

@@ -20,10 +20,18 @@ def updated(tx, shape=(4, 3), workers=2):
 X = jnp.zeros(3)
 STATE = dj.grab(3).init(X)
 ROWS = {
-    "no examples": (lambda: dj.grab(0), "ValueError: num_examples | 0 | >= 1"),
+    "no examples": (lambda: dj.grab(0), "ValueError: num_examples | 0 | >= 2"),
     "half an example": (
         lambda: dj.pair_balance(2.5),
-        "TypeError: num_examples | 2.5 | >= 1",
+        "TypeError: num_examples | 2.5 | >= 2",
+    ),
+    "one example": (
+        lambda: dj.random_reshuffling(1),
+        "ValueError: num_examples | 1 | >= 2",
+    ),
+    "no sketch": (
+        lambda: dj.d_grab(8, 2, sketch=0),
+        "ValueError: sketch | 0 | >= 1",
     ),
     "no workers": (lambda: dj.d_grab(8, 0), "ValueError: num_workers | 0 | >= 1"),
     "other workers": (

@@ -13,6 +13,7 @@ from jax import lax
 
 import decentral_jax as dj
 from decentral_jax import collectives
+from decentral_jax.transforms.balancing import sketched
 from tests.layouts import LAYOUTS
 from tests.reference import ordering
 
@@ -117,21 +118,22 @@ def test_orders_equal_the_server(name, layout, workers, batch, examples, x64):
 
 @hypothesis.settings(max_examples=12, deadline=None)
 @hypothesis.given(
-    examples=st.integers(1, 9),
+    examples=st.integers(2, 9),
     workers=st.integers(1, 4),
     batch=st.integers(1, 10),
-    name=st.sampled_from([*METHODS, "random"]),
+    name=st.sampled_from([*METHODS, "random", "sketch"]),
 )
 def test_orders_are_permutations_always(examples, workers, batch, name):
     """Whatever does not divide what, and also of gradients that are not finite."""
-    if name == "random":
-        tx = dj.random_reshuffling(examples)
-    else:
-        odd = name.replace(", odd", "")
-        odd = f"{odd}, odd" if f"{odd}, odd" in METHODS else odd
-        if odd == "independent pairs":
-            odd = "pair_balance, odd"
-        tx = METHODS[odd][0](examples, workers)
+    odd = {
+        "random": lambda: dj.random_reshuffling(examples),
+        "sketch": lambda: dj.d_grab(examples, workers, True, sketch=3),
+        "d_grab, gathered": lambda: dj.d_grab(examples, workers, True, gathered=True),
+        "pair_balance": lambda: dj.pair_balance(examples, True),
+        "independent pairs": lambda: dj.independent_grab(examples, "pair", True),
+        "d_grab": lambda: dj.d_grab(examples, workers, True),
+    }
+    tx = odd[name]() if name in odd else METHODS[name][0](examples, workers)
     vectors = np.moveaxis(gradients(3, workers, examples), 1, 0).astype(np.float32)
     vectors[0, 1] = np.nan
     found = LAYOUTS["vmap"](orders(tx, batch, examples), workers)(jnp.asarray(vectors))
@@ -177,7 +179,7 @@ def test_the_others_pass_on_the_workers_own_mean(name):
 
 
 def test_d_grab_sends_slices():
-    """(P + 2) b (n - 1) / n and products; one all-to-all; state of b / n."""
+    """(P + 2) b (n - 1) / n and the products; state of b / n."""
     n, batch = 8, 4
     params = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(40)}
     tx = dj.d_grab(12, n)
@@ -187,13 +189,59 @@ def test_d_grab_sends_slices():
     sent = {c.kind: (c.count, c.bytes_sent) for c in cost.collectives}
     share = 4 * 640 * (n - 1) / n
     pairs = batch // 2
-    assert sent["all-to-all"] == (1, (pairs + 1) * share)
-    assert sent["all-gather"] == (1, share)
     products = (pairs * n) * (pairs * n + 1)
-    assert sent["all-reduce"] == (1, pytest.approx(2 * 4 * products * (n - 1) / n))
-    assert len(sent) == 3
+    assert sent["all-to-all"] == (1, pairs * share)
+    # The mean gradient's and the products'.
+    both = 2 * share + 2 * 4 * products * (n - 1) / n
+    assert sent["all-reduce"] == (2, pytest.approx(both))
+    assert len(sent) == 2
     assert state.balance.running.size == 640 / n
     assert not state.balance.pending
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"), [({"sketch": 16}, 16), ({"gathered": True}, 640)]
+)
+def test_everyone_gets_sketches_or_all_differences(options, kept):
+    n, pairs = 8, 2
+    params = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(40)}
+    tx = dj.d_grab(12, n, **options)
+    grads = {k: jnp.zeros((2 * pairs, *x.shape)) for k, x in params.items()}
+    state = tx.init(params)
+    cost = dj.communication_cost(tx.update, grads, state, axis_sizes={"workers": n})
+    sent = {c.kind: (c.count, c.bytes_sent) for c in cost.collectives}
+    assert sent["all-gather"] == (1, 4 * kept * pairs * (n - 1))
+    assert sent["all-reduce"] == (1, pytest.approx(2 * 4 * 640 * (n - 1) / n))
+    assert len(sent) == 2
+    assert state.balance.running.shape == (kept,)
+
+
+@pytest.mark.parametrize("layout", ["shard_map", "folded_4"])
+def test_sketched_orders_are_the_same_in_every_layout(layout, x64):
+    vectors = jnp.asarray(np.moveaxis(gradients(3, 8, 10), 1, 0))
+    run = orders(dj.d_grab(10, 8, sketch=4), 2, 10)
+    found, expected = (LAYOUTS[name](run, 8)(vectors) for name in (layout, "vmap"))
+    np.testing.assert_array_equal(found, expected)
+    whole = LAYOUTS["vmap"](orders(dj.d_grab(10, 8), 2, 10), 8)(vectors)
+    assert not np.array_equal(expected, whole)
+
+
+def test_a_sketch_keeps_inner_products_on_average():
+    """Its error falls like one over the square root of k, and it has no bias."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 400, 1, 1000)).astype(np.float32)
+    y += x
+    exact = (x * y).sum((1, 2))
+
+    def error(k):
+        sketch = [sketched([jnp.asarray(z[:, 0])], k) for z in (x, y)]
+        return np.asarray((sketch[0] * sketch[1]).sum(-1)) - exact
+
+    for k in (10, 100, 250):
+        found = error(k)
+        assert abs(found.mean()) < 4 * found.std() / np.sqrt(len(found)), k
+        # Products of 1,000 pairs of normal entries, folded to k.
+        assert 0.7 < found.std() / (1000 * np.sqrt(3 / k)) < 1.4, k
 
 
 def test_next_examples_through_a_chain():

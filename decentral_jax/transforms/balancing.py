@@ -226,13 +226,13 @@ def balance_gathered(
     Every worker has the whole running sum.
     """
     n = collectives.bound_axis(axis_name).size
-    rows = [x[:, 0] - x[:, 1] for x in flat(pairs)]
-    if sketch is None:
-        rows = joined(rows, running.dtype)
-    else:
-        rows = sketched([x.astype(running.dtype) for x in rows], sketch)
+    rows = flat(pairs)
+    if sketch is not None:
+        # Of the gradients as they are: their differences need not be written then.
+        rows = [sketched([x.astype(running.dtype) for x in rows], sketch)]
+    vectors = joined([_differences(x, 1) for x in rows], running.dtype)
     signs, running = balance(
-        [collectives.gather(rows, axis_name)],
+        [collectives.gather(vectors, axis_name)],
         running,
         _each(complete, axis_name),
         axis_name,
@@ -245,10 +245,9 @@ def balance_gathered(
 def sketched(leaves: list, k: int) -> jax.Array:
     r"""A random projection to k entries that keeps inner products on average.
 
-    A vector is cut into rows of k entries, and their sum taken with random signs
-    :math:`a`, the same ones always and everywhere:
-    :math:`E \langle \sum_i a_i x_i, \sum_j a_j y_j \rangle =
-    \sum_i \langle x_i, y_i \rangle`.
+    A vector is cut into k pieces, and each is summed with the same random signs
+    :math:`a`: :math:`E \langle S x, S y \rangle = \sum_{i,j} E[a_i a_j]
+    \sum_p x_{p i} y_{p j} = \langle x, y \rangle`.
 
     Args:
       leaves: Vectors' leaves, `[..., size]`.
@@ -259,12 +258,12 @@ def sketched(leaves: list, k: int) -> jax.Array:
     """
     parts = []
     for number, x in enumerate(leaves):
-        rows = -(-x.shape[-1] // k)
-        padding = [(0, 0)] * (x.ndim - 1) + [(0, rows * k - x.shape[-1])]
-        x = jnp.pad(x, padding).reshape(*x.shape[:-1], rows, k)
+        length = -(-x.shape[-1] // k)
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, k * length - x.shape[-1])]
+        pieces = jnp.pad(x, padding).reshape(*x.shape[:-1], k, length)
         key = jax.random.fold_in(jax.random.key(0), number)
-        signs = jax.random.rademacher(key, (rows,), x.dtype)
-        parts.append(jnp.einsum("r,...rk->...k", signs, x, precision="highest"))
+        signs = jax.random.rademacher(key, (length,), x.dtype)
+        parts.append(jnp.matmul(pieces, signs, precision="highest"))
     first, *others = parts
     return functools.reduce(jnp.add, others, first)
 
@@ -278,33 +277,29 @@ def balance_apart(
 ) -> tuple[jax.Array, jax.Array, list]:
     """The same where workers are on several devices, each with a slice of all vectors.
 
-    A worker sends its differences and the sum of its gradients, sliced; and receives,
-    beside the slices, the mean's other parts.
+    Vectors lie in memory by worker, and are taken in sequence by pair: only the small
+    matrix of their products is put in order.
     """
     axis = collectives.bound_axis(axis_name)
-    n, batch = axis.size, gradients[0].shape[0]
-    dtype = max((g.dtype for g in gradients), key=lambda dtype: dtype.itemsize)
-    sums = [g.sum(0).reshape(1, -1).astype(g.dtype) for g in gradients]
-    rows = [
-        jnp.concatenate([x[:, 0] - x[:, 1], total.astype(x.dtype)])
-        for x, total in zip(flat(pairs), sums, strict=True)
-    ]
-    rows = joined(rows, dtype)
-    size = rows.shape[-1]
-    rows = jnp.pad(rows, ((0, 0), (0, n * running.size - size)))
-    sent = jnp.moveaxis(rows.reshape(len(rows), axis.num_devices, -1), 1, 0)
-    received = collectives.to_devices(sent, axis_name)  # [n, P + 1, width]
-    received = received.astype(running.dtype)
-    vectors = received[:, :-1].swapaxes(0, 1).reshape(-1, received.shape[-1])
+    n, count, worker = axis.size, len(complete), collectives.worker_index(axis_name)
+    dtype = max((x.dtype for x in pairs), key=lambda dtype: dtype.itemsize)
+
+    def sliced(i):
+        x = joined([(x[i, 0] - x[i, 1]).reshape(-1) for x in pairs], dtype)
+        x = jnp.pad(x, (0, n * running.size - x.size))
+        return x.reshape(axis.num_devices, -1)
+
+    sent = jnp.stack([sliced(i) for i in range(count)], 1)
+    received = collectives.to_devices(sent, axis_name)  # [n, P, width]
+    vectors = received.reshape(n * count, -1).astype(running.dtype)
     held = collectives.of_device(running, axis_name).reshape(-1)
     # The running sum takes part in the products as one vector more.
     products = _products([vectors], [jnp.concatenate([vectors, held[None]])])
     products = collectives.device_total(products, axis_name)
-    signs = _signs(products[:, :-1], products[:, -1], _each(complete, axis_name))
-    held = held + jnp.matmul(signs, vectors, precision="highest")
-    worker = collectives.worker_index(axis_name)
+    sequence = jnp.arange(n * count, dtype=jnp.int32).reshape(n, count).T.reshape(-1)
+    gram = products[sequence][:, sequence]
+    start = products[sequence, -1]
+    signs = _signs(gram, start, _each(complete, axis_name)).reshape(count, n)
+    held = held + jnp.matmul(signs.T.reshape(-1), vectors, precision="highest")
     running = held.reshape(axis.num_virtual, -1)[worker % axis.num_virtual]
-    mean = (received[:, -1].sum(0) / (n * batch)).astype(dtype)
-    mean = collectives.device_gather(mean, axis_name).reshape(-1)[:size]
-    own = signs.reshape(-1, n)[:, worker]
-    return own, running, parted(mean, [g[0] for g in gradients])
+    return signs[:, worker], running, average(mean_of(gradients), axis_name)

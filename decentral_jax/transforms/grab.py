@@ -56,13 +56,13 @@ def grab(
       parameters.
 
     Raises:
-      ValueError: If `num_examples` is below 1, or gradients lack the leading axis.
+      ValueError: If `num_examples` is below 2, or gradients lack the leading axis.
 
     References:
       Lu, Guo & De Sa, "GraB: Finding Provably Better Data Permutations than Random
       Reshuffling", NeurIPS 2022, Algorithm 4.
     """
-    n = check_int("num_examples", num_examples, minimum=1)
+    n = check_int("num_examples", num_examples, minimum=2)
 
     def start(leaves):
         zeros = zeros_like_wide(leaves)
@@ -129,14 +129,14 @@ def pair_balance(
       parameters, two with `odd_batches`.
 
     Raises:
-      ValueError: If `num_examples` is below 1, gradients lack the leading axis, or a
+      ValueError: If `num_examples` is below 2, gradients lack the leading axis, or a
         batch is odd without `odd_batches`.
 
     References:
       Cooper et al., "Coordinating Distributed Example Orders for Provably Accelerated
       Training", NeurIPS 2023, Algorithm 2 (PairBalance).
     """
-    n = check_int("num_examples", num_examples, minimum=1)
+    n = check_int("num_examples", num_examples, minimum=2)
 
     def start(leaves):
         pending = zeros_like_wide(leaves) if odd_batches else []
@@ -200,8 +200,8 @@ def d_grab(
       num_workers: Workers :math:`n`.
       odd_batches: As in `pair_balance`.
       sketch: Balance random projections of the differences to so many entries :math:`k`
-        instead of the differences: each is cut into rows of :math:`k` entries, summed
-        with random signs. Inner products are kept on average only, so the orders are
+        instead of the differences: each is cut into :math:`k` pieces, summed with
+        random signs. Inner products are kept on average only, so the orders are
         others; worth it for large models, where little travels then.
       gathered: Whether every worker gets all differences and balances them by itself,
         the plain form, for comparison. Orders are the same.
@@ -218,14 +218,15 @@ def d_grab(
       - gathered sends :math:`2 b (n - 1) / n + b P (n - 1)` and keeps :math:`b`.
 
     Raises:
-      ValueError: If a number is below 1, the axis has another size, gradients lack the
-        leading axis, or a batch is odd without `odd_batches`.
+      ValueError: If `num_examples` is below 2, another number below 1, the axis has
+        another size, gradients lack the leading axis, or a batch is odd without
+        `odd_batches`.
 
     References:
       Cooper et al., "Coordinating Distributed Example Orders for Provably Accelerated
       Training", NeurIPS 2023, Algorithm 3 (CD-GraB).
     """
-    examples = check_int("num_examples", num_examples, minimum=1)
+    examples = check_int("num_examples", num_examples, minimum=2)
     n = check_int("num_workers", num_workers, minimum=1)
     if sketch is not None:
         sketch = check_int("sketch", sketch, minimum=1)

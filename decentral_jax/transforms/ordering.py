@@ -106,7 +106,7 @@ def ordering(
       axis_name: The worker axis.
       shuffle: From an epoch's number to its order, instead of the one placed.
     """
-    n = check_int("num_examples", num_examples, minimum=1)
+    n = check_int("num_examples", num_examples, minimum=2)
     check_axis_name(axis_name)
 
     def init_fn(params):
@@ -176,7 +176,7 @@ def random_reshuffling(
       axis of examples and passes on this worker's mean.
 
     Raises:
-      ValueError: If `num_examples` is below 1, or gradients lack the leading axis.
+      ValueError: If `num_examples` is below 2, or gradients lack the leading axis.
     """
     seed = check_int("seed", seed, minimum=0)
 
