@@ -3,9 +3,10 @@
 Write the training step for one worker, name the axis, run it under any map.
 """
 
-from decentral_jax import compression, topology
+from decentral_jax import compression, topology, traces
 from decentral_jax.algorithms import (
     all_reduce_sgd,
+    apam,
     choco_sgd,
     cser,
     d2,
@@ -40,6 +41,12 @@ from decentral_jax.mixing import (
     average_every,
     mix,
 )
+from decentral_jax.transforms.amsgrad import amsgrad, project
+from decentral_jax.transforms.asynchronous import (
+    asynchronous,
+    delay_gradients,
+    scale_by_staleness,
+)
 from decentral_jax.transforms.averaging import average_gradients, average_parameters
 from decentral_jax.transforms.compressed_gossip import compressed_gossip
 from decentral_jax.transforms.error_feedback import error_feedback
@@ -68,6 +75,9 @@ __all__ = [
     "accelerated_mix",
     "accelerated_tracking",
     "all_reduce_sgd",
+    "amsgrad",
+    "apam",
+    "asynchronous",
     "average",
     "average_by_factors",
     "average_every",
@@ -85,6 +95,7 @@ __all__ = [
     "def_a_sgd",
     "def_sgd",
     "defacto",
+    "delay_gradients",
     "detag",
     "diloco",
     "dsgt",
@@ -107,14 +118,17 @@ __all__ = [
     "operating_rates",
     "pair_balance",
     "powersgd",
+    "project",
     "push_sum",
     "qg_dsgdm",
     "quasi_global_momentum",
     "random_reshuffling",
+    "scale_by_staleness",
     "sgd_ia",
     "sgp",
     "slowmo",
     "topology",
+    "traces",
     "track_gradients",
     "worker_index",
 ]

@@ -14,7 +14,14 @@ import optax
 import decentral_jax as dj
 from tests.dense_compressors import dense
 from tests.layouts import Shape
-from tests.reference import averaging, compression, gossip, local_updates, tracking
+from tests.reference import (
+    asynchronous,
+    averaging,
+    compression,
+    gossip,
+    local_updates,
+    tracking,
+)
 
 RING = dj.topology.ring(8)
 LAZY = RING.lazy(0.75)
@@ -327,6 +334,28 @@ def _qg(topology, momentum, factor):
     )
 
 
+# Trajectories begin in the middle of this trace's start-up, and some tests run long.
+SPEEDS = dj.traces.from_speeds([1, 1, 1.5, 2, 2, 3, 1, 4], 5000, jitter=0.2)
+
+
+def _apam(trace, **options):
+    def reference(g, x, lr, steps):
+        ticks = trace.workers[:steps], trace.staleness[:steps]
+        path = asynchronous.replay(
+            x, lambda w, x, k: g(k, w, x), *ticks, asynchronous.amsgrad(lr, **options)
+        )
+        return asynchronous.held(path, trace.workers, trace.staleness, 8)
+
+    return _algorithm(
+        dj.apam,
+        reference,
+        static=tuple(options),
+        finds_optimum=False,
+        trace=trace,
+        **options,
+    )
+
+
 CTA, ATC = "combine_then_adapt", "adapt_then_combine"
 
 ALGORITHMS = {
@@ -410,6 +439,8 @@ ALGORITHMS = {
     "hl_sgd_uneven": _hl(UNEVEN.reshape(2, 4)),
     "sgp": _sgp(PUSH, None),
     "sgp_one_peer": _sgp(ONE_PEER, 0.5),
+    "apam": _apam(SPEEDS, b2=0.99),
+    "apam_delayed": _apam(dj.traces.uniform_delay(9, 5000, 8), weight_decay=0.1),
     "qg_dsgdm": _qg(RING, 0.9, None),
     "qg_dsgdm_schedule": _qg(SCHEDULE, 0.6, 0.3),
 }
@@ -422,6 +453,7 @@ VARIANTS = (
     "choco_sgd_quantize",
     "diloco_fragments",
     "hl_sgd_uneven",
+    "apam_delayed",
     "qg_dsgdm_schedule",
 )
 ALGORITHMS |= {name: ALGORITHMS[name]._replace(variant=True) for name in VARIANTS}

@@ -15,7 +15,13 @@ import optax
 import pytest
 
 import decentral_jax as dj
-from tests import bad_compression, bad_local_updates, bad_ordering, bad_topologies
+from tests import (
+    bad_asynchronous,
+    bad_compression,
+    bad_local_updates,
+    bad_ordering,
+    bad_topologies,
+)
 from tests.bad_topologies import HALVES, ONE_PEER, RING
 from tests.layouts import compilations
 
@@ -337,7 +343,8 @@ WORKERS = {
 def table():
     """All rows: (id, call, what the message must match)."""
     yield from bad_topologies.rows()
-    for rows in (bad_compression.ROWS, bad_local_updates.ROWS, bad_ordering.ROWS):
+    others = bad_compression, bad_local_updates, bad_ordering, bad_asynchronous
+    for rows in (module.ROWS for module in others):
         yield from ((name, *row) for name, row in rows.items())
     for group in (MIXING, ALGORITHMS, WORKERS):
         yield from ((name, *row) for name, row in group.items())

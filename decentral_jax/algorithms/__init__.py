@@ -4,6 +4,7 @@ Each takes a learning rate for plain SGD, or `learning_rate=None` and as `base` 
 optax optimizer in SGD's place. The equations stand at the transformations chained.
 """
 
+from decentral_jax.algorithms.asynchronous import apam
 from decentral_jax.algorithms.compressed import (
     choco_sgd,
     cser,
@@ -33,6 +34,7 @@ from decentral_jax.algorithms.local_updates import (
 
 __all__ = [
     "all_reduce_sgd",
+    "apam",
     "choco_sgd",
     "cser",
     "d2",

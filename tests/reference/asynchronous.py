@@ -8,6 +8,8 @@ with a state of its own: (x, g, divisor=1) -> next x, its step size being divide
 
 import numpy as np
 
+from .basics import rate
+
 
 def arrivals_from_speeds(seconds, num_ticks):
     """Whose gradient reaches the master at each tick, and how stale it is.
@@ -81,6 +83,27 @@ def replay(
             divisor = max(1, tau) if staleness_aware else 1
             iterates.append(step(iterates[k], g, divisor))
     return np.array(iterates)
+
+
+def held(iterates, workers, staleness, num_workers):
+    """What each worker holds when x_0, x_1, ... are there, like these: [., n, d].
+
+    After its gradient of tick k a worker waits until the iterate of its next one is
+    there, x_{k' - tau'}, or takes it at once if it was there before. If there is no
+    next one, it takes x_{k+1}.
+    """
+    num_ticks = len(workers)
+    result = np.empty((len(iterates), num_workers, iterates.shape[1]))
+    for worker in range(num_workers):
+        index = 0
+        for t in range(len(iterates)):
+            later = [k for k in range(t, num_ticks) if workers[k] == worker]
+            if later and later[0] - staleness[later[0]] <= t:
+                index = later[0] - staleness[later[0]]
+            if not later and worker in workers:
+                index = max(k for k in range(num_ticks) if workers[k] == worker) + 1
+            result[t, worker] = iterates[index]
+    return result
 
 
 def delayed(x0, gradient, delays, optimizer):
@@ -207,7 +230,7 @@ def amsgrad(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, projection=None):
     the divisor.
 
     Args:
-      lr: step size.
+      lr: step size, or a schedule of the steps taken before.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root.
@@ -226,7 +249,7 @@ def amsgrad(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, projection=None):
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * g**2
             v_max = np.maximum(v_max, v)
-            alpha = lr * np.sqrt(1 - b2**k) / (1 - b1**k)
+            alpha = rate(lr, k - 1) * np.sqrt(1 - b2**k) / (1 - b1**k)
             x = x - alpha / divisor * m / (np.sqrt(v_max) + eps)
             return x if projection is None else projection(x)
 

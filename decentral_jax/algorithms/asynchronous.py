@@ -1,0 +1,47 @@
+"""Asynchronous training by its papers' names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from decentral_jax.algorithms.base import Optimizer
+from decentral_jax.collectives import AxisName
+from decentral_jax.traces import Trace
+from decentral_jax.transforms.amsgrad import amsgrad
+from decentral_jax.transforms.asynchronous import asynchronous
+
+
+def apam(
+    learning_rate: optax.ScalarOrSchedule,
+    trace: Trace,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | None = None,
+    projection: Callable[[Any], Any] | None = None,
+    axis_name: AxisName = "workers",
+) -> Optimizer:
+    """APAM: AMSGrad by a master whose workers send stale gradients.
+
+    See `dj.asynchronous` for the master and `dj.amsgrad` for its step.
+
+    Args:
+      learning_rate: A number or schedule of the master's ticks.
+      trace: Who arrives when, how stale; see `dj.traces`.
+      b1: As in `dj.amsgrad`.
+      b2: As in `dj.amsgrad`.
+      eps: As in `dj.amsgrad`.
+      weight_decay: As in `dj.amsgrad`.
+      projection: As in `dj.amsgrad`.
+      axis_name: The worker axis.
+
+    Returns:
+      The transformation.
+
+    References:
+      Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient
+      methods", Math. Prog. Comp. 2023, Algorithm 1.
+    """
+    inner = amsgrad(learning_rate, b1, b2, eps, weight_decay, projection)
+    return asynchronous(inner, trace, axis_name)

@@ -1,0 +1,127 @@
+"""AMSGrad with projections: what APAM's master runs, and its synchronous baseline."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from decentral_jax.validation import check_interval, check_learning_rate, require_params
+
+
+class ScaleByAmsgradState(NamedTuple):
+    """State of `amsgrad`."""
+
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
+    mean: optax.Updates  # like params: m
+    square: optax.Updates  # like params: v
+    largest: optax.Updates  # like params: the largest v so far
+
+
+def amsgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | None = None,
+    projection: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AMSGrad as APAM's master runs it; without workers, too.
+
+    .. math::
+       m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
+       v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \qquad
+       \hat v \leftarrow \max(\hat v, v), \\
+       x &\leftarrow P\Bigl(x - \gamma \frac{\sqrt{1 - \beta_2^k}}{1 - \beta_1^k}
+       \frac{m}{\sqrt{\hat v} + \epsilon}\Bigr), \qquad k = 1, 2, \dots
+
+    It differs from `optax.amsgrad` in two ways: the largest :math:`v` is taken before
+    its bias is corrected, and :math:`\epsilon` is added before.
+
+    Args:
+      learning_rate: :math:`\gamma`, a number or schedule.
+      b1: :math:`\beta_1`, in [0, 1).
+      b2: :math:`\beta_2`, in [0, 1).
+      eps: :math:`\epsilon`, at least 0.
+      weight_decay: Times the parameters, added to the gradient; at least 0.
+      projection: :math:`P`, from parameters to the nearest ones allowed, such as
+        `functools.partial(optax.projections.projection_box, lower=-1, upper=1)`; boxes,
+        balls and simplices are in `optax.projections`.
+
+    Returns:
+      The transformation; it keeps three copies of the parameters.
+
+    Raises:
+      ValueError: If a number is out of range, or `update` gets no `params` where they
+        are decayed or projected.
+
+    References:
+      Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient
+      methods", Math. Prog. Comp. 2023, (3) to (6).
+    """
+    check_learning_rate(learning_rate)
+    check_interval("b1", b1, 0.0, 1.0, closed="left")
+    check_interval("b2", b2, 0.0, 1.0, closed="left")
+    check_interval("eps", eps, 0.0, float("inf"))
+    parts = [
+        _scale_by_amsgrad(b1, b2, eps),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if weight_decay is not None:
+        check_interval("weight_decay", weight_decay, 0.0, float("inf"))
+        parts.insert(0, optax.add_decayed_weights(weight_decay))
+    if projection is not None:
+        parts.append(project(projection))
+    return optax.chain(*parts)
+
+
+def _scale_by_amsgrad(
+    b1: float, b2: float, eps: float
+) -> optax.GradientTransformationExtraArgs:
+    def init_fn(params):
+        zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(3)]
+        return ScaleByAmsgradState(jnp.zeros([], jnp.int32), *zeros)
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del params, extra_args
+        count = optax.safe_increment(jnp.asarray(state.count))
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
+        square = jax.tree.map(
+            lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates
+        )
+        largest = jax.tree.map(jnp.maximum, state.largest, square)
+        steps = jnp.asarray(count, jnp.result_type(float))
+        factor = jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
+
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            return factor.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
+
+        updates = jax.tree.map(direction, mean, largest)
+        return updates, ScaleByAmsgradState(count, mean, square, largest)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def project(projection: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+    """Keeps parameters in a set: an update ends at the projection of where it led.
+
+    Args:
+      projection: From parameters to the nearest allowed ones, see `optax.projections`.
+
+    Returns:
+      The transformation; place it last in a chain.
+
+    Raises:
+      ValueError: If `update` gets no `params`.
+    """
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "project")
+        ends = projection(optax.apply_updates(params, updates))
+        return jax.tree.map(jnp.subtract, ends, params), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update_fn
+    )
