@@ -1,6 +1,7 @@
 """Replayed asynchronous training equals a plain master with its list of iterates."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax import collectives
+from decentral_jax import collectives, engine
 from tests.layouts import LAYOUTS
 from tests.reference import asynchronous
 
@@ -270,3 +271,42 @@ class TestTraces:
             dj.traces.load(tmp_path / "x")
         with pytest.raises(FileNotFoundError):
             dj.traces.load(tmp_path / "y")
+
+
+def test_a_recorded_run_is_replayed(x64):
+    """The trace of real threads gives their parameters again, to rounding."""
+    n, ticks = 3, 60
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(n, ticks + n, D))
+
+    def gradient(params, batch):
+        return params - batch + jnp.sin(3 * params)
+
+    def batches(worker):
+        for row in data[worker]:
+            time.sleep(0.001 * (1 + worker) * rng.uniform(0.5, 1.5))
+            yield row
+
+    inner = dj.amsgrad(0.1, b2=0.9)
+    run = engine.run(gradient, jnp.asarray(START), batches, inner, ticks, num_workers=n)
+    assert run.trace is not None
+    assert run.staleness_counts[1:].sum() > 0
+    tx = dj.asynchronous(inner, run.trace)
+    # What each worker's iterator gave for the tick; the others' do not matter.
+    given = np.zeros((n, ticks, D))
+    everyone = np.arange(ticks)
+    given[run.trace.workers, everyone] = data[run.trace.workers, run.batch_indices]
+
+    def worker(rows):
+        params = jnp.asarray(START)
+
+        def tick(carry, row):
+            params, state = carry
+            updates, state = tx.update(gradient(params, row), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = lax.scan(tick, (params, tx.init(params)), rows)
+        return dj.eval_params(state, params)
+
+    found = jax.jit(jax.vmap(worker, axis_name="workers"))(jnp.asarray(given))
+    np.testing.assert_allclose(found[0], run.params, rtol=0, atol=1e-10)

@@ -1,0 +1,229 @@
+"""The master: takes gradients as they arrive, and sends parameters back."""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from decentral_jax.engine.programs import step_of
+from decentral_jax.engine.worker import Backend, Ended, Failed, Gradient, Ready
+from decentral_jax.traces import Trace
+
+logger = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """What came of a run of K gradients."""
+
+    params: Any  # as the master has them at last
+    opt_state: optax.OptState
+    trace: Trace | None  # arrivals, for `dj.asynchronous`; None if synchronous
+    batch_indices: np.ndarray  # shape=[K]: batches the worker had drawn before this one
+    staleness_counts: np.ndarray  # shape=[largest + 1]: gradients of each staleness
+    refused: int  # gradients that were not finite
+    replaced: list[tuple[int, int]]  # workers that failed, and the tick
+    seconds: float  # without compilation and each worker's first batch
+    gradients_per_second: float
+    master_seconds: float  # of them applying gradients
+
+
+class Options(NamedTuple):
+    """The arguments of `run` that only the master reads."""
+
+    num_gradients: int
+    num_workers: int
+    synchronous: bool
+    max_staleness: float  # infinite if unbounded
+    timeout: float
+    max_failures: int
+    max_refused: int
+    on_progress: Callable[[int, int], Any] | None
+
+
+class Master:
+    """The parameters, and what the master knows of the workers.
+
+    Args:
+      params: On the master's device.
+      optimizer: Of one gradient at a time.
+      workers: The workers, of any kind.
+      options: Checked.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        workers: Backend,
+        options: Options,
+    ):
+        self._params = params
+        self._state = jax.jit(optimizer.init)(params)
+        self._step = step_of(optimizer, params, self._state)
+        self._workers = workers
+        self._options = options
+        self._alive = set(range(options.num_workers))
+        self._given: dict[int, int] = {}  # updates in the parameters a worker has
+        self._arrived: dict[int, Gradient] = {}  # not applied yet, oldest first
+        self._updates = 0
+        self._applied: list[tuple[int, int, int]] = []  # worker, staleness, batch
+        self._replaced: list[tuple[int, int]] = []
+        self._refused = self._refused_in_row = 0
+
+    def prepare(self, check: Callable[[int, Any], None]) -> None:
+        """Starts the workers and compiles, all that is not to be timed.
+
+        Args:
+          check: Checks the gradient of a worker and the shapes of its first batch.
+        """
+        for worker in sorted(self._alive):
+            self._workers.start(worker)
+        starting = set(self._alive)
+        while starting:
+            match self._receive(starting):
+                case Ready(worker, batch):
+                    check(worker, batch)
+                    self._workers.prepare(worker, self._params, batch)
+                    starting.discard(worker)
+                case Ended(worker):
+                    raise ValueError(
+                        f"batches({worker}) must have at least one batch for worker "
+                        f"{worker}, got none."
+                    )
+                case Failed(worker, error):
+                    self._replace(worker, error)
+        options = self._options
+        self._step(options.num_workers if options.synchronous else 1)
+
+    def train(self) -> Run:
+        """Applies the gradients, and times it."""
+        options = self._options
+        master_seconds = 0.0
+        start = time.perf_counter()
+        for worker in sorted(self._alive):
+            self._send(worker)
+        while len(self._applied) < options.num_gradients:
+            if due := self._due():
+                before = time.perf_counter()
+                self._apply(due)
+                master_seconds += time.perf_counter() - before
+                if options.on_progress is not None:
+                    options.on_progress(len(self._applied), options.num_gradients)
+            else:
+                self._take(self._receive(self._alive - set(self._arrived)))
+        seconds = time.perf_counter() - start
+        workers, staleness, batches = np.array(self._applied).T
+        trace = Trace(workers, staleness, options.num_workers)
+        return Run(
+            params=self._params,
+            opt_state=self._state,
+            trace=None if options.synchronous else trace,
+            batch_indices=batches,
+            staleness_counts=np.bincount(staleness),
+            refused=self._refused,
+            replaced=self._replaced,
+            seconds=seconds,
+            gradients_per_second=options.num_gradients / seconds,
+            master_seconds=master_seconds,
+        )
+
+    def _due(self) -> list[int]:
+        """The workers whose gradients are to be applied now, if any."""
+        if self._options.synchronous:
+            left = self._options.num_gradients - len(self._applied)
+            count = min(len(self._alive), left)
+            enough = len(self._arrived) >= count
+            return sorted(self._arrived)[:count] if enough else []
+        bound = self._options.max_staleness
+        for worker in self._arrived:
+            # Each of the others can still be applied within the bound, one a tick.
+            others = sorted(self._given[v] for v in self._given if v != worker)
+            ticks = range(self._updates + 1, self._updates + 1 + len(others))
+            if all(k - x <= bound for k, x in zip(ticks, others, strict=True)):
+                return [worker]
+        return []
+
+    def _apply(self, due: list[int]) -> None:
+        """One step with the mean of the gradients, and new parameters for them."""
+        gradients = [self._arrived.pop(worker) for worker in due]
+        step = self._step(len(due))
+        values = [gradient.value for gradient in gradients]
+        self._params, self._state = step(self._params, self._state, values)
+        for gradient in gradients:
+            staleness = self._updates - self._given.pop(gradient.worker)
+            self._applied.append((gradient.worker, staleness, gradient.batch_index))
+        self._updates += 1
+        self._refused_in_row = 0
+        if len(self._applied) < self._options.num_gradients:
+            for worker in due:
+                self._send(worker)
+        jax.block_until_ready((self._params, self._state))
+
+    def _take(self, report) -> None:
+        """Notes what a worker reports during the run."""
+        match report:
+            case Ready(worker):
+                self._send(worker)
+            case Gradient(worker, finite=True):
+                self._arrived[worker] = report
+            case Gradient(worker):
+                self._refuse(worker)
+            case Ended(worker):
+                self._alive.discard(worker)
+                self._given.pop(worker, None)
+                if not self._alive:
+                    raise ValueError(
+                        "batches must last for num_gradients="
+                        f"{self._options.num_gradients} gradients, but all workers' "
+                        f"batches ended after {len(self._applied)} were applied."
+                    )
+            case Failed(worker, error):
+                self._given.pop(worker, None)
+                self._replace(worker, error)
+
+    def _send(self, worker: int) -> None:
+        self._given[worker] = self._updates
+        self._workers.send(worker, self._params)
+
+    def _receive(self, waited_for: set[int]):
+        timeout = self._options.timeout
+        try:
+            return self._workers.next_report(timeout)
+        except queue.Empty:
+            raise TimeoutError(
+                f"nothing arrived within timeout={timeout} seconds; waiting for "
+                f"workers {sorted(waited_for)}, {len(self._applied)} of "
+                f"{self._options.num_gradients} gradients were applied."
+            ) from None
+
+    def _replace(self, worker: int, error: BaseException) -> None:
+        limit = self._options.max_failures
+        if len(self._replaced) >= limit:
+            raise RuntimeError(
+                f"worker {worker} failed with {type(error).__name__} after "
+                f"max_failures={limit} replacements; {len(self._applied)} gradients "
+                "were applied."
+            ) from error
+        tick = len(self._applied)
+        self._replaced.append((worker, tick))
+        logger.warning(
+            "worker %d failed at tick %d and is replaced: %r", worker, tick, error
+        )
+        self._workers.start(worker)
+
+    def _refuse(self, worker: int) -> None:
+        self._refused += 1
+        self._refused_in_row += 1
+        limit = self._options.max_refused
+        if self._refused_in_row > limit:
+            raise FloatingPointError(
+                f"more than max_refused={limit} gradients in a row were not finite, "
+                f"the last of worker {worker}; {len(self._applied)} were applied."
+            )
+        logger.warning("a gradient of worker %d is not finite and is refused", worker)
+        self._send(worker)
