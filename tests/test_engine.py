@@ -157,14 +157,14 @@ def test_the_bound_with_equally_old_parameters():
     np.testing.assert_allclose(result.params, replayed(result), rtol=1e-5)
 
 
-def test_asynchronous_is_faster():
-    run = functools.partial(
-        start,
+def test_fast_workers_do_not_wait():
+    result = start(
         batches=lambda i: endless(i, 0.06 if i == 3 else 0.02),
         num_gradients=60,
         num_workers=4,
     )
-    assert run().seconds < 0.75 * run(synchronous=True).seconds
+    *fast, slow = np.bincount(result.trace.workers, minlength=4)
+    assert slow < 0.7 * min(fast)
 
 
 def test_synchronous_is_the_mean():
@@ -475,10 +475,7 @@ def test_interrupt():
 
 
 def test_busy_workers_are_joined():
-    result = start(
-        batches=lambda i: endless(i, 0.3 * i), num_gradients=5, num_workers=2
-    )
-    assert result.seconds < 0.3
+    start(batches=lambda i: endless(i, 0.3 * i), num_gradients=5, num_workers=2)
     assert not threads()
 
 

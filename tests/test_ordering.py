@@ -13,7 +13,7 @@ from jax import lax
 
 import decentral_jax as dj
 from decentral_jax import collectives
-from decentral_jax.transforms.balancing import sketched
+from decentral_jax.transforms import balancing
 from tests.layouts import LAYOUTS
 from tests.reference import ordering
 
@@ -114,6 +114,16 @@ def test_orders_equal_the_server(name, layout, workers, batch, examples, x64):
     found = LAYOUTS[layout](run, workers)(jnp.asarray(vectors))
     reference = np.moveaxis(expected(method, epochs, workers, examples), 1, 0)
     np.testing.assert_array_equal(found, reference)
+
+
+@pytest.mark.parametrize("name", ["grab", "pair_balance", "d_grab", "d_grab, gathered"])
+@pytest.mark.parametrize("small", [0, 5])
+def test_large_leaves_are_read_in_place(name, small, monkeypatch, x64):
+    """Also none or one of the two leaves is small."""
+    monkeypatch.setattr(balancing, "SMALL", small)
+    test_orders_equal_the_server(name, "vmap", 3, 4, 9, None)
+    if name == "d_grab":
+        test_orders_equal_the_server(name, "folded_4", 8, 2, 6, None)
 
 
 @hypothesis.settings(max_examples=12, deadline=None)
@@ -234,7 +244,10 @@ def test_a_sketch_keeps_inner_products_on_average():
     exact = (x * y).sum((1, 2))
 
     def error(k):
-        sketch = [sketched([jnp.asarray(z[:, 0])], k) for z in (x, y)]
+        leaves = [
+            [jnp.asarray(z[:, 0, :400]), jnp.asarray(z[:, 0, 400:])] for z in (x, y)
+        ]
+        sketch = [balancing.sketched(z, k) for z in leaves]
         return np.asarray((sketch[0] * sketch[1]).sum(-1)) - exact
 
     for k in (10, 100, 250):

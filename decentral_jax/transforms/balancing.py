@@ -110,16 +110,6 @@ def joined(leaves: list, dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate([leaves[i].astype(dtype) for i in order], -1)
 
 
-def parted(vector: jax.Array, likes: list) -> list:
-    """The inverse: from `[d]` to leaves of the shapes and dtypes of others."""
-    order = list(itertools.chain(*_groups([x.reshape(-1) for x in likes])))
-    ends = list(itertools.accumulate(likes[i].size for i in order))[:-1]
-    found: list = [None] * len(likes)
-    for i, part in zip(order, jnp.split(vector, ends), strict=True):
-        found[i] = part.reshape(likes[i].shape).astype(likes[i].dtype)
-    return found
-
-
 def _groups(leaves: list) -> list[list[int]]:
     """Which leaves are taken together: large ones alone, all others."""
     small = [i for i, x in enumerate(leaves) if x.shape[-1] < SMALL]
