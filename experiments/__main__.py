@@ -5,6 +5,7 @@ import sys
 import tyro
 
 from experiments import (
+    apam,
     compare,
     d_grab,
     detag,
@@ -19,6 +20,7 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(
             {
+                "apam": _apam,
                 "compare": _compare,
                 "d-grab": _d_grab,
                 "detag": _detag,
@@ -31,6 +33,11 @@ def main() -> None:
         )
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+
+
+def _apam(options: tyro.conf.OmitArgPrefixes[apam.Apam]) -> None:
+    """Asynchronous AMSGrad: accuracy against the delay of its gradients."""
+    apam.main(options)
 
 
 def _compare(options: tyro.conf.OmitArgPrefixes[compare.Compare]) -> None:
