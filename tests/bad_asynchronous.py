@@ -17,7 +17,8 @@ def three_workers():
     def step(x):
         return tx.update(x, tx.init(x), x)
 
-    jax.eval_shape(jax.vmap(step, axis_name="workers"), jnp.zeros((3, 4)))
+    x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    jax.eval_shape(jax.vmap(step, axis_name="workers"), x)
 
 
 ROWS = {
