@@ -64,42 +64,34 @@ def main() -> None:
 
 
 def _rate(seconds, num_gradients, mode):
-    batch = jnp.ones(8)
+    result = _run(8, seconds, optax.sgd(1e-3), num_gradients, **mode)
+    return (num_gradients - len(seconds)) / result.seconds
+
+
+def _overhead(num_gradients):
+    """With one worker, so that its computing does not disturb the master's."""
+    result = _run(1_000_000, [0], optax.amsgrad(1e-3), num_gradients)
+    return 1e3 * result.master_seconds / num_gradients
+
+
+def _run(size, seconds, optimizer, num_gradients, **mode):
+    """Trains so many parameters; each worker's batches take so many seconds."""
+    batch = jnp.ones(())
 
     def batches(worker):
         while True:
             time.sleep(seconds[worker])
             yield batch
 
-    n = len(seconds)
-    result = engine.run(
+    return engine.run(
         jax.grad(lambda x, batch: jnp.sum((x - batch) ** 2)),
-        jnp.zeros(8),
+        jnp.zeros(size),
         batches,
-        optax.sgd(1e-3),
+        optimizer,
         num_gradients,
-        num_workers=n,
+        num_workers=len(seconds),
         **mode,
     )
-    return (num_gradients - n) / result.seconds
-
-
-def _overhead(num_gradients):
-    """With one worker, so that its computing does not disturb the master's."""
-
-    def batches(worker):
-        while True:
-            yield jnp.ones(())
-
-    result = engine.run(
-        jax.grad(lambda x, batch: jnp.sum((x - batch) ** 2)),
-        jnp.zeros(1_000_000),
-        batches,
-        optax.amsgrad(1e-3),
-        num_gradients,
-        num_workers=1,
-    )
-    return 1e3 * result.master_seconds / num_gradients
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rich.table import Table
 
 import decentral_jax as dj
 from experiments import data, models, report
+from experiments.settings import check_evaluations, check_positive
 
 
 @dataclasses.dataclass
@@ -54,14 +55,8 @@ def main(options: Apam) -> dict[tuple[str, int], np.ndarray]:
     Returns:
       For each model and delay the test accuracies, shape `[seeds, evaluations]`.
     """
-    for name in ("batch_size", "iterations", "evaluations", "rate", "seeds"):
-        if getattr(options, name) <= 0:
-            raise ValueError(f"{name} must be positive, got {getattr(options, name)}.")
-    if options.iterations % options.evaluations:
-        raise ValueError(
-            f"evaluations={options.evaluations} must divide "
-            f"iterations={options.iterations}."
-        )
+    check_positive(options, "batch_size", "iterations", "evaluations", "rate", "seeds")
+    check_evaluations(options)
     if not options.delays or min(options.delays) < 0:
         raise ValueError(f"delays must be at least 0, got {options.delays}.")
     dataset = data.load(options.dataset, options.data_dir)
@@ -143,9 +138,7 @@ def _report(
             str(delay),
             *(f"{x.mean():.1f} ± {x.std():.1f}" for x in curves[:, [early - 1, -1]].T),
         )
-        (line,) = ax.plot(at, curves.mean(0), label=f"D = {delay}")
-        low, high = curves.min(0), curves.max(0)
-        ax.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
+        report.plot_seeds(ax, at, curves, f"D = {delay}")
         rows += [
             {"delay": delay, "seed": seed, "gradients": k, "test_accuracy": accuracy}
             for seed, of_seed in enumerate(found[model, delay])
@@ -154,7 +147,6 @@ def _report(
     console.print(table)
     ax.set_xlabel("gradients applied")
     ax.set_ylabel("test accuracy %")
-    ax.grid(alpha=0.25)
     ax.legend(fontsize=8)
     name = f"{model}_{options.dataset}"
     report.save(figure, options.out / f"{name}.png")

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from experiments import herding as herding_test
 from experiments import ordered, report
+from experiments.settings import check_positive
 from experiments.tasks import Source, Task, load
 
 
@@ -63,10 +64,7 @@ def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
     """
     console, found = Console(), {}
     options.herding.check()
-    for name in ("workers", "epochs", "seeds", "examples", "rates"):
-        value = getattr(options, name)
-        if value is not None and np.less_equal(value, 0).any():
-            raise ValueError(f"{name} must be positive, got {value}.")
+    check_positive(options, "workers", "epochs", "seeds", "examples", "rates")
     chosen = []
     if "training" in options.parts:
         if options.source is not None and len(options.tasks) != 1:
@@ -149,10 +147,7 @@ def _report(
             f"{final.mean():.5f} ± {final.std():.5f}",
             "" if name == "D-RR" else f"{gap.mean():+.5f} ± {gap.std():.5f}",
         )
-        epochs = np.arange(losses.shape[1])
-        low, middle, high = losses.min(0), losses.mean(0), losses.max(0)
-        (line,) = at[m].semilogy(epochs, middle, label=name)
-        at[m].fill_between(epochs, low, high, color=line.get_color(), alpha=0.15)
+        report.plot_seeds(at[m], np.arange(losses.shape[1]), losses, name)
         rows += [
             {
                 "workers": m,
@@ -168,7 +163,7 @@ def _report(
     for m, ax in at.items():
         ax.set_title(f"{m} workers", fontsize=9)
         ax.set_xlabel("epochs")
-        ax.grid(alpha=0.25)
+        ax.set_yscale("log")
     axes[0].set_ylabel("train loss")
     axes[-1].legend(fontsize=8)
     console.print(table)

@@ -7,20 +7,20 @@ holds for every data set and a logistic regression sees the inputs the papers us
 Labels are int32 ``[N]``.
 """
 
-import contextlib
-import gzip
 import io
 import math
 import numbers
 import pickle
 import struct
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from experiments.files import read_file, readable
 
 DATASETS = ("digits", "mnist", "cifar10")
 
@@ -171,20 +171,6 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-@contextlib.contextmanager
-def _readable(source: Path | str) -> Iterator[None]:
-    """Turns whatever a decoder raises on a broken file into one clear ValueError."""
-    try:
-        yield
-    except PermissionError:
-        raise
-    except Exception as error:  # decoders raise nearly anything on broken bytes
-        raise ValueError(
-            f"{source} cannot be read ({type(error).__name__}: {error}): the file is "
-            "broken or of another kind; fetch it again."
-        ) from error
-
-
 def _dataset(
     train: tuple[Any, Any],
     test: tuple[Any, Any],
@@ -227,20 +213,10 @@ def _dataset(
 
 
 def _load_mnist(data_dir: Path) -> Dataset:
-    paths = {}
-    for name in _MNIST_FILES:
-        for folder in (data_dir / "mnist", data_dir):  # the later one wins
-            for path in (folder / f"{name}.gz", folder / name):
-                if path.is_file():
-                    paths[name] = path
-        if name not in paths:
-            raise FileNotFoundError(
-                f"data_dir='{data_dir}' holds no {name} (or {name}.gz), nor does its "
-                f"sub-folder mnist: put all of {', '.join(_MNIST_FILES)} there."
-            )
+    files = [read_file(data_dir, "mnist", name) for name in _MNIST_FILES]
     x_train, y_train, x_test, y_test = (
-        _read_idx(paths[name], ndim=3 if "images" in name else 1)
-        for name in _MNIST_FILES
+        _decode_idx(path, content, ndim)
+        for (path, content), ndim in zip(files, (3, 1, 3, 1), strict=True)
     )
     return _dataset(
         (x_train[..., None], y_train),
@@ -250,13 +226,8 @@ def _load_mnist(data_dir: Path) -> Dataset:
     )
 
 
-def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Reads an idx file of unsigned bytes: magic, ``ndim`` sizes, then the values."""
-    with (
-        _readable(path),
-        (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file,
-    ):
-        content = file.read()
+def _decode_idx(path: Path, content: bytes, ndim: int) -> np.ndarray:
+    """Decodes an idx file of unsigned bytes: magic, ``ndim`` sizes, then the values."""
     header = 4 + 4 * ndim
     magic = struct.pack(">HBB", 0, 8, ndim)  # 8 stands for unsigned bytes
     if len(content) < header or content[:4] != magic:
@@ -300,7 +271,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
 
 
 def _read_cifar10_npz(path: Path) -> Dataset:
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise TypeError("a single array, not an npz archive")
@@ -319,7 +290,7 @@ def _read_cifar10_tar(path: Path) -> dict[str, bytes]:
     """Returns the content of the batch files in the official archive, by name."""
     wanted = {f"{_CIFAR10_FOLDER}/{n}": n for n in _CIFAR10_BATCHES}
     contents = {}
-    with _readable(path), tarfile.open(path, "r:gz") as archive:
+    with readable(path), tarfile.open(path, "r:gz") as archive:
         for member in archive:
             file = archive.extractfile(member) if member.name in wanted else None
             if file is not None:
@@ -339,7 +310,7 @@ def _decode_cifar10(contents: Mapping[str, bytes], source: Path) -> Dataset:
     for names in (_CIFAR10_TRAIN, (_CIFAR10_TEST,)):
         images, labels = [], []
         for name in names:
-            with _readable(f"{name} in {source}"):
+            with readable(f"{name} in {source}"):
                 batch = _BatchUnpickler(contents[name]).load()
                 rows, batch_labels = batch[b"data"], batch[b"labels"]
                 # Rows are 1,024 red, 1,024 green and 1,024 blue values.

@@ -19,7 +19,7 @@ from rich.table import Table
 import decentral_jax as dj
 from experiments import data, models, report, wall_clock
 from experiments.settings import Entry
-from experiments.training import Setting, bytes_sent, step_log, train
+from experiments.training import Setting, bytes_sent, step_log, train, worker_axes
 
 PARTS = ("hierarchy", "rates", "shapes", "slots")
 
@@ -153,7 +153,7 @@ class Runs:
             clock = wall_clock.finish_times(
                 np.ones(shape) if slots is None else slots,
                 log,
-                entry.levels or {"workers": setting.num_workers},
+                worker_axes(entry.levels, setting.num_workers),
             ).max(1)
             at = curves.iteration
             sent = bytes_sent(log, setting.iterations)[at] / 1e6

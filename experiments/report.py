@@ -193,6 +193,13 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
     ax.grid(alpha=0.25)
 
 
+def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str) -> None:
+    """Draws the mean over seeds, `[seeds, E]`, and the span from lowest to highest."""
+    (line,) = ax.plot(x, y.mean(0), label=label)
+    ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
+    ax.grid(alpha=0.25)
+
+
 def save(figure: Any, path: Path) -> None:
     """Writes a figure and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import optax
 
 import decentral_jax as dj
 from experiments import data, models, wall_clock
-from experiments.training import Setting
+from experiments.training import Setting, worker_axes
 
 
 class Entry(NamedTuple):
@@ -154,10 +154,27 @@ class Network:
         compute = np.full((iterations, num_workers), self.step_ms / 1e3)
         if entry.waits:
             compute[:, 0] *= self.slow
-        levels = entry.levels or {"workers": num_workers}
+        levels = worker_axes(entry.levels, num_workers)
         link = wall_clock.Link(self.latency_ms / 1e3, 1e6 * self.bandwidth)
         links = dict.fromkeys(levels, link)
         return wall_clock.finish_times(compute, log, levels, links).max(1)
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raises ValueError if an option, or one of its values, is not positive."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (not np.size(value) or np.less_equal(value, 0).any()):
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def check_evaluations(options: Any) -> None:
+    """Raises ValueError if the evaluations do not divide the iterations."""
+    if options.iterations % options.evaluations:
+        raise ValueError(
+            f"evaluations={options.evaluations} must divide "
+            f"iterations={options.iterations}."
+        )
 
 
 @dataclasses.dataclass
@@ -223,10 +240,5 @@ class Options:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.iterations % self.evaluations:
-            raise ValueError(
-                f"evaluations={self.evaluations} must divide "
-                f"iterations={self.iterations}."
-            )
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError(f"rates must be positive numbers, got {self.rates}.")
+        check_evaluations(self)
+        check_positive(self, "rates")

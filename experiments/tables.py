@@ -5,7 +5,6 @@ loader takes a folder with the files as they are published, or gzipped.
 """
 
 import csv
-import gzip
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments.data import _readable
+from experiments.files import read_file, readable
 
 WINDOW = 20  # values that a forecast sees
 HORIZON = 6  # values that it foretells
@@ -127,40 +126,12 @@ def smape(
     return 200 * error.mean()
 
 
-def read_file(data_dir: str | Path, sub_folder: str, *names: str) -> tuple[Path, bytes]:
-    """Reads the first file there is of some names, unzipping it if need be.
-
-    Args:
-      data_dir: Folder to search.
-      sub_folder: Folder in it, searched after it.
-      *names: The file's name, then others it may have; with ``.gz`` added, too.
-
-    Returns:
-      Where it was, for messages, and its content.
-
-    Raises:
-      FileNotFoundError: If there is none.
-      ValueError: If it is no gzip file though its name ends so.
-    """
-    for name in names:
-        for folder in (Path(data_dir), Path(data_dir) / sub_folder):
-            if (path := folder / name).is_file():
-                return path, path.read_bytes()
-            if (path := folder / f"{name}.gz").is_file():
-                with _readable(path):
-                    return path, gzip.decompress(path.read_bytes())
-    raise FileNotFoundError(
-        f"data_dir='{data_dir}' holds no {' or '.join(names)} (or .gz of it), nor does "
-        f"its sub-folder {sub_folder}: put it there, or pass the folder which holds it."
-    )
-
-
 def _read_a9a(data_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     # Imported here because it takes about a second, and only a9a needs it.
     from sklearn.datasets import load_svmlight_file
 
     path, content = read_file(data_dir, "libsvm", name)
-    with _readable(path):
+    with readable(path):
         x, labels = load_svmlight_file(
             io.BytesIO(content),
             n_features=_A9A_FEATURES,
@@ -178,7 +149,7 @@ def _read_m4(data_dir: str | Path, name: str, at_least: int) -> dict[str, np.nda
     """Reads a header and one series a row: its name, then its values."""
     path, content = read_file(data_dir, "m4", name)
     table = {}
-    with _readable(path):
+    with readable(path):
         for row in list(csv.reader(io.StringIO(content.decode(), newline="")))[1:]:
             while not row[-1]:  # short rows are filled up
                 row.pop()

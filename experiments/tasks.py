@@ -22,7 +22,6 @@ Source = Literal["digits", "python", "a9a", "mnist", "cifar10", "wikitext2", "m4
 class Task(NamedTuple):
     """A model, its examples and how it is trained."""
 
-    name: str
     model: nn.Module
     loss: Callable[[Any, jax.Array], jax.Array]  # outputs, targets: mean over a batch
     x: np.ndarray  # shape=[N, ...]
@@ -31,6 +30,7 @@ class Task(NamedTuple):
     momentum: float | None
     epochs: int
     penalty: float = 0.0  # times half the squared norm of the parameters, in the loss
+    name: str = ""  # with its data
 
 
 def load(
@@ -58,14 +58,19 @@ def load(
     source = source or sources[0]
     if source not in sources:
         raise ValueError(f"source={source!r} of {name} must be one of {sources}.")
-    if source in ("a9a", "m4") and data_dir is None:
-        raise ValueError(
-            f"{name} is trained on {source}, which is read from files: pass data_dir, "
-            "the folder which holds them."
-        )
     task = make(source, data_dir)
-    task = task._replace(name=f"{name}, {source}")
-    return task._replace(x=task.x[:examples], y=task.y[:examples])
+    return task._replace(
+        name=f"{name}, {source}", x=task.x[:examples], y=task.y[:examples]
+    )
+
+
+def _table(loader: Callable, source: str, data_dir: Path | None, **options: int) -> Any:
+    if data_dir is None:
+        raise ValueError(
+            f"data_dir=None, but the task is {source}, which is read from files: pass "
+            "data_dir, the folder which holds them."
+        )
+    return loader(data_dir, **options)
 
 
 def _cross_entropy(logits: Any, y: jax.Array) -> jax.Array:
@@ -78,13 +83,12 @@ def _squared_error(outputs: Any, y: jax.Array) -> jax.Array:
 
 def _logistic(source: str, data_dir: Path | None) -> Task:
     found: Any = (
-        tables.load_a9a(data_dir or "")
+        _table(tables.load_a9a, source, data_dir)
         if source == "a9a"
         else data.load(source, data_dir)
     )
     classes = int(found.y_train.max()) + 1
     return Task(
-        name="",
         model=models.LogisticRegression(classes),
         loss=_cross_entropy,
         x=found.x_train,
@@ -99,7 +103,6 @@ def _logistic(source: str, data_dir: Path | None) -> Task:
 def _lenet(source: str, data_dir: Path | None) -> Task:
     found = data.load(source, data_dir)
     return Task(
-        name="",
         model=models.get_model("lenet", found.num_classes),
         loss=_cross_entropy,
         x=found.x_train,
@@ -114,7 +117,6 @@ def _lstm(source: str, data_dir: Path | None) -> Task:
     found = text.load_text(source, data_dir, VOCABULARY)
     x, y = text.segments(found.tokens_train, SEGMENT)
     return Task(
-        name="",
         model=models.LSTMLanguageModel(found.vocabulary),
         loss=_cross_entropy,
         x=x,
@@ -126,10 +128,8 @@ def _lstm(source: str, data_dir: Path | None) -> Task:
 
 
 def _forecast(source: str, data_dir: Path | None) -> Task:
-    del source
-    found = tables.load_m4_weekly(data_dir or "", windows_per_series=8)
+    found = _table(tables.load_m4_weekly, source, data_dir, windows_per_series=8)
     return Task(
-        name="",
         model=models.Forecaster(),
         loss=_squared_error,
         x=found.x_train,

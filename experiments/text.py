@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import _readable
-from experiments.tables import read_file
+from experiments.files import read_file, readable
 
 TEXTS = ("python", "wikitext2")
 
@@ -105,7 +104,7 @@ def _python_words() -> tuple[list[str], list[str]]:
 def _wikitext2_words(data_dir: str | Path, *parts: str) -> list[str]:
     names = [name for part in parts for name in (f"wiki.{part}.tokens", f"{part}.txt")]
     path, content = read_file(data_dir, "wikitext2", *names)
-    with _readable(path):
+    with readable(path):
         words = content.decode().replace("\n", f" {_END_OF_LINE} ").split()
     if not words:
         raise ValueError(f"{path} holds no words: fetch it again.")

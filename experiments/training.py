@@ -120,7 +120,7 @@ def step_log(
     key = jax.random.key(0)
     params = jax.eval_shape(setting.model.init, key, example)["params"]
     state = jax.eval_shape(tx.init, params)
-    sizes = levels or {AXIS: setting.num_workers}
+    sizes = worker_axes(levels, setting.num_workers)
 
     def cost(t):
         # A stateless algorithm has no counter to set.
@@ -171,12 +171,17 @@ def _batches(setting: Setting) -> Iterator[jax.Array]:
         yield jnp.asarray(np.stack(drawn), jnp.int32)
 
 
+def worker_axes(levels: Mapping[str, int] | None, num_workers: int) -> dict[str, int]:
+    """The worker axes and their sizes, a single one if no levels are given."""
+    return dict(levels) if levels else {AXIS: num_workers}
+
+
 def _programs(
     make: Callable, setting: Setting, levels: Mapping[str, int] | None
 ) -> tuple[Callable, Callable]:
     """The start of all runs, and their iterations up to the next evaluation."""
     model, n = setting.model, setting.num_workers
-    levels = levels or {AXIS: n}
+    levels = worker_axes(levels, n)
     axes, sizes = tuple(levels), tuple(levels.values())
 
     def logits_fn(params, x) -> jax.Array:

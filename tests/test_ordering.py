@@ -107,6 +107,10 @@ CASES += [
 
 @pytest.mark.parametrize(("name", "layout", "workers", "batch", "examples"), CASES)
 def test_orders_equal_the_server(name, layout, workers, batch, examples, x64):
+    assert_orders_equal(name, layout, workers, batch, examples)
+
+
+def assert_orders_equal(name, layout, workers, batch, examples):
     make, method = METHODS[name]
     epochs = 4
     run = orders(make(examples, workers), batch, examples)
@@ -121,9 +125,9 @@ def test_orders_equal_the_server(name, layout, workers, batch, examples, x64):
 def test_large_leaves_are_read_in_place(name, small, monkeypatch, x64):
     """Also none or one of the two leaves is small."""
     monkeypatch.setattr(balancing, "SMALL", small)
-    test_orders_equal_the_server(name, "vmap", 3, 4, 9, None)
+    assert_orders_equal(name, "vmap", 3, 4, 9)
     if name == "d_grab":
-        test_orders_equal_the_server(name, "folded_4", 8, 2, 6, None)
+        assert_orders_equal(name, "folded_4", 8, 2, 6)
 
 
 @hypothesis.settings(max_examples=12, deadline=None)

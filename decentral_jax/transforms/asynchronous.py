@@ -16,7 +16,6 @@ from decentral_jax.collectives import AxisName
 from decentral_jax.traces import Trace
 from decentral_jax.validation import (
     check_axis_name,
-    check_int,
     check_optimizer,
     check_trees,
     require_params,
@@ -138,15 +137,7 @@ def asynchronous(
         waits_for = jnp.where(k == 0, jnp.asarray(plan.first)[me], state.waits_for)
         waits_for = jnp.where(mine, jnp.asarray(plan.next)[tick], waits_for)
         takes = (waits_for >= 0) & (waits_for <= k + 1) & ~over
-        recent, given = state.recent, master
-        if plan.depth:
-            recent = jax.tree.map(
-                lambda rows, x: rows.at[k % plan.depth].set(x), recent, state.master
-            )
-            row, newest = waits_for % plan.depth, waits_for == k + 1
-            given = jax.tree.map(
-                lambda rows, x: jnp.where(newest, x, rows[row]), recent, master
-            )
+        recent, given = plan.remember(state.recent, k, state.master, master, waits_for)
         # A worker that is up to date makes the master's step, without rounding.
         same = takes & mine & (staleness == 0) & (waits_for == k + 1)
 
@@ -188,6 +179,19 @@ class _Plan:
                 self.next[ticks[:-1]] = taken[ticks[1:]]
                 back = ticks[:-1] + 1 - taken[ticks[1:]]
                 self.depth = max(self.depth, int(back.max(initial=0)))
+
+    def remember(self, recent, k, old, new, wanted):
+        """Keeps iterate k, and gives the wanted one: this, an older one or the next."""
+        if not self.depth:
+            return recent, new
+        recent = jax.tree.map(
+            lambda rows, x: rows.at[k % self.depth].set(x), recent, old
+        )
+        row, newest = wanted % self.depth, wanted == k + 1
+        given = jax.tree.map(
+            lambda x, rows: jnp.where(newest, x, rows[row]), new, recent
+        )
+        return recent, given
 
 
 def scale_by_staleness(power: float = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -265,7 +269,7 @@ def delay_gradients(
         raise TypeError(f"delay must be integers, got {delay!r}.")
     if delays.ndim != 1 or not delays.size or delays.min() < 0:
         raise ValueError(f"delay must be at least 0, at least one, got {delay!r}.")
-    rows = check_int("delay", int(delays.max()), minimum=0) + 1
+    rows = int(delays.max()) + 1
 
     def init_fn(params):
         params = require_params(params, "delay_gradients")

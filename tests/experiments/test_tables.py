@@ -1,6 +1,5 @@
 """Tests of experiments/tables.py: both formats, broken files, windows, sMAPE."""
 
-import gzip
 import os
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import tables
-
-
-def write(folder: Path, files: dict[str, str], zipped: bool = False) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
-        else:
-            (folder / name).write_text(content)
-
+from experiments.files import read_file
+from tests.experiments.files import write_files
 
 # a9a
 
@@ -31,7 +22,7 @@ A9A = {
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("sub_folder", [".", "libsvm"])
 def test_a9a_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
-    write(tmp_path / sub_folder, A9A, zipped)
+    write_files(tmp_path / sub_folder, A9A, zipped)
     table = tables.load_a9a(tmp_path)
     x_train, x_test = np.zeros((3, 123)), np.zeros((1, 123))
     x_train[[0, 0, 1, 1, 2], [2, 10, 0, 122, 1]] = 1, 1, 1, 0.5, 1
@@ -44,16 +35,16 @@ def test_a9a_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
 
 
 def test_the_folder_itself_and_the_first_name_win(tmp_path: Path):
-    write(tmp_path, {"a": "own"}, zipped=True)
-    write(tmp_path / "sub", {"a": "sub", "b": "other"})
-    path, content = tables.read_file(tmp_path, "sub", "a", "b")
+    write_files(tmp_path, {"a": "own"}, zipped=True)
+    write_files(tmp_path / "sub", {"a": "sub", "b": "other"})
+    path, content = read_file(tmp_path, "sub", "a", "b")
     assert (path, content) == (tmp_path / "a.gz", b"own")
-    path, content = tables.read_file(tmp_path, "sub", "none", "b")
+    path, content = read_file(tmp_path, "sub", "none", "b")
     assert (path, content) == (tmp_path / "sub" / "b", b"other")
 
 
 def test_a9a_missing_file_is_named(tmp_path: Path):
-    write(tmp_path, {"a9a": A9A["a9a"]})
+    write_files(tmp_path, {"a9a": A9A["a9a"]})
     with pytest.raises(FileNotFoundError, match=r"holds no a9a\.t .* libsvm: put it"):
         tables.load_a9a(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere' holds no a9a "):
@@ -72,13 +63,13 @@ def test_a9a_missing_file_is_named(tmp_path: Path):
     ],
 )
 def test_a9a_broken_file_is_named(tmp_path: Path, content: str, message: str):
-    write(tmp_path, A9A | {"a9a.t": content})
+    write_files(tmp_path, A9A | {"a9a.t": content})
     with pytest.raises(ValueError, match=rf"a9a\.t ({message})"):
         tables.load_a9a(tmp_path)
 
 
 def test_broken_gzip_is_named(tmp_path: Path):
-    write(tmp_path, A9A, zipped=True)
+    write_files(tmp_path, A9A, zipped=True)
     path = tmp_path / "a9a.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a9a\.gz cannot be read .*fetch it again"):
@@ -120,7 +111,7 @@ def assert_is_window(x: np.ndarray, y: np.ndarray, values: np.ndarray):
 def test_m4_windows_and_tests_hold_the_series(
     tmp_path: Path, zipped: bool, sub_folder: str
 ):
-    write(tmp_path / sub_folder, m4(TRAIN, TEST), zipped)
+    write_files(tmp_path / sub_folder, m4(TRAIN, TEST), zipped)
     windows = tables.load_m4_weekly(tmp_path)
     assert windows.x_train.shape == (1 + 11, 20)
     assert windows.y_train.shape == (1 + 11, 6)
@@ -140,7 +131,7 @@ def test_m4_windows_and_tests_hold_the_series(
     [(1, [10]), (2, [4, 10]), (4, [1, 4, 7, 10]), (11, range(11)), (99, range(11))],
 )
 def test_m4_windows_may_be_fewer(tmp_path: Path, windows: int, kept):
-    write(tmp_path, m4(TRAIN, TEST))
+    write_files(tmp_path, m4(TRAIN, TEST))
     every = tables.load_m4_weekly(tmp_path)
     some = tables.load_m4_weekly(tmp_path, windows)
     rows = [0, *(1 + i for i in kept)]
@@ -150,7 +141,7 @@ def test_m4_windows_may_be_fewer(tmp_path: Path, windows: int, kept):
 
 
 def test_m4_missing_file_is_named(tmp_path: Path):
-    write(tmp_path, {"Weekly-train.csv": m4(TRAIN, TEST)["Weekly-train.csv"]})
+    write_files(tmp_path, {"Weekly-train.csv": m4(TRAIN, TEST)["Weekly-train.csv"]})
     with pytest.raises(FileNotFoundError, match=r"no Weekly-test\.csv .* m4: put it"):
         tables.load_m4_weekly(tmp_path)
 
@@ -170,7 +161,7 @@ def test_m4_missing_file_is_named(tmp_path: Path):
     ],
 )
 def test_m4_broken_file_is_named(tmp_path: Path, files: dict[str, str], message: str):
-    write(tmp_path, files)
+    write_files(tmp_path, files)
     with pytest.raises(ValueError, match=message) as caught:
         tables.load_m4_weekly(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import text
+from tests.experiments.files import write_files
 
 
 def assert_tokens(actual: np.ndarray, expected: list[int]):
@@ -56,19 +57,10 @@ FILES = {
 }
 
 
-def write(folder: Path, zipped: bool = False, **files: str) -> None:
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
-        else:
-            (folder / name).write_text(content)
-
-
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("sub_folder", [".", "wikitext2"])
 def test_wikitext2_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
-    write(tmp_path / sub_folder, zipped, **FILES)
+    write_files(tmp_path / sub_folder, FILES, zipped)
     loaded = text.load_text("wikitext2", tmp_path)
     # By number: unknown, end of line, a, c, A; then "A" before "a" as upper case.
     assert loaded.vocabulary == 5
@@ -77,16 +69,16 @@ def test_wikitext2_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
 
 
 def test_wikitext2_trains_on_the_validation_text_without_another(tmp_path: Path):
-    write(tmp_path, **{k: v for k, v in FILES.items() if k != "train.txt"})
+    write_files(tmp_path, {k: v for k, v in FILES.items() if k != "train.txt"})
     loaded = text.load_text("wikitext2", tmp_path)
     assert_tokens(loaded.tokens_train, [1, 1, 3, 2])
-    write(tmp_path, **{"wiki.train.tokens": "d\nb b b"})
+    write_files(tmp_path, {"wiki.train.tokens": "d\nb b b"})
     loaded = text.load_text("wikitext2", tmp_path)
     assert_tokens(loaded.tokens_train, [3, 2, 1, 1, 1])
 
 
 def test_wikitext2_missing_file_is_named(tmp_path: Path):
-    write(tmp_path, **{"valid.txt": "a"})
+    write_files(tmp_path, {"valid.txt": "a"})
     with pytest.raises(
         FileNotFoundError, match=r"holds no wiki\.test\.tokens or test\.txt .*: put it"
     ):
@@ -108,7 +100,7 @@ def test_wikitext2_missing_file_is_named(tmp_path: Path):
 def test_wikitext2_broken_file_is_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ):
-    write(tmp_path, **{"train.txt": "a"})
+    write_files(tmp_path, {"train.txt": "a"})
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} {message}.*fetch it again"):
         text.load_text("wikitext2", tmp_path)
