@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _apam(options: tyro.conf.OmitArgPrefixes[apam.Apam]) -> None:
-    """Asynchronous AMSGrad: accuracy against the delay of its gradients."""
+    """Asynchronous AMSGrad: accuracy against delay, and by the clock."""
     apam.main(options)
 
 

@@ -1,9 +1,9 @@
 """The engine applies each gradient once, survives its workers, and never hangs."""
 
 import functools
+import io
 import itertools
 import logging
-import os
 import signal
 import sys
 import threading
@@ -98,10 +98,16 @@ def test_replay(bound):
         num_workers=4,
         max_staleness=bound,
         devices=None,
-        on_progress=lambda done, total: seen.append((done, total)),
+        on_progress=seen.append,
     )
     np.testing.assert_allclose(result.params, replayed(result), rtol=1e-5)
-    assert seen == [(k, 60) for k in range(1, 61)]
+    assert [progress[:2] for progress in seen] == [(k, 60) for k in range(1, 61)]
+    staleness = [progress.staleness for progress in seen]
+    np.testing.assert_array_equal(staleness, result.trace.staleness)
+    assert 0 < seen[0].seconds < seen[-1].seconds <= result.seconds
+    first = -RATE * (X - target(result.trace.workers[0], 0))
+    np.testing.assert_allclose(seen[0].params, first, rtol=1e-5)
+    np.testing.assert_array_equal(seen[-1].params, result.params)
     largest = result.trace.staleness.max()
     assert largest >= 3
     if bound is not None:
@@ -634,34 +640,20 @@ def test_actors_without_ray(monkeypatch):
         start(batches=endless, num_gradients=9, num_workers=1, actors={})
 
 
-# Ray starts processes by forking, of which JAX warns.
-@pytest.mark.filterwarnings("ignore")
-def test_actors(tmp_path, monkeypatch):
-    """A process that fails, one that dies and a third give a run to be replayed."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray = pytest.importorskip("ray")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    died = tmp_path / "died"
-
-    def batches(worker):
-        def fails(draw):
-            if (worker, draw) == (2, 4) and not died.exists():
-                died.touch()
-                os._exit(1)
-            return (worker, draw) == (1, 4)
-
-        return Source(worker, fails=fails, seconds=0.02)
-
-    result = start(
-        batches=batches,
-        num_gradients=60,
-        num_workers=3,
-        max_staleness=4,
-        actors={"num_cpus": 0.5},
-    )
-    np.testing.assert_allclose(result.params, replayed(result), rtol=1e-5)
-    assert sorted(worker for worker, _ in result.replaced) == [1, 2]
-    assert result.trace.staleness.max() <= 4
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_line(terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    show = engine.progress_line(stream, every=0.5)
+    for applied, seconds in ((1, 0.1), (2, 0.4), (3, 0.6), (4, 1.0)):
+        show(engine.Progress(applied, 4, seconds, 2, 1, 0, X))
+    last = "4 of 4 gradients, 4.0 a second, staleness 2, 1 refused, 0 replaced"
+    *others, end = stream.getvalue().split(last)
+    if terminal:
+        assert end == "\x1b[K\n"
+        assert [line.split()[0] for line in others[0].split("\r")[1:-1]] == ["1", "3"]
+    else:
+        assert (others, end) == ([""], "\n")
 
 
 def test_trace_is_one(tmp_path):

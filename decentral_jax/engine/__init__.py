@@ -1,6 +1,7 @@
-"""A master and workers that really run asynchronously, on one host."""
+"""A master and workers that really run asynchronously, on one host or on many."""
 
 from decentral_jax.engine.master import Run
+from decentral_jax.engine.progress import Progress, progress_line
 from decentral_jax.engine.running import run
 
-__all__ = ["Run", "run"]
+__all__ = ["Progress", "Run", "progress_line", "run"]

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from decentral_jax.engine.programs import step_of
+from decentral_jax.engine.progress import Progress
 from decentral_jax.engine.worker import Backend, Ended, Failed, Gradient, Ready
 from decentral_jax.traces import Trace
 
@@ -42,7 +43,7 @@ class Options(NamedTuple):
     timeout: float
     max_failures: int
     max_refused: int
-    on_progress: Callable[[int, int], Any] | None
+    on_progress: Callable[[Progress], Any] | None
 
 
 class Master:
@@ -113,7 +114,7 @@ class Master:
                 self._apply(due)
                 master_seconds += time.perf_counter() - before
                 if options.on_progress is not None:
-                    options.on_progress(len(self._applied), options.num_gradients)
+                    options.on_progress(self._progress(time.perf_counter() - start))
             else:
                 self._take(self._receive(self._alive - set(self._arrived)))
         seconds = time.perf_counter() - start
@@ -130,6 +131,17 @@ class Master:
             seconds=seconds,
             gradients_per_second=options.num_gradients / seconds,
             master_seconds=master_seconds,
+        )
+
+    def _progress(self, seconds: float) -> Progress:
+        return Progress(
+            applied=len(self._applied),
+            num_gradients=self._options.num_gradients,
+            seconds=seconds,
+            staleness=self._applied[-1][1],
+            refused=self._refused,
+            replaced=len(self._replaced),
+            params=self._params,
         )
 
     def _due(self) -> list[int]:

@@ -10,6 +10,7 @@ import optax
 from decentral_jax.engine.actors import Actors
 from decentral_jax.engine.master import Master, Options, Run
 from decentral_jax.engine.programs import shapes
+from decentral_jax.engine.progress import Progress
 from decentral_jax.engine.threads import Threads
 from decentral_jax.validation import (
     check_int,
@@ -34,7 +35,7 @@ def run(
     timeout: float = 60.0,
     max_failures: int = 100,
     max_refused: int = 100,
-    on_progress: Callable[[int, int], Any] | None = None,
+    on_progress: Callable[[Progress], Any] | None = None,
 ) -> Run:
     r"""Trains with a master and workers that compute at once, each at its own pace.
 
@@ -73,7 +74,8 @@ def run(
       timeout: Seconds to wait for any worker's report, the first batches included.
       max_failures: Replacements of workers in all.
       max_refused: Refused gradients in a row.
-      on_progress: Called with the gradients applied and K after each step.
+      on_progress: Called with a `Progress` after each step of the master, which waits
+        for it; `progress_line()` writes one.
 
     Returns:
       The last parameters and the optimizer's state, the trace, which batches were used,

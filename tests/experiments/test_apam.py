@@ -1,18 +1,27 @@
-"""Accuracy against delay, on a small run."""
+"""Accuracy against delay, and asynchronous runs by the clock, on small runs."""
 
 import csv
 
 import numpy as np
 import pytest
 
+from experiments import real_time
+from tests.experiments.files import write_files
+from tests.experiments.test_tables import A9A
+
+
+def read(path):
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
 
 def test_delays(run):
-    arguments = ["--models", "logistic", "--delays", "0", "100", "--rate", "0.03"]
-    arguments += ["--iterations", "200", "--evaluations", "4", "--seeds", "2"]
-    out = run("apam", *arguments) / "apam"
-    assert (out / "logistic_digits.png").stat().st_size > 10_000
-    with (out / "logistic_digits.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    arguments = ["--parts", "delay", "--models", "logistic", "--delays", "0", "100"]
+    arguments += ["--rate", "0.03", "--iterations", "200", "--evaluations", "4"]
+    rows = read(
+        run("apam", *arguments, "--seeds", "2") / "apam/delay_logistic_digits.csv"
+    )
     assert len(rows) == 2 * 2 * 4
 
     def accuracy(delay, gradients):
@@ -29,12 +38,65 @@ def test_delays(run):
     assert accuracy("100", "50") < accuracy("0", "50") - 0.02
 
 
+def test_time_and_speedup(run):
+    arguments = ["--parts", "time", "speedup", "--models", "logistic", "--seeds", "2"]
+    arguments += ["--gradients", "60", "--points", "3", "--workers", "3"]
+    arguments += ["--adaptive-rates", "0.03", "--sgd-rates", "1e-9", "1"]
+    arguments += ["--speedup-workers", "2", "1", "--goal", "20"]
+    out = run("apam", *arguments) / "apam"
+    rows = read(out / "time_logistic_digits.csv")
+    assert len(rows) == 2 * 3 * 2 * 3
+    assert {row["speeds"] for row in rows} == {"equal", "one 3x slower"}
+    # The rate that learns is chosen.
+    rates = {row["method"]: row["rate"] for row in rows}
+    assert rates["asynchronous SGD"] == "1.0"
+
+    def seconds(speeds, method):
+        return min(
+            float(row["seconds"])
+            for k, row in enumerate(rows)
+            if (row["speeds"], row["method"], k % 3) == (speeds, method, 2)
+        )
+
+    # 20 gradients of 20 ms each; with a slow worker synchronous ones take 60 ms.
+    assert seconds("equal", "synchronous AMSGrad") > 0.38
+    assert seconds("one 3x slower", "synchronous AMSGrad") > 3 * 0.38
+    assert seconds("one 3x slower", "asynchronous AMSGrad") > 60 / (7 / 3) * 0.019
+    rows = read(out / "speedup_logistic_digits.csv")
+    assert [row["workers"] for row in rows] == ["1", "1", "2", "2"] * 2
+    for row in rows:
+        assert float(row["speedup"]) == 1 or row["workers"] == "2"
+        assert float(row["speedup"]) < 2.1
+
+
+def test_a9a(run, tmp_path):
+    write_files(tmp_path / "files", A9A)
+    arguments = ["--dataset", "a9a", "--data-dir", str(tmp_path / "files")]
+    arguments += ["--parts", "delay", "--models", "logistic", "--delays", "1"]
+    arguments += ["--iterations", "4", "--evaluations", "2", "--seeds", "1"]
+    rows = read(run("apam", *arguments) / "apam/delay_logistic_a9a.csv")
+    assert len(rows) == 2
+
+
+def test_first_time():
+    seconds = np.array([[1.0, 2, 3], [1, 4, 6]])
+    reached = np.array([[False, True, False], [False, True, True]])
+    assert real_time._first_time(seconds, reached) == "3.00 ± 1.00"
+    assert real_time._first_time(seconds, reached & reached[:1]) == "3.00 ± 1.00"
+    assert real_time._first_time(seconds, reached & ~reached[:1]) == "1 of 2 runs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--delays", "-1"], "delays must be at least 0"),
         (["--evaluations", "7"], "evaluations=7 must divide iterations=2000"),
         (["--rate", "0"], "rate must be positive, got 0"),
+        (["--dataset", "a9a"], "lenet needs images, but dataset=a9a"),
+        (["--dataset", "a9a", "--models", "logistic"], "a9a is read from files: pass"),
+        (["--points", "7"], "points=7 must divide gradients=600"),
+        (["--sleep-ms", "0"], "sleep_ms must be positive"),
+        (["--speedup-workers", "2"], "speedup_workers must hold 1"),
     ],
 )
 def test_bad_options(run, arguments, message):

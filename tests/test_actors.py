@@ -1,0 +1,187 @@
+"""The engine with Ray: processes that fail, that are killed, on two nodes of a cluster.
+
+All of it talks over loopback. `DECENTRAL_JAX_KILLS=20` kills in twenty runs.
+"""
+
+import collections
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import optax
+import pytest
+
+from decentral_jax import engine
+
+# Ray starts processes by forking, of which JAX warns.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+KILLS = int(os.environ.get("DECENTRAL_JAX_KILLS", "2"))
+RATE = 0.125
+GRADIENTS = 300
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ray():
+    """Ray, which may send functions of this module to other processes."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install decentral_jax[ray]")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield ray
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture(scope="module")
+def cluster(ray):
+    """Two nodes, each with processes of its own, on 127.0.0.1."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray would replace the loopback address by that of a network card.
+        patch.setattr(
+            "ray._private.services.get_node_ip_address", lambda *_: "127.0.0.1"
+        )
+        cluster = Cluster(
+            initialize_head=True,
+            connect=True,
+            head_node_args=node | {"include_dashboard": False},
+        )
+        try:
+            cluster.add_node(**node)
+            cluster.wait_for_nodes(timeout=60)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+def target(worker, index):
+    return np.array([worker, index, worker * index], np.float32) / 8
+
+
+def gradient(x, batch):
+    return x - batch
+
+
+def assert_replayed(result):
+    """The trace and the batches' indices give the parameters."""
+    iterates = [np.zeros(3, np.float32)]
+    for k, (worker, index) in enumerate(
+        zip(result.trace.workers, result.batch_indices, strict=True)
+    ):
+        stale = iterates[k - result.trace.staleness[k]]
+        iterates.append(iterates[-1] - RATE * (stale - target(worker, index)))
+    np.testing.assert_allclose(result.params, iterates[-1], rtol=1e-5)
+
+
+class Targets:
+    """Batches that go on after an error; one process ends."""
+
+    def __init__(self, worker, died):
+        self.worker, self.died = worker, died
+        self.draws, self.index = 0, -1
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(0.02)
+        self.draws += 1
+        if (self.worker, self.draws) == (2, 4) and not self.died.exists():
+            self.died.touch()
+            os._exit(1)
+        if (self.worker, self.draws) == (1, 4):
+            raise OSError("no disk")
+        self.index += 1
+        return target(self.worker, self.index)
+
+
+def test_failures(tmp_path):
+    """Without a cluster, Ray is started: one fails, one process ends, a third goes on.
+
+    Together they give a run that can be replayed.
+    """
+    result = engine.run(
+        gradient,
+        np.zeros(3, np.float32),
+        lambda worker: Targets(worker, tmp_path / "died"),
+        optax.sgd(RATE),
+        60,
+        num_workers=3,
+        max_staleness=4,
+        actors={"num_cpus": 0.5},
+    )
+    assert_replayed(result)
+    assert sorted(worker for worker, _ in result.replaced) == [1, 2]
+    assert result.trace.staleness.max() <= 4
+
+
+def test_two_nodes(ray, cluster, tmp_path):
+    def batches(worker):
+        node = ray.get_runtime_context().get_node_id()
+        (tmp_path / str(worker)).write_text(node)
+        for index in itertools.count():
+            yield target(worker, index)
+
+    result = engine.run(
+        gradient,
+        np.zeros(3, np.float32),
+        batches,
+        optax.sgd(RATE),
+        40,
+        num_workers=4,
+        max_staleness=3,
+        actors={"num_cpus": 1, "scheduling_strategy": "SPREAD"},
+    )
+    assert_replayed(result)
+    np.testing.assert_array_equal(np.bincount(result.trace.workers), [10] * 4)
+    nodes = collections.Counter(file.read_text() for file in tmp_path.iterdir())
+    assert sorted(nodes.values()) == [2, 2]
+    assert set(nodes) == {node["NodeID"] for node in ray.nodes()}
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_a_killed_process(cluster, tmp_path, seed, caplog):
+    """`kill -9` at a random moment: each gradient is one entry, applied once."""
+    rng = np.random.default_rng(seed)
+    victim, wait = rng.integers(2), rng.uniform(0, 1)
+
+    def batches(worker):
+        (tmp_path / str(worker)).write_text(str(os.getpid()))
+        for index in range(GRADIENTS):
+            time.sleep(0.005)
+            batch = np.zeros(2 * GRADIENTS, np.float32)
+            batch[worker * GRADIENTS + index] = 1
+            yield batch
+
+    def kill():
+        deadline = time.monotonic() + 60
+        file = tmp_path / str(victim)
+        while not (file.exists() and file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.kill(int(file.read_text()), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = engine.run(
+        lambda x, batch: batch,
+        np.zeros(2 * GRADIENTS, np.float32),
+        batches,
+        optax.sgd(1.0),
+        GRADIENTS,
+        num_workers=2,
+        actors={"num_cpus": 1},
+    )
+    killer.join()
+    assert [worker for worker, _ in result.replaced] == [victim]
+    assert f"worker {victim} failed" in caplog.text
+    expected = np.zeros(2 * GRADIENTS)
+    expected[result.trace.workers * GRADIENTS + result.batch_indices] = -1
+    assert expected.sum() == -GRADIENTS
+    np.testing.assert_array_equal(result.params, expected)
