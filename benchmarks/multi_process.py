@@ -6,9 +6,7 @@ every variant trains a few steps, then the next, round after round; the others s
 A step is forward, backward and plain SGD of a ReLU MLP at batch 16 a process, float32.
 
 Both start with one compute thread a process, and with an allocator that keeps memory
-(`ENVIRONMENT`). XLA's CPU backend asks for its whole scratch memory at every step;
-glibc by default returns blocks of 32 MiB and more to the system each time, and getting
-them again costs a page fault every 4 KiB. `--default-environment` measures without.
+(`benchmarks.group.ENVIRONMENT`). `--default-environment` measures without.
 
 `--torch-python` is an interpreter with torch, and decent-dp for its rows; without
 them the rows are left out, with a message.
@@ -27,6 +25,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.group import ENVIRONMENT, Group
 
 HERE = Path(__file__).parent
 # Hidden widths of 784-H-H-H-10 for about one and ten million parameters.
@@ -54,14 +54,6 @@ COMPRESSION_JAX = (
 ORDERING_JAX = ("one all-reduce", "D-GraB", "D-GraB, sketch 4096", "D-GraB, gathered")
 COMPRESSION_TORCH = ("none, momentum", "DDP, momentum")
 
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "PJRT_NPROC": "1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-}
-
 JAX = {"gossip": GOSSIP_JAX, "compression": COMPRESSION_JAX, "ordering": ORDERING_JAX}
 TORCH = {
     "gossip": GOSSIP_TORCH,
@@ -88,61 +80,6 @@ PAIRS = (
 )
 
 
-class Group:
-    """Processes that run one framework's steps on command."""
-
-    def __init__(
-        self,
-        python: str,
-        script: str,
-        width: int,
-        processes: int,
-        variables: dict[str, str],
-    ):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = {
-            **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(HERE.parent),
-            **variables,
-        }
-        self.members = [
-            subprocess.Popen(
-                [python, str(HERE / "peers" / script), str(width)],
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL if rank else None,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
-
-    def ask(self, *command) -> list:
-        """Sends a command to all members and returns what each answers."""
-        for member in self.members:
-            assert member.stdin
-            member.stdin.write(json.dumps(command) + "\n")
-            member.stdin.flush()
-        answers = [m.stdout.readline() if m.stdout else "" for m in self.members]
-        if not all(answers):
-            raise RuntimeError(f"a process ended at {command}; its message is above.")
-        return [json.loads(answer) for answer in answers]
-
-    def close(self) -> None:
-        """Ends the members."""
-        for member in self.members:
-            member.kill()
-            member.wait()
-
-
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -162,13 +99,20 @@ def main() -> None:
 def _compare(size: int, options: argparse.Namespace) -> None:
     names = TORCH.get(options.what, ())
     width = WIDTHS[size] if names else size
-    torch_has = _modules(options.torch_python, "torch", "decent_dp") if names else {}
+    torch_has = modules(options.torch_python, "torch", "decent_dp") if names else {}
     variables = {} if options.default_environment else ENVIRONMENT
-    how = width, options.processes, variables
-    groups = {"jax": Group(sys.executable, "jax_steps.py", *how)}
+
+    def start(python, script):
+        command = [python, str(HERE / "peers" / script), str(width)]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = free.getsockname()
+        return Group(lambda _: command, options.processes, address, "lo", variables)
+
+    groups = {"jax": start(sys.executable, "jax_steps.py")}
     variants = [("jax", name) for name in JAX[options.what]]
     if torch_has.get("torch"):
-        groups["torch"] = Group(options.torch_python, "torch_steps.py", *how)
+        groups["torch"] = start(options.torch_python, "torch_steps.py")
         if options.what == "gossip" and torch_has["decent_dp"]:
             names += DECENT_DP
         variants += [("torch", name) for name in names]
@@ -200,7 +144,8 @@ def _compare(size: int, options: argparse.Namespace) -> None:
             print(f"  {ours} / {theirs}: {middle:.3f} ({low:.3f} to {high:.3f})")
 
 
-def _modules(python: str, *names: str) -> dict[str, bool]:
+def modules(python: str, *names: str) -> dict[str, bool]:
+    """Which modules an interpreter has."""
     program = "import importlib.util as u, json; print(json.dumps([*map(bool, map("
     program += f"u.find_spec, {list(names)!r}))]))"
     found = subprocess.run([python, "-c", program], capture_output=True, check=True)

@@ -34,6 +34,7 @@ from decentral_jax.communication import (
     communication_cost,
 )
 from decentral_jax.evaluation import consensus_distance, eval_params
+from decentral_jax.faults import guard_gradients, takes_part
 from decentral_jax.mixing import (
     accelerated_mix,
     average,
@@ -41,6 +42,7 @@ from decentral_jax.mixing import (
     average_every,
     mix,
 )
+from decentral_jax.processes import initialize
 from decentral_jax.transforms.amsgrad import amsgrad, project
 from decentral_jax.transforms.asynchronous import (
     asynchronous,
@@ -107,8 +109,10 @@ __all__ = [
     "exact_phases",
     "gossip",
     "grab",
+    "guard_gradients",
     "hl_sgd",
     "independent_grab",
+    "initialize",
     "iterate_averaging",
     "local_sgd",
     "mix",
@@ -127,6 +131,7 @@ __all__ = [
     "sgd_ia",
     "sgp",
     "slowmo",
+    "takes_part",
     "topology",
     "traces",
     "track_gradients",

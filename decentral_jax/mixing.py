@@ -5,6 +5,7 @@ here and nowhere else. Small leaves travel packed: one message carries a bucket 
 leaves, not one leaf.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,10 +38,17 @@ def mix(
     topology: AnyTopology,
     axis_name: AxisName = "workers",
     step: jax.Array | int | None = None,
+    active: jax.Array | bool | None = None,
 ) -> Any:
     r"""One gossip round: replaces each worker's tree by a weighted average.
 
     .. math:: x_i \leftarrow \sum_j W_{ij} x_j
+
+    Where some workers are missing, those present keep for themselves the weight that
+    they would give to them, so that the matrix stays doubly stochastic and the mean of
+    all workers stays what it was:
+
+    .. math:: x_i \leftarrow x_i + a_i \sum_j W_{ij} a_j (x_j - x_i)
 
     Lowered to one all-reduce on a complete graph with equal weights; else, across
     devices, to `topology.max_degree` rounds of `ppermute`, and among the workers of one
@@ -52,6 +60,10 @@ def mix(
       topology: The mixing matrix, or a schedule of them.
       axis_name: The worker axis; its size is the topology's number of workers.
       step: The round of a schedule, an integer equal on all workers.
+      active: :math:`a_i`, whether this worker takes part, such as
+        `dj.takes_part(step, missing=2)`; all do if None. Needs a symmetric topology. A
+        number more a message is sent, and what a missing worker holds, finite or not,
+        reaches nobody.
 
     Returns:
       A tree of the same shapes and dtypes. Sums are accumulated in at least float32,
@@ -59,8 +71,9 @@ def mix(
 
     Raises:
       TypeError: If `topology` is none, or a leaf is no floating-point array.
-      ValueError: If the axis is not bound or has another size than the topology, or a
-        schedule gets no `step`.
+      ValueError: If the axis is not bound or has another size than the topology, a
+        schedule gets no `step`, or workers may be missing on a topology that is not
+        symmetric.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
@@ -71,6 +84,8 @@ def mix(
     """
     check_topology(topology, doubly_stochastic=False)
     _check_axis(topology.num_workers, f"{topology!r}", axis_name)
+    if active is not None:
+        return _mix_present(tree, topology, axis_name, step, jnp.asarray(active))
     if isinstance(topology, Topology):
         if topology.averages_exactly:
             return average(tree, axis_name)
@@ -90,6 +105,27 @@ def mix(
     return _by_bucket(
         lambda x: collectives.combine(x, matrices, axis_name, step), tree, axis_name
     )
+
+
+def _mix_present(tree, topology, axis_name, step, active):
+    """`mix` where only some workers take part."""
+    check_topology(topology, symmetric=True)
+    check_dtypes("tree", tree, jnp.inexact)
+    if active.shape or active.dtype != bool:
+        raise TypeError(
+            f"active must be one boolean a worker, got shape {active.shape} and dtype "
+            f"{active.dtype}: pass this worker's own."
+        )
+    dtypes = [collectives.widened(jnp.asarray(x).dtype) for x in jax.tree.leaves(tree)]
+    share = active.astype(functools.reduce(jnp.promote_types, dtypes))
+    shown = jax.tree.map(lambda x: collectives.weighted(x, share), tree)
+    mixed, present = mix((shown, share), topology, axis_name, step)
+
+    def own(m, x):
+        y = m.astype(share.dtype) + (1 - present) * x.astype(share.dtype)
+        return jnp.where(active, y.astype(x.dtype), x)
+
+    return jax.tree.map(own, mixed, tree)
 
 
 def average(tree: Any, axis_name: AxisName = "workers") -> Any:
@@ -151,6 +187,7 @@ def accelerated_mix(
     topology: Topology,
     rounds: int,
     axis_name: AxisName = "workers",
+    active: jax.Array | bool | None = None,
 ) -> Any:
     r"""Accelerated gossip: `rounds` rounds that contract like twice the square root.
 
@@ -168,6 +205,7 @@ def accelerated_mix(
       topology: A static, symmetric, doubly stochastic topology.
       rounds: Number of rounds, at least 1; each sends what `mix` sends.
       axis_name: The worker axis.
+      active: Whether this worker takes part in these rounds, as in `mix`.
 
     Returns:
       A tree of the same shapes and dtypes.
@@ -181,19 +219,19 @@ def accelerated_mix(
 
     def body(_, carry):
         now, before = carry
-        return step(now, before), now
+        return step(now, before, active), now
 
     tree = jax.tree.map(lambda x: collectives.varying(x, axis_name), tree)
     return lax.fori_loop(0, rounds, body, (tree, tree))[0]
 
 
 def accelerated_round(topology: Topology, axis_name: AxisName) -> Callable:
-    """One round of `accelerated_mix` as a function `(z_r, z_{r-1}) -> z_{r+1}`."""
+    """One round of `accelerated_mix`, `(z_r, z_{r-1}, active) -> z_{r+1}`."""
     check_accelerable(topology)
     eta = momentum(topology)
 
-    def step(now, before):
-        mixed = mix(now, topology, axis_name)
+    def step(now, before, active=None):
+        mixed = mix(now, topology, axis_name, active=active)
 
         def extrapolate(m, b):
             wide = collectives.widened(m.dtype)

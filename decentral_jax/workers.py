@@ -6,6 +6,7 @@ layout, and gives the same numbers.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from jax.sharding import (
 )
 
 from decentral_jax.collectives import DEVICES, VIRTUAL, AxisName
+from decentral_jax.processes import agree
 from decentral_jax.validation import check_axis_name, check_int, check_leading_axes
 
 
@@ -44,11 +46,15 @@ class Workers:
       axis_name: The worker axis, for transformations; a tuple for a named shape.
       num_workers: The number of workers.
       num_devices: The number of devices in use.
+      sizes: The names of the worker axes and their sizes.
+      sharding: Of arrays with leading worker axes, each worker's part where it lives.
+      everywhere: Of arrays that all devices hold whole.
 
     Raises:
       TypeError: If a size is no integer.
-      ValueError: If a size is below 1, there is no device, or the workers do not divide
-        over the devices.
+      ValueError: If a size is below 1, there is no device, the workers do not divide
+        over the devices, or another process has other workers.
+      TimeoutError: If another process does not make its workers in time.
 
     Example:
       >>> import decentral_jax as dj, jax.numpy as jnp
@@ -79,10 +85,14 @@ class Workers:
             sizes = {axis_name: check_int("shape", shape, 1)}
         names = tuple(sizes)
         check_axis_name(names)
+        self.sizes = sizes
         self.axis_name: AxisName = names if isinstance(shape, Mapping) else axis_name
         self.shape = tuple(sizes.values())
         self.num_workers = int(np.prod(self.shape))
 
+        if devices is None:
+            # Before anything is run together, which would hang.
+            agree("workers", sizes)
         devices = list(jax.devices() if devices is None else devices)
         if not devices:
             raise ValueError("devices must hold at least one device, got none.")
@@ -100,7 +110,6 @@ class Workers:
                 "multiple of the number of devices."
             )
         self.num_devices = len(devices)
-        self._names = names
         # An axis that lies whole on the mesh, or whole in a device, keeps its name; one
         # that is split between both becomes two.
         self._virtual = {
@@ -113,9 +122,9 @@ class Workers:
             for name, size, parts in zip(names, self.shape, split, strict=True)
         ]
         self.sharding: NamedSharding | SingleDeviceSharding
-        self._everywhere: NamedSharding | SingleDeviceSharding
+        self.everywhere: NamedSharding | SingleDeviceSharding
         if self.num_devices == 1:
-            self.sharding = self._everywhere = SingleDeviceSharding(devices[0])
+            self.sharding = self.everywhere = SingleDeviceSharding(devices[0])
         else:
             axes = {
                 name: parts for name, parts in zip(on_mesh, split, strict=True) if name
@@ -126,7 +135,7 @@ class Workers:
                 axis_types=(AxisType.Auto,) * len(axes),
             )
             self.sharding = NamedSharding(mesh, PartitionSpec(*on_mesh))
-            self._everywhere = NamedSharding(mesh, PartitionSpec())
+            self.everywhere = NamedSharding(mesh, PartitionSpec())
 
     def __repr__(self) -> str:
         return f"Workers({self.num_workers} on {self.num_devices} devices)"
@@ -148,7 +157,7 @@ class Workers:
 
         if self.sharding.is_fully_addressable:
             # Arrays that live on other devices would not enter the program.
-            tree = jax.device_put(tree, self._everywhere)
+            tree = jax.device_put(tree, self.everywhere)
         return jax.jit(copies, out_shardings=self.sharding)(tree)
 
     def shard(self, tree: Any) -> Any:
@@ -208,7 +217,9 @@ class Workers:
           A jitted function of trees with leading worker axes.
 
         Raises:
-          ValueError: When called with a leaf whose leading axes are not the workers'.
+          ValueError: When called with a leaf whose leading axes are not the workers',
+            or if another process would run another program.
+          TimeoutError: If another process does not come to this program in time.
         """
         if not callable(fn):
             raise TypeError(f"fn must be a function of one worker's trees, got {fn!r}.")
@@ -220,9 +231,8 @@ class Workers:
 
         jitted = jax.jit(all_workers, donate_argnums=donate_argnums)
         # What `communication_cost` traces, whatever the layout.
-        sizes = dict(zip(self._names, self.shape, strict=True))
-        setattr(jitted, "one_worker", (fn, sizes))  # noqa: B010
-        return jitted
+        setattr(jitted, "one_worker", (fn, self.sizes))  # noqa: B010
+        return jitted if self.sharding.is_fully_addressable else _compared(jitted)
 
     def _on_devices(self, fn: Callable) -> Callable:
         """`fn` mapped over the workers of a device, then over devices."""
@@ -231,7 +241,7 @@ class Workers:
         if not isinstance(self.sharding, NamedSharding):
             return fn
         alone = tuple(
-            i for i, name in enumerate(self._names) if name not in self._virtual
+            i for i, name in enumerate(self.sizes) if name not in self._virtual
         )
 
         # The barriers keep XLA from fusing the reshapes into the computation; fused,
@@ -249,3 +259,26 @@ class Workers:
             # Collectives over a mesh axis and a nested vmap axis cannot be typed.
             check_vma=not self._virtual,
         )
+
+
+def _compared(jitted: Any) -> Callable[..., Any]:
+    """A jitted function that is compared with the other processes' when it is new.
+
+    Another topology, option or version makes another program, whose collectives would
+    wait for each other forever.
+    """
+    seen = set()
+
+    @functools.wraps(jitted)
+    def run(*args):
+        leaves, structure = jax.tree.flatten(args)
+        key = structure, *(jax.typeof(leaf) for leaf in leaves)
+        if key not in seen:
+            program = jitted.lower(*args).as_text().encode()
+            name = getattr(jitted, "__name__", "function")
+            agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
+            seen.add(key)
+        return jitted(*args)
+
+    setattr(run, "lower", jitted.lower)  # noqa: B010
+    return run

@@ -10,6 +10,7 @@ from experiments import (
     d_grab,
     detag,
     error_feedback,
+    faults,
     multi_level,
     synthetic,
 )
@@ -25,6 +26,7 @@ def main() -> None:
                 "d-grab": _d_grab,
                 "detag": _detag,
                 "def": _def,
+                "faults": _faults,
                 "mll-sgd": _mll_sgd,
                 "synthetic": _synthetic,
             },
@@ -58,6 +60,11 @@ def _detag(options: tyro.conf.OmitArgPrefixes[detag.DeTAG]) -> None:
 def _def(options: tyro.conf.OmitArgPrefixes[error_feedback.ErrorFeedback]) -> None:
     """Detached error feedback at ratios 16, 64 and 256 against dense SGD."""
     error_feedback.main(options)
+
+
+def _faults(options: tyro.conf.OmitArgPrefixes[faults.Faults]) -> None:
+    """D-PSGD, DeTAG and CHOCO-SGD while workers are missing."""
+    faults.main(options)
 
 
 def _mll_sgd(options: tyro.conf.OmitArgPrefixes[multi_level.MultiLevel]) -> None:

@@ -45,7 +45,9 @@ def main(options: Compare) -> None:
         f"{topology}, DeTAG R={options.rounds}; {len(options.rates)} rates x "
         f"{options.seeds} seeds in one program an algorithm"
     )
-    results = report.run_all(entries, setting, console, "compare", network)
+    results = report.run_all(
+        entries, setting, console, "compare", network, options.memory()
+    )
     report.print_table(
         results, console, f"After {setting.iterations} iterations, at the best rate"
     )

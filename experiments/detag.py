@@ -69,6 +69,7 @@ def _run(
         options.setting(fraction),
         console,
         f"kappa {kappa:g}, {fraction:g}%",
+        memory=options.memory(),
     )
     title = f"{topology.name}, {fraction:g}% shuffled, DeTAG R={rounds}"
     report.print_table(results, console, title)

@@ -53,12 +53,15 @@ def main(options: ErrorFeedback) -> None:
     console = Console()
     setting = options.setting(shuffled=100.0)
     examples = setting.parts.size
-    baseline = report.run_all(dense(), setting, console, "dense")
+    memory = options.memory()
+    baseline = report.run_all(dense(), setting, console, "dense", memory=memory)
     rows = []
     for ratio in options.ratios:
         entries = settings.compressed(ratio, options.detach, momentum=0.9)
         title = f"ratio {ratio:g}"
-        results = baseline + report.run_all(entries, setting, console, title)
+        results = baseline + report.run_all(
+            entries, setting, console, title, memory=memory
+        )
         report.print_table(results, console, f"{title}, {options.dataset}")
         rows += report.rows(results, ratio=ratio)
         figure = plt.figure(figsize=(12, 3.8), layout="constrained")

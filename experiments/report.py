@@ -1,6 +1,7 @@
 """What the experiments show: a progress bar, a table, curves as PNG, numbers as CSV."""
 
 import csv
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from experiments.resuming import Memory
 from experiments.settings import Entry, Network
 from experiments.training import Curves, Setting, bytes_sent, step_log, train
 
@@ -59,8 +61,12 @@ def run_all(
     console: Console,
     title: str,
     network: Network | None = None,
+    memory: Memory | None = None,
 ) -> list[Result]:
-    """Trains algorithms one after the other behind a progress bar."""
+    """Trains algorithms one after the other behind a progress bar.
+
+    Those that the memory of an interrupted run holds are not trained again.
+    """
     network = network or Network()
     bar = Progress(
         TextColumn("{task.description:<28}"),
@@ -74,12 +80,12 @@ def run_all(
         task = bar.add_task(title, total=len(entries))
         for name, entry in entries.items():
             bar.update(task, description=f"{title}: {name}")
-            curves = train(
-                entry.make,
-                setting,
-                lambda share: bar.advance(task, share),
-                entry.levels,
-            )
+
+            def run(entry=entry):
+                advance = functools.partial(bar.advance, task)
+                return train(entry.make, setting, advance, entry.levels)
+
+            curves = memory.curves(f"{title}: {name}", run) if memory else run()
             log = step_log(entry.make, setting, entry.phase, entry.levels)
             sent = bytes_sent(log, setting.iterations)
             at = curves.iteration

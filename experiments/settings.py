@@ -11,6 +11,7 @@ import optax
 
 import decentral_jax as dj
 from experiments import data, models, wall_clock
+from experiments.resuming import Memory
 from experiments.training import Setting, worker_axes
 
 
@@ -203,6 +204,14 @@ class Options:
     """Number of seeds: initial model and order of the data."""
     out: Path = Path("results")
     """Folder for the figures (.png) and the numbers (.csv)."""
+    resume: bool = False
+    """Go on after the algorithms that an interrupted run with these options has
+    finished; they are kept in the folder "finished" beside the figures."""
+
+    def memory(self) -> Memory:
+        """Where this run keeps the algorithms that it has finished."""
+        same = dataclasses.replace(self, resume=False, out=Path())
+        return Memory(self.out / "finished", repr(same), self.resume)
 
     def setting(self, shuffled: float) -> Setting:
         """Loads the data and deals them to the workers.

@@ -1,9 +1,9 @@
 """One of several processes that run trajectories together; see test_processes.py.
 
-Usage: python tests/one_process.py RANK PROCESSES PORT ALGORITHM ...
+Usage: python -m decentral_jax.launch --processes P --devices D tests/one_process.py
+    DTYPE ALGORITHM ...
 """
 
-import os
 import sys
 
 import jax
@@ -14,32 +14,36 @@ from tests.layouts import named
 from tests.registry import ALGORITHMS
 from tests.test_trajectories import expected, problem, schedule, trajectory
 
+TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 
-def main(rank: int, processes: int, port: int, names: list[str]) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={8 // processes}"
+
+def main(dtype: str, names: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_x64", True)
-    jax.distributed.initialize(f"127.0.0.1:{port}", processes, rank)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    dj.initialize(timeout=120)
     for name in names:
         algorithm = ALGORITHMS[name]
         sizes = named(algorithm.shape)
         workers = dj.Workers(sizes)
-        assert workers.num_devices == 8
+        assert workers.num_devices == jax.device_count()
         run = workers.spmd(trajectory(algorithm.make(schedule), tuple(sizes)))
         data = jax.tree.map(
-            lambda x, sizes=sizes: x.reshape(*sizes.values(), *x.shape[1:]), problem()
+            lambda x, sizes=sizes: x.reshape(*sizes.values(), *x.shape[1:]).astype(
+                dtype
+            ),
+            problem(),
         )
         path = workers.gather(run(workers.shard(data)))
         np.testing.assert_allclose(
             path.reshape(8, *path.shape[len(sizes) :]),
             expected(name),
             rtol=0,
-            atol=1e-10,
+            atol=TOLERANCES[dtype],
             err_msg=name,
         )
-    print("equal")
+    print(f"{len(names)} equal on {jax.process_count()} processes")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]), sys.argv[4:])
+    main(sys.argv[1], sys.argv[2:] or list(ALGORITHMS))

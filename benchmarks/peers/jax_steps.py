@@ -15,7 +15,9 @@ import jax
 
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(
-    f"127.0.0.1:{os.environ['MASTER_PORT']}", SIZE, RANK, local_device_ids=[0]
+    f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+    *(SIZE, RANK),
+    local_device_ids=[0],
 )
 
 import numpy as np

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
 from decentral_jax.compression import Compressor, LowRank, check_compressor
 from decentral_jax.mixing import mix, mix_decoded
@@ -59,7 +60,11 @@ def compressed_gossip(
 
     Returns:
       The transformation; place it last in a chain. A worker sends `max_degree` payloads
-      a step and keeps two copies of the parameters.
+      a step and keeps two copies of the parameters. Its `update` takes the keyword
+      `active` of `dj.mix`: a worker sends only if it and all its neighbours are present
+      (else they would not agree on :math:`\hat x_i`), and all go on with the sums that
+      they have, which needs a smaller `consensus_rate` the more are missing; one more
+      number is sent to tell.
 
     Raises:
       TypeError: If an argument has a wrong type, such as a schedule of topologies.
@@ -94,7 +99,9 @@ def compressed_gossip(
             jnp.zeros([], jnp.int32), zeros(params), zeros(params)
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates, state, params=None, *, active: Any = None, **extra_args: Any
+    ) -> Any:
         del extra_args
         params = require_params(params, "compressed_gossip")
         check_trees("updates", updates, state.public)
@@ -102,6 +109,10 @@ def compressed_gossip(
         leaves, back = as_one(compressor, difference(half, state.public))
         key = step_key(seed, state.count, axis_name)
         payloads, decode = compress_leaves(compressor, key, leaves, axis_name)
+        if active is not None:
+            payloads, decode = _unless_alone(
+                payloads, decode, active, topology, axis_name, compressor.linear
+            )
         own = back(decode(payloads))
         if compressor.linear:
             arrived = back(decode(mix(payloads, topology, axis_name)))
@@ -118,3 +129,21 @@ def compressed_gossip(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _unless_alone(payloads, decode, active, topology, axis_name, linear):
+    """Messages that count as zero where the worker or one of its neighbours is missing.
+
+    Nobody else's copy of what is public would follow else.
+    """
+    check_topology(topology, symmetric=True)
+    present = mix(jnp.asarray(active, jnp.float32), topology, axis_name)
+    # Weights of a row add up to one, to rounding.
+    sends = jnp.where(active & (present > 1 - 1e-5), 1.0, 0.0).astype(jnp.float32)
+
+    def times(tree, share):
+        return jax.tree.map(lambda x: collectives.weighted(x, share), tree)
+
+    if linear:
+        return times(payloads, sends), decode
+    return (payloads, sends), lambda message: times(decode(message[0]), message[1])

@@ -47,7 +47,8 @@ def gossip(
 
     Returns:
       The transformation; place it last in a chain. A worker sends `max_degree` times
-      the parameters' bytes a step (one all-reduce on a complete graph).
+      the parameters' bytes a step (one all-reduce on a complete graph). Its `update`
+      takes the keyword `active` of `dj.mix`: a missing worker takes its own update.
 
     Raises:
       TypeError: If `topology` does not come from `dj.topology`.
@@ -77,15 +78,17 @@ def gossip(
         del params
         return GossipState(count=jnp.zeros([], jnp.int32))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates, state, params=None, *, active: Any = None, **extra_args: Any
+    ) -> Any:
         del extra_args
         params = require_params(params, "gossip")
         if order == "adapt_then_combine":
             adapted = optax.apply_updates(params, updates)
-            mixed = mix(adapted, topology, axis_name, state.count)
+            mixed = mix(adapted, topology, axis_name, state.count, active)
             updates = difference(mixed, params)
         else:
-            mixed = mix(params, topology, axis_name, state.count)
+            mixed = mix(params, topology, axis_name, state.count, active)
             # All gradients before any update: else XLA copies donated parameters, lest
             # the backward pass still read them. The exchange does not wait for it.
             updates = lax.optimization_barrier(updates)

@@ -67,6 +67,7 @@ def track_gradients(
     Returns:
       The transformation; place it first in a chain, and `dj.gossip` last. A worker
       sends `max_degree` times the gradients' bytes a step and keeps two copies of them.
+      Its `update` takes the keyword `active` of `dj.mix`.
 
     Raises:
       TypeError: If `topology` does not come from `dj.topology`.
@@ -98,15 +99,17 @@ def track_gradients(
             gradient=optax.tree.zeros_like(params),
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates, state, params=None, *, active: Any = None, **extra_args: Any
+    ) -> Any:
         del params, extra_args
         gradient = _like(updates, state.gradient)
         if order == "combine_then_adapt":
-            mixed = mix(state.tracker, topology, axis_name, state.count)
+            mixed = mix(state.tracker, topology, axis_name, state.count, active)
             tracker = _correct(mixed, gradient, state.gradient)
         else:
             corrected = _correct(state.tracker, gradient, state.gradient)
-            mixed = mix(corrected, topology, axis_name, state.count)
+            mixed = mix(corrected, topology, axis_name, state.count, active)
             # The first tracker is the gradient itself, unmixed.
             tracker = _where(state.count == 0, gradient, mixed)
         count = optax.safe_increment(state.count)
@@ -164,7 +167,8 @@ def accelerated_tracking(
 
     Returns:
       The transformation. A worker sends twice `max_degree` times the parameters' bytes
-      an iteration, on average.
+      an iteration, on average. Its `update` takes the keyword `active` of `dj.mix`, for
+      this iteration's round; with "phase_end" the last one's holds for all rounds.
 
     Raises:
       TypeError: If `topology` is a schedule, or `rounds` no integer.
@@ -203,7 +207,9 @@ def accelerated_tracking(
             inner=inner.init(params),
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates, state, params=None, *, active: Any = None, **extra_args: Any
+    ) -> Any:
         params = require_params(params, "accelerated_tracking")
         count = collectives.agreed(state.count, axis_name)
         first, last = count % rounds == 0, count % rounds == rounds - 1
@@ -214,12 +220,12 @@ def accelerated_tracking(
         if when == "every_step":
             start = (params, state.tracker)
             now, before = _where(first, start, now), _where(first, start, before)
-            now, before = gossip_round(now, before), now
+            now, before = gossip_round(now, before, active), now
 
         def finish_phase(now, inner_state):
             if when == "phase_end":
                 now = accelerated_mix(
-                    (params, state.tracker), topology, rounds, axis_name
+                    (params, state.tracker), topology, rounds, axis_name, active
                 )
             mixed, tracked = now
             step, inner_state = inner.update(tracked, inner_state, params, **extra_args)

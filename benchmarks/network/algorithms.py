@@ -1,0 +1,154 @@
+"""The algorithms of the network benchmark, and the steps each needs.
+
+Steps to the target do not depend on the network: rates are tuned here, all workers on
+one device, so that on the network each algorithm runs once, at its best.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import decentral_jax as dj
+from benchmarks.network import tasks
+
+RATES = (0.02, 0.05, 0.1, 0.2, 0.4)
+MOST_STEPS = 480
+LOCAL_STEPS = 16
+
+
+def algorithms(n: int) -> dict[str, Callable]:
+    """From a name to a function of the learning rate; n workers."""
+    ring, one_peer = dj.topology.ring(n), dj.topology.one_peer_exponential(n)
+
+    def sgd(rate):
+        return optax.sgd(rate, tasks.MOMENTUM)
+
+    block = dj.compression.random_block(64)
+    return {
+        "all-reduce": lambda rate: dj.all_reduce_sgd(None, base=sgd(rate)),
+        "D-PSGD ring": lambda rate: dj.d_psgd(None, ring, base=sgd(rate)),
+        "D-PSGD one-peer": lambda rate: dj.d_psgd(None, one_peer, base=sgd(rate)),
+        "DeTAG": lambda rate: dj.detag(None, ring, 2, base=sgd(rate)),
+        "DEF, ratio 64": lambda rate: dj.def_sgd(rate, block, momentum=tasks.MOMENTUM),
+        "Local SGD, tau 16": lambda rate: dj.local_sgd(
+            None, LOCAL_STEPS, base=sgd(rate)
+        ),
+    }
+
+
+# Steps after which an algorithm's messages repeat, where that is not one.
+PHASES = {"D-PSGD one-peer": 3, "Local SGD, tau 16": LOCAL_STEPS, "DeTAG": 2}
+
+
+def exchanges(n: int, entries: int) -> dict[str, tuple[Callable, Any]]:
+    """From a name to a function that only exchanges, and one worker's tree for it."""
+    ring = np.roll(np.eye(n), 1, axis=1)
+    around = dj.topology.from_matrix(ring)
+    order = dj.d_grab(1000, n)
+    x = np.zeros(entries, np.float32)
+    grads = np.zeros((4, entries), np.float32)
+
+    def orders(state):
+        grads, _, order_state = state
+        mean, order_state = order.update(grads, order_state)
+        return grads, mean, order_state
+
+    return {
+        "message": (lambda x: dj.mix(x, around), x),
+        "all-reduce": (dj.average, x),
+        "D-GraB": (orders, (grads, x, order.init(x))),
+    }
+
+
+def predicted(name: str, n: int) -> float:
+    """Bytes that a worker sends in a step, read off the program, over a phase."""
+    tx = algorithms(n)[name](0.1)
+    params = tasks.initial_params()
+    state = jax.eval_shape(tx.init, params)
+    phase = PHASES.get(name, 1)
+
+    def sent(t):
+        at_t = optax.tree.set(state, count=np.int32(t)) if phase > 1 else state
+        return dj.communication_cost(
+            tx.update, params, at_t, params, axis_sizes={"workers": n}
+        ).bytes_sent
+
+    return float(np.mean([sent(t) for t in range(phase)]))
+
+
+def predicted_exchange(kind: str, n: int, entries: int) -> float:
+    """The same of an exchange alone."""
+    fn, tree = exchanges(n, entries)[kind]
+    return float(dj.communication_cost(fn, tree, axis_sizes={"workers": n}).bytes_sent)
+
+
+def logits_fn(params, x):
+    """The MLP."""
+    for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
+    return x @ params[-1]["kernel"] + params[-1]["bias"]
+
+
+def train_step(tx: optax.GradientTransformation) -> Callable:
+    """One worker's step: of parameters, state and a batch."""
+
+    def loss_fn(params, batch):
+        x, y = batch
+        logits = logits_fn(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(params, opt_state, batch):
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
+
+
+def accuracy(x, y) -> Callable:
+    """Of the averaged model; a function of one worker's state and parameters."""
+
+    def measure(opt_state, params):
+        model = dj.eval_params(opt_state, params)
+        return (logits_fn(model, x).argmax(-1) == y).mean()
+
+    return measure
+
+
+def steps_to(target: float, n: int, every: int) -> dict[str, tuple[float, int | None]]:
+    """Each algorithm's best rate, and the steps it needs at that rate.
+
+    Args:
+      target: Test accuracy of the averaged model.
+      n: Workers.
+      every: Steps between evaluations.
+
+    Returns:
+      From a name to the rate and the steps; None if no rate gets there.
+    """
+    workers = dj.Workers(n, devices=jax.devices()[:1])
+    found = {}
+    for name, make in algorithms(n).items():
+        steps = {rate: _steps(make(rate), workers, target, every) for rate in RATES}
+        best = min(RATES, key=lambda rate: steps[rate] or np.inf)
+        found[name] = best, steps[best]
+    return found
+
+
+def _steps(tx, workers, target, every):
+    x, y, x_test, y_test = tasks.load()
+    step = workers.spmd(train_step(tx), donate_argnums=(0, 1))
+    measure = workers.spmd(accuracy(jnp.asarray(x_test), jnp.asarray(y_test)))
+    params = workers.replicate(tasks.initial_params())
+    opt_state = workers.spmd(tx.init)(params)
+    drawn = tasks.batches(workers.num_workers)
+    for t in range(1, MOST_STEPS + 1):
+        chosen = next(drawn)
+        params, opt_state = step(params, opt_state, (x[chosen], y[chosen]))
+        if t % every == 0 and measure(opt_state, params)[0] >= target:
+            return t
+    return None

@@ -1,0 +1,102 @@
+"""One JAX host of the network benchmark: trains and exchanges on command."""
+
+import json
+import os
+import sys
+import time
+
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# Answers go to the real standard output; whatever else is printed, to standard error.
+ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+import jax
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(
+    f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+    *(SIZE, RANK),
+    local_device_ids=[0],
+)
+
+import jax.numpy as jnp
+
+import decentral_jax as dj
+from benchmarks.network import algorithms, tasks
+
+WORKERS = dj.Workers(SIZE)
+X, Y, X_TEST, Y_TEST = tasks.load()
+
+
+class Training:
+    """An algorithm at a rate, from the start."""
+
+    def __init__(self, name: str, rate: float):
+        tx = algorithms.algorithms(SIZE)[name](rate)
+        step = algorithms.train_step(tx)
+        self.step = WORKERS.spmd(step, donate_argnums=(0, 1))
+        measure = algorithms.accuracy(jnp.asarray(X_TEST), jnp.asarray(Y_TEST))
+        self.measure = WORKERS.spmd(measure)
+        self.init = WORKERS.spmd(tx.init)
+        self.restart()
+        # Compiled, and the connections made.
+        self.run(2 * algorithms.LOCAL_STEPS)
+        self.accuracy()
+        self.restart()
+
+    def restart(self) -> None:
+        """All parameters and batches as at first."""
+        self.params = WORKERS.replicate(tasks.initial_params())
+        self.opt_state = self.init(self.params)
+        self.drawn = tasks.batches(SIZE)
+        jax.block_until_ready((self.params, self.opt_state))
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        batches = [WORKERS.shard((X[c], Y[c])) for c in map(next, [self.drawn] * steps)]
+        start = time.perf_counter()
+        for batch in batches:
+            self.params, self.opt_state = self.step(self.params, self.opt_state, batch)
+        jax.block_until_ready(self.params)
+        return time.perf_counter() - start
+
+    def accuracy(self) -> float:
+        """Of the averaged model."""
+        found = self.measure(self.opt_state, self.params)
+        return float(found.addressable_shards[0].data[0])
+
+
+class Exchange:
+    """Messages alone, of so many float32 entries."""
+
+    def __init__(self, kind: str, entries: int):
+        fn, tree = algorithms.exchanges(SIZE, entries)[kind]
+        self.fn = WORKERS.spmd(fn, donate_argnums=0)
+        self.tree = WORKERS.replicate(tree)
+        self.run(1)
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many exchanges."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.tree = self.fn(self.tree)
+        jax.block_until_ready(self.tree)
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    """Obeys commands until standard input ends."""
+    kinds = {"training": Training, "exchange": Exchange}
+    current = None
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        answer = None
+        if command in kinds:
+            current = kinds[command](*arguments)
+        else:
+            answer = getattr(current, command)(*arguments)
+        print(json.dumps(answer), file=ANSWERS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""What the hosts train: scikit-learn's digits by a ReLU MLP of a million parameters.
+
+Shared by the JAX hosts, the PyTorch ones and the tuning on one device.
+"""
+
+import itertools
+
+import numpy as np
+
+WIDTHS = (64, 980, 980, 10)  # 1,034,890 parameters
+BATCH = 16
+MOMENTUM = 0.9
+
+
+def load():
+    """Training and test images, flat, and labels."""
+    from experiments import data
+
+    digits = data.load_digits()
+    x, x_test = (part.reshape(len(part), -1) for part in (digits[0], digits[2]))
+    return x, digits.y_train, x_test, digits.y_test
+
+
+def batches(workers: int, seed: int = 0):
+    """Endless batches of all workers, `[n, 16]` indices; each has its own examples."""
+    rng = np.random.default_rng(seed)
+    parts = rng.permutation(1440)[: 1440 // workers * workers].reshape(workers, -1)
+    while True:
+        chosen = rng.integers(parts.shape[1], size=(workers, BATCH))
+        yield np.take_along_axis(parts, chosen, axis=1)
+
+
+def initial_params(seed: int = 0) -> list[dict[str, np.ndarray]]:
+    """He's initialisation."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "kernel": np.float32(rng.normal(size=(i, o)) * np.sqrt(2 / i)),
+            "bias": np.zeros(o, np.float32),
+        }
+        for i, o in itertools.pairwise(WIDTHS)
+    ]

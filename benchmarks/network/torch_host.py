@@ -1,0 +1,85 @@
+"""One PyTorch host of the network benchmark: DistributedDataParallel over gloo."""
+
+import json
+import os
+import sys
+import time
+
+SIZE = int(os.environ["WORLD_SIZE"])
+RANK = int(os.environ["RANK"])
+# Answers go to the real standard output; whatever else is printed, to standard error.
+ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+from torch import distributed, nn  # pyright: ignore[reportMissingImports]
+
+from benchmarks.network import tasks
+
+# The data come from the JAX side, as this interpreter may lack scikit-learn.
+with np.load(sys.argv[1]) as file:
+    X, Y, X_TEST, Y_TEST = (torch.from_numpy(file[k]) for k in ("a", "b", "c", "d"))
+
+
+class Training:
+    """SGD with momentum under DDP at a rate, from the start."""
+
+    def __init__(self, name: str, rate: float):
+        del name
+        self.rate = rate
+        self.restart()
+        self.run(8)
+        self.restart()
+
+    def restart(self) -> None:
+        """All parameters and batches as at first; the same as JAX's."""
+        layers = []
+        for layer in tasks.initial_params():
+            linear = nn.Linear(*layer["kernel"].shape)
+            with torch.no_grad():
+                linear.weight.copy_(torch.from_numpy(layer["kernel"].T))
+                linear.bias.zero_()
+            layers += [linear, nn.ReLU()]
+        self.plain = nn.Sequential(*layers[:-1])
+        self.net = nn.parallel.DistributedDataParallel(
+            self.plain, gradient_as_bucket_view=True
+        )
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=self.rate, momentum=tasks.MOMENTUM
+        )
+        self.drawn = tasks.batches(SIZE)
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        chosen = [torch.from_numpy(next(self.drawn)[RANK]) for _ in range(steps)]
+        batches = [(X[c], Y[c].long()) for c in chosen]
+        start = time.perf_counter()
+        for x, y in batches:
+            self.optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(self.net(x), y).backward()
+            self.optimizer.step()
+        return time.perf_counter() - start
+
+    def accuracy(self) -> float:
+        """On the test images."""
+        with torch.no_grad():
+            return (self.plain(X_TEST).argmax(-1) == Y_TEST).float().mean().item()
+
+
+def main() -> None:
+    """Obeys commands until standard input ends."""
+    distributed.init_process_group("gloo")
+    current = None
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        answer = None
+        if command == "training":
+            current = Training(*arguments)
+        else:
+            answer = getattr(current, command)(*arguments)
+        print(json.dumps(answer), file=ANSWERS)
+
+
+if __name__ == "__main__":
+    main()

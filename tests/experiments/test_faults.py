@@ -1,0 +1,30 @@
+"""Training with missing workers, on a small run."""
+
+import csv
+
+import pytest
+
+
+def test_missing_workers(run):
+    arguments = ["--workers", "4", "--missing", "0", "1", "--iterations", "120"]
+    arguments += ["--evaluations", "2", "--rates", "0.2", "--seeds", "2"]
+    out = run("faults", *arguments, "--ratio", "2") / "faults"
+    assert (out / "faults.png").stat().st_size > 10_000
+    with (out / "faults.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 2 * 2
+    ends = {
+        (row["missing"], row["algorithm"], row["seed"]): float(row["train_loss"])
+        for row in rows
+        if row["iteration"] == "120"
+    }
+    for (missing, algorithm, seed), loss in ends.items():
+        assert loss < 2
+        if missing == "1":
+            assert loss != ends["0", algorithm, seed]
+
+
+@pytest.mark.parametrize("missing", ["8", "-1"])
+def test_bad_options(run, missing):
+    with pytest.raises(SystemExit, match=r"missing=.* fewer than the 8 workers"):
+        run("faults", "--workers", "8", "--missing", missing)
