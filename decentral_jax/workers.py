@@ -160,12 +160,30 @@ class Workers:
             tree = jax.device_put(tree, self.everywhere)
         return jax.jit(copies, out_shardings=self.sharding)(tree)
 
-    def shard(self, tree: Any) -> Any:
+    @property
+    def local(self) -> np.ndarray:
+        """The workers that live in this process, by number; all if it is alone."""
+        return np.arange(self.num_workers).reshape(self.shape)[self._local_part()]
+
+    def _local_part(self) -> tuple[slice, ...]:
+        """What this process holds of an array of all workers, one block."""
+        parts = self.sharding.addressable_devices_indices_map(self.shape).values()
+        return tuple(
+            slice(
+                min(part[axis].start or 0 for part in parts if part is not None),
+                max(part[axis].stop or size for part in parts if part is not None),
+            )
+            for axis, size in enumerate(self.shape)
+        )
+
+    def shard(self, tree: Any, local: bool = False) -> Any:
         """Puts each worker's part of a tree where the worker lives.
 
         Args:
           tree: A pytree whose leaves have a leading worker axis (one for each named
             axis), such as a batch `[8, per_worker_batch, ...]`.
+          local: Whether each process passes only what belongs to its own workers,
+            `Workers.local`, instead of all workers' data.
 
         Returns:
           The same tree on the devices.
@@ -173,7 +191,17 @@ class Workers:
         Raises:
           ValueError: If a leaf's leading axes are not the workers'.
         """
-        check_leading_axes("tree", tree, self.shape)
+        shape = self.local.shape if local else self.shape
+        check_leading_axes("tree", tree, shape)
+        if local and not self.sharding.is_fully_addressable:
+            return jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(
+                    self.sharding,
+                    np.asarray(x),
+                    self.shape + np.shape(x)[len(shape) :],
+                ),
+                tree,
+            )
 
         def put(x):
             if self.sharding.is_fully_addressable:

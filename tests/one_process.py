@@ -1,4 +1,6 @@
-"""One of several processes that run trajectories together; see test_processes.py.
+"""One of several processes that run trajectories and orders together.
+
+Started by test_processes.py.
 
 Usage: python -m decentral_jax.launch --processes P --devices D tests/one_process.py
     DTYPE ALGORITHM ...
@@ -12,8 +14,11 @@ import numpy as np
 import decentral_jax as dj
 from tests.layouts import named
 from tests.registry import ALGORITHMS
+from tests.test_ordering import METHODS, gradients, orders
+from tests.test_ordering import expected as expected_orders
 from tests.test_trajectories import expected, problem, schedule, trajectory
 
+ORDERS = ("d_grab", "d_grab, gathered", "pair_balance", "grab")
 TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 
 
@@ -42,6 +47,14 @@ def main(dtype: str, names: list[str]) -> None:
             atol=TOLERANCES[dtype],
             err_msg=name,
         )
+    for name in ORDERS:
+        make, method = METHODS[name]
+        workers = dj.Workers(8)
+        run = workers.spmd(orders(make(10, 8), 2, 10))
+        vectors = np.moveaxis(gradients(4, 8, 10), 1, 0).astype(dtype)
+        found = workers.gather(run(workers.shard(vectors)))
+        reference = np.moveaxis(expected_orders(method, 4, 8, 10), 1, 0)
+        np.testing.assert_array_equal(found, reference, err_msg=name)
     print(f"{len(names)} equal on {jax.process_count()} processes")
 
 

@@ -175,6 +175,35 @@ def test_differences_are_told(capfd, name):
     assert re.search(message, capfd.readouterr().err)
 
 
+def test_data_of_each_process(capfd):
+    """Each passes what belongs to its own workers, also of several levels."""
+    text = """
+import numpy as np
+dj.initialize()
+for shape in (4, {"hub": 2, "worker": 4}, {"hub": 4, "worker": 2}):
+    workers = dj.Workers(shape)
+    n = workers.num_workers
+    x = np.arange(3.0 * n).reshape(*workers.shape, 3)
+    local = workers.local
+    assert local.size == n // 2 and local.flat[0] == rank * n // 2, local
+    mine = x.reshape(n, 3)[local]
+    both = workers.shard(mine, local=True), workers.shard(x)
+    for a, b in zip(*(array.addressable_shards for array in both)):
+        assert a.device == b.device and (a.data == b.data).all()
+    np.testing.assert_array_equal(workers.gather(both[0]), x)
+    try:
+        workers.shard(x, local=True)
+    except ValueError as error:
+        print(error)
+print("equal")
+"""
+    ended = launch.run(code(START + text), processes=2, devices=2)
+    out, error = capfd.readouterr()
+    assert ended == 0, error[-3000:]
+    assert {"[0] equal", "[1] equal"} <= set(out.splitlines())
+    assert out.count("tree must have the leading axes") == 6
+
+
 def test_equal_processes_are_not_stopped(capfd):
     text = "dj.initialize(); print(run(dj.topology.ring(2))); run(dj.topology.ring(2))"
     ended = launch.run(code(START + text), processes=2)

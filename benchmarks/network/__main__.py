@@ -16,6 +16,7 @@ the first ones, and marked with "~".
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,8 @@ def main() -> None:
     parser.add_argument("--messages", type=float, nargs="+", default=[1e6, 4e6])
     parser.add_argument("--torch-python", default=sys.executable)
     options = parser.parse_args()
+    # So that the network is removed in this case, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print(machine())
     print(
         f"\nSteps to {100 * options.target:g} % at the best rate, {options.hosts} "
