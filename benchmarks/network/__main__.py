@@ -6,7 +6,9 @@ bridge, links limited by `tc tbf`), one JAX process each, and per bandwidth
 1. trains a model of a million parameters on digits to a test accuracy, with each
    algorithm at its best rate: seconds, against dense all-reduce through JAX and through
    PyTorch DDP (`--torch-python`, an interpreter with torch);
-2. compares the kernel's counters of bytes with `communication_cost`;
+2. compares the kernel's counters with `communication_cost`: bytes with all headers,
+   and "payload", without 66 bytes of headers a packet but with what gloo and the
+   coordinator add;
 3. sends messages alone: how much of the link do they use?
 
 All hosts share this machine's cores, so that computing is slower than on real ones: it
@@ -20,18 +22,20 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.group import ENVIRONMENT, Group
 from benchmarks.multi_process import modules
-from benchmarks.network import algorithms, tasks
-from benchmarks.network.namespaces import Hosts
+from benchmarks.network import algorithms, figure, tasks
+from benchmarks.network.namespaces import HEADERS, Hosts
 from benchmarks.timing import machine
+from experiments import report
 
 HERE = Path(__file__).parent
 PORT = 29_777
-FEW = 16  # steps that are always timed
+FEW = 6  # steps that are always timed, or as many as messages take to repeat
 REPEATS = 3  # exchanges of a message alone
 DDP = "PyTorch DDP"
 
@@ -41,13 +45,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument(
-        "--mbit", type=float, nargs="+", default=[10, 100, 1000, 0], help="0: no limit"
+        "--mbit", type=float, nargs="+", default=[100, 1000, 0, 10], help="0: no limit"
     )
     parser.add_argument("--target", type=float, default=0.95, help="test accuracy")
     parser.add_argument("--every", type=int, default=8, help="steps to an evaluation")
-    parser.add_argument("--longest", type=float, default=120.0, help="seconds a run")
-    parser.add_argument("--messages", type=float, nargs="+", default=[1e6, 4e6])
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds a run")
+    parser.add_argument(
+        "--messages", type=float, nargs="+", default=[1e6, 4e6], help="entries"
+    )
     parser.add_argument("--torch-python", default=sys.executable)
+    parser.add_argument("--out", type=Path, default=Path("results/network"))
     options = parser.parse_args()
     # So that the network is removed in this case, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -63,13 +70,15 @@ def main() -> None:
     if not has_torch:
         print(f"torch is not installed in {options.torch_python}: rows left out.")
     with Hosts(options.hosts) as hosts, tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/data.npz", **dict(zip("abcd", tasks.load(), strict=True)))
+        x, y, x_test, y_test = tasks.load()
+        np.savez(f"{folder}/data.npz", a=x, b=y, c=x_test, d=y_test)
+        rows = []
         for mbit in options.mbit:
             hosts.limit(None)
             print(f"\n== {f'{mbit:g} Mbit/s' if mbit else 'no limit'}", flush=True)
             group = _start(hosts, sys.executable, "jax_host.py")
             try:
-                baseline = _train(group, hosts, steps, mbit, options)
+                rows += _train(group, hosts, steps, mbit, options)
                 _wire(group, hosts, mbit, options)
             finally:
                 group.close()
@@ -79,9 +88,19 @@ def main() -> None:
                 )
                 try:
                     same = {DDP: steps["all-reduce"]}
-                    _train(group, hosts, same, mbit, options, baseline)
+                    seconds = {
+                        row["name"]: row["seconds"]
+                        for row in rows
+                        if row["mbit"] == mbit
+                    }
+                    rows += _train(
+                        group, hosts, same, mbit, options, seconds["all-reduce"]
+                    )
                 finally:
                     group.close()
+            report.write_csv(options.out / "network.csv", rows)
+            figure.draw(rows, options.out / "network.png")
+    print(f"\nWrote network.csv and network.png to {options.out}.")
 
 
 def _start(hosts: Hosts, python: str, script: str, *arguments: str) -> Group:
@@ -92,74 +111,98 @@ def _start(hosts: Hosts, python: str, script: str, *arguments: str) -> Group:
     return Group(command, hosts.number, address, "eth0", ENVIRONMENT)
 
 
-def _limited(hosts, mbit, measure):
+class Measured(NamedTuple):
+    """What a number of steps took, a step."""
+
+    seconds: float
+    sent: float  # bytes of a host, on average, with all headers
+    payload: float  # bytes without headers of packets
+
+    def columns(self, predicted: float, mbit: float) -> str:
+        """Bytes sent, computed, payload to computed, and the use of the link."""
+        use = 100 * self.sent * 8 / (mbit * 1e6) / self.seconds if mbit else np.nan
+        return (
+            f"{self.sent / 1e6:8.3f}  {predicted / 1e6:8.3f}  "
+            f"{self.payload / predicted:7.3f}  " + (f"{use:3.0f} %" if mbit else "")
+        )
+
+
+def _limited(hosts, mbit, number, measure) -> Measured:
     """Measures with the limit on, so that all else goes fast."""
     hosts.limit(mbit or None)
-    before = np.array(hosts.bytes_sent())
-    seconds = measure()
-    sent = (np.array(hosts.bytes_sent()) - before).mean()
+    before = hosts.sent()
+    seconds = measure(number)
+    sent, packets = (hosts.sent() - before).mean(1) / number
     hosts.limit(None)
-    return seconds, sent
+    return Measured(seconds / number, sent, sent - HEADERS * packets)
 
 
-def _train(group, hosts, steps, mbit, options, baseline=None) -> float:
-    """Prints a row an algorithm; returns dense all-reduce's seconds to the target."""
+def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
+    """Prints a row an algorithm, and returns them."""
     print(
-        f"  {'':<20} ms/step  s to target  all-reduce's/its  MB/step sent  computed  "
-        "ratio  link"
+        f"  {'':<20} ms/step  s to target  all-reduce's/its   MB sent  computed  "
+        "payload/computed  link"
     )
+    rows = []
     for name, (rate, count) in steps.items():
         group.ask("training", name, rate)
 
         def run(number):
             return max(group.ask("run", number))
 
-        few, sent = _limited(hosts, mbit, lambda: run(FEW))
-        sent /= FEW
-        each, mark = few / FEW, " "
-        if count is None:
-            total = np.nan
-        elif each * count > options.longest:
-            total, mark = each * count, "~"
-        else:
+        number = max(FEW, algorithms.PHASES.get(name, 1))
+        few = _limited(hosts, mbit, number, run)
+        total, mark = few.seconds * (count or np.nan), "~"
+        if total <= options.longest:
             group.ask("restart")
-            total = 0.0
-            for _ in range(count // options.every):
-                seconds, _ = _limited(hosts, mbit, lambda: run(options.every))
-                total += seconds
+            total = sum(
+                options.every * _limited(hosts, mbit, options.every, run).seconds
+                for _ in range(count // options.every)
+            )
             reached = group.ask("accuracy")[0]
             mark = " " if reached >= options.target - 0.01 else "!"
-        baseline = total if name == "all-reduce" else baseline
+        if name == "all-reduce":
+            baseline = total
         predicted = algorithms.predicted(
-            name if name != DDP else "all-reduce", hosts.number
+            "all-reduce" if name == DDP else name, hosts.number
         )
-        link = f"{100 * sent * 8 / (mbit * 1e6) / each:3.0f} %" if mbit else ""
         print(
-            f"  {name:<20} {1e3 * each:7.1f}  {total:10.2f}{mark}  "
-            f"{(baseline or np.nan) / total:16.2f}  {sent / 1e6:12.3f}  "
-            f"{predicted / 1e6:8.3f}  {sent / predicted:5.3f}  {link}",
+            f"  {name:<20} {1e3 * few.seconds:7.1f}  {total:10.2f}{mark}  "
+            f"{baseline / total:16.2f}  {few.columns(predicted, mbit)}",
             flush=True,
         )
-    return baseline or np.nan
+        rows.append(
+            {
+                "mbit": mbit,
+                "name": name,
+                "rate": rate,
+                "steps": count,
+                "seconds_a_step": few.seconds,
+                "seconds": total,
+                "bytes_sent": few.sent,
+                "payload": few.payload,
+                "computed": predicted,
+            }
+        )
+    return rows
 
 
 def _wire(group, hosts, mbit, options) -> None:
     """Prints what messages alone take."""
-    print("  messages alone       MB       ms       MB sent  computed  ratio  link")
-    for entries in options.messages:
+    print(
+        "  messages alone       MB       ms   MB sent  computed  payload/computed  link"
+    )
+    for entries in map(int, options.messages):
         for kind in ("message", "all-reduce", "D-GraB"):
-            entries = int(entries)
             group.ask("exchange", kind, entries)
-            seconds, sent = _limited(
-                hosts, mbit, lambda: max(group.ask("run", REPEATS))
+            measured = _limited(
+                hosts, mbit, REPEATS, lambda number: max(group.ask("run", number))
             )
-            seconds, sent = seconds / REPEATS, sent / REPEATS
             predicted = algorithms.predicted_exchange(kind, hosts.number, entries)
-            link = f"{100 * sent * 8 / (mbit * 1e6) / seconds:3.0f} %" if mbit else ""
+            megabytes, milliseconds = 4 * entries / 1e6, 1e3 * measured.seconds
             print(
-                f"  {kind:<15} {4 * entries / 1e6:7.1f}  {1e3 * seconds:7.1f}  "
-                f"{sent / 1e6:8.3f}  {predicted / 1e6:8.3f}  {sent / predicted:5.3f}  "
-                f"{link}",
+                f"  {kind:<15} {megabytes:7.1f}  {milliseconds:7.1f}  "
+                f"{measured.columns(predicted, mbit)}",
                 flush=True,
             )
 

@@ -35,7 +35,7 @@ def initial_params(seed: int = 0) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     return [
         {
-            "kernel": np.float32(rng.normal(size=(i, o)) * np.sqrt(2 / i)),
+            "kernel": (rng.normal(size=(i, o)) * np.sqrt(2 / i)).astype(np.float32),
             "bias": np.zeros(o, np.float32),
         }
         for i, o in itertools.pairwise(WIDTHS)

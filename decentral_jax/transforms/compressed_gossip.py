@@ -1,5 +1,6 @@
 """Gossip of compressed differences (CHOCO-SGD)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,9 +111,11 @@ def compressed_gossip(
         key = step_key(seed, state.count, axis_name)
         payloads, decode = compress_leaves(compressor, key, leaves, axis_name)
         if active is not None:
-            payloads, decode = _unless_alone(
-                payloads, decode, active, topology, axis_name, compressor.linear
-            )
+            sends = _sends(active, topology, axis_name)
+            if compressor.linear:
+                payloads = _times(payloads, sends)
+            else:
+                payloads, decode = _marked(payloads, decode, sends)
         own = back(decode(payloads))
         if compressor.linear:
             arrived = back(decode(mix(payloads, topology, axis_name)))
@@ -131,19 +134,21 @@ def compressed_gossip(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _unless_alone(payloads, decode, active, topology, axis_name, linear):
-    """Messages that count as zero where the worker or one of its neighbours is missing.
+def _sends(active, topology: Topology, axis_name: AxisName) -> jax.Array:
+    """1 where the worker and all of its neighbours are present, else 0.
 
-    Nobody else's copy of what is public would follow else.
+    Else some neighbours' copies of what is public would not follow.
     """
     check_topology(topology, symmetric=True)
     present = mix(jnp.asarray(active, jnp.float32), topology, axis_name)
     # Weights of a row add up to one, to rounding.
-    sends = jnp.where(active & (present > 1 - 1e-5), 1.0, 0.0).astype(jnp.float32)
+    return (active & (present > 1 - 1e-5)).astype(jnp.float32)
 
-    def times(tree, share):
-        return jax.tree.map(lambda x: collectives.weighted(x, share), tree)
 
-    if linear:
-        return times(payloads, sends), decode
-    return (payloads, sends), lambda message: times(decode(message[0]), message[1])
+def _times(tree: Any, share: jax.Array) -> Any:
+    return jax.tree.map(lambda x: collectives.weighted(x, share), tree)
+
+
+def _marked(payloads: Any, decode: Callable, sends: jax.Array) -> tuple[Any, Callable]:
+    """Payloads that say whether they count, and the way to arrays, 0 if not."""
+    return (payloads, sends), lambda marked: _times(decode(marked[0]), marked[1])
