@@ -42,12 +42,9 @@ def initialize(timeout: float | None = None, **options: Any) -> None:
     Raises:
       ValueError: If processes have different versions of JAX or of this library.
       TimeoutError: If a process does not come.
+      RuntimeError: If JAX has computed something before.
 
-    Example:
-      >>> import decentral_jax as dj
-      >>> dj.initialize()  # alone here
-      >>> dj.Workers(4)
-      Workers(4 on 1 devices)
+    An example which the tests run on two processes is `docs/recipes/train.py`.
     """
     if timeout is not None:
         os.environ[TIMEOUT] = str(timeout)

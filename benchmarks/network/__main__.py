@@ -56,8 +56,7 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--out", type=Path, default=Path("results/network"))
     options = parser.parse_args()
-    # So that the network is removed in this case, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _end)
     print(machine())
     print(
         f"\nSteps to {100 * options.target:g} % at the best rate, {options.hosts} "
@@ -101,6 +100,12 @@ def main() -> None:
             report.write_csv(options.out / "network.csv", rows)
             figure.draw(rows, options.out / "network.png")
     print(f"\nWrote network.csv and network.png to {options.out}.")
+
+
+def _end(*_) -> None:
+    """Ends by an exception, so that the network is removed; once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _start(hosts: Hosts, python: str, script: str, *arguments: str) -> Group:

@@ -63,6 +63,8 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         for i in range(self.number):
+            # Both, since a namespace lasts as long as a process in it.
+            _run("ip link del", f"djxv{i}", check=False)
             _run("ip netns del", f"djx{i}", check=False)
             hosts = Path("/etc/netns") / f"djx{i}" / "hosts"
             hosts.unlink(missing_ok=True)
