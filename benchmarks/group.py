@@ -30,6 +30,7 @@ class Group:
       address: Host and port where process 0 is found.
       interface: The network interface to talk over.
       variables: More of the environment.
+      a_host: Processes on a host, for those who ask.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class Group:
         address: tuple[str, int],
         interface: str,
         variables: dict[str, str],
+        a_host: int,
     ):
         environment = {
             **os.environ,
             "MASTER_ADDR": address[0],
             "MASTER_PORT": str(address[1]),
             "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(a_host),
             "GLOO_SOCKET_IFNAME": interface,
             "JAX_COORDINATOR_BIND_ADDRESS": f"{address[0]}:{address[1]}",
             "JAX_PLATFORMS": "cpu",
@@ -55,7 +57,11 @@ class Group:
         self.members = [
             subprocess.Popen(
                 command(rank),
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={
+                    **environment,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank % a_host),
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL if rank else None,

@@ -107,7 +107,8 @@ def _compare(size: int, options: argparse.Namespace) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = free.getsockname()
-        return Group(lambda _: command, options.processes, address, "lo", variables)
+        n = options.processes
+        return Group(lambda _: command, n, address, "lo", variables, a_host=n)
 
     groups = {"jax": start(sys.executable, "jax_steps.py")}
     variants = [("jax", name) for name in JAX[options.what]]

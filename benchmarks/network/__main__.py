@@ -4,8 +4,9 @@
 bridge, links limited by `tc tbf`), one JAX process each, and per bandwidth
 
 1. trains a model of a million parameters on digits to a test accuracy, with each
-   algorithm at its best rate: seconds, against dense all-reduce through JAX and through
-   PyTorch DDP (`--torch-python`, an interpreter with torch);
+   algorithm at its best rate: seconds, against dense all-reduce through JAX, through
+   PyTorch DDP and against Decent-DP (`--torch-python`, an interpreter with torch, and
+   decent-dp), at the rates and steps of what they do in JAX;
 2. compares the kernel's counters with `communication_cost`: bytes with all headers,
    and "payload", without 66 bytes of headers a packet but with what gloo and the
    coordinator add;
@@ -18,9 +19,11 @@ the first ones, and marked with "~".
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +40,12 @@ HERE = Path(__file__).parent
 PORT = 29_777
 FEW = 6  # steps that are always timed, or as many as messages take to repeat
 REPEATS = 3  # exchanges of a message alone
-DDP = "PyTorch DDP"
+# Others' programs: the module they need, and what they send and train like.
+PEERS = {
+    "PyTorch DDP": ("torch", "all-reduce"),
+    "Decent-DP ring": ("decent_dp", "D-PSGD one-peer"),
+    "Decent-DP one-peer-exp": ("decent_dp", "D-PSGD one-peer"),
+}
 
 
 def main() -> None:
@@ -65,40 +73,31 @@ def main() -> None:
     steps = algorithms.steps_to(options.target, options.hosts, options.every)
     for name, (rate, count) in steps.items():
         print(f"  {name:<20} rate {rate:<5g} {count or 'never'} steps")
-    has_torch = modules(options.torch_python, "torch")["torch"]
-    if not has_torch:
-        print(f"torch is not installed in {options.torch_python}: rows left out.")
+    found = modules(options.torch_python, "torch", "decent_dp")
+    for module, there in found.items():
+        if not there:
+            print(f"{module} is not installed in {options.torch_python}: rows left out")
+    peers = {
+        name: steps[like]
+        for name, (module, like) in PEERS.items()
+        if found["torch"] and found[module]
+    }
+    rows = []
     with Hosts(options.hosts) as hosts, tempfile.TemporaryDirectory() as folder:
         x, y, x_test, y_test = tasks.load()
         np.savez(f"{folder}/data.npz", a=x, b=y, c=x_test, d=y_test)
-        rows = []
         for mbit in options.mbit:
-            hosts.limit(None)
             print(f"\n== {f'{mbit:g} Mbit/s' if mbit else 'no limit'}", flush=True)
-            group = _start(hosts, sys.executable, "jax_host.py")
-            try:
+            with _started(hosts, sys.executable, "jax_host.py") as group:
                 rows += _train(group, hosts, steps, mbit, options)
                 _wire(group, hosts, mbit, options)
-            finally:
-                group.close()
-            if has_torch:
-                group = _start(
-                    hosts, options.torch_python, "torch_host.py", f"{folder}/data.npz"
-                )
-                try:
-                    same = {DDP: steps["all-reduce"]}
-                    seconds = {
-                        row["name"]: row["seconds"]
-                        for row in rows
-                        if row["mbit"] == mbit
-                    }
-                    rows += _train(
-                        group, hosts, same, mbit, options, seconds["all-reduce"]
-                    )
-                finally:
-                    group.close()
+            seconds = rows[-len(steps)]["seconds"]  # of the first, all-reduce
+            torch = options.torch_python, "torch_host.py", f"{folder}/data.npz"
+            if peers:
+                with _started(hosts, *torch) as group:
+                    rows += _train(group, hosts, peers, mbit, options, seconds)
             report.write_csv(options.out / "network.csv", rows)
-            figure.draw(rows, options.out / "network.png")
+    figure.draw(rows, options.out / "network.png")
     print(f"\nWrote network.csv and network.png to {options.out}.")
 
 
@@ -108,12 +107,22 @@ def _end(*_) -> None:
     sys.exit(143)
 
 
-def _start(hosts: Hosts, python: str, script: str, *arguments: str) -> Group:
+@contextlib.contextmanager
+def _started(
+    hosts: Hosts, python: str, script: str, *arguments: str
+) -> Iterator[Group]:
+    """One process a host."""
+
     def command(rank):
         return hosts.inside(rank, python, str(HERE / script), *arguments)
 
     address = hosts.address(0), PORT
-    return Group(command, hosts.number, address, "eth0", ENVIRONMENT)
+    hosts.limit(None)
+    group = Group(command, hosts.number, address, "eth0", ENVIRONMENT, a_host=1)
+    try:
+        yield group
+    finally:
+        group.close()
 
 
 class Measured(NamedTuple):
@@ -145,7 +154,7 @@ def _limited(hosts, mbit, number, measure) -> Measured:
 def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
     """Prints a row an algorithm, and returns them."""
     print(
-        f"  {'':<20} ms/step  s to target  all-reduce's/its   MB sent  computed  "
+        f"  {'':<22} ms/step  s to target  all-reduce's/its   MB sent  computed  "
         "payload/computed  link"
     )
     rows = []
@@ -168,11 +177,10 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
             mark = " " if reached >= options.target - 0.01 else "!"
         if name == "all-reduce":
             baseline = total
-        predicted = algorithms.predicted(
-            "all-reduce" if name == DDP else name, hosts.number
-        )
+        _, like = PEERS.get(name, (None, name))
+        predicted = algorithms.predicted(like, hosts.number)
         print(
-            f"  {name:<20} {1e3 * few.seconds:7.1f}  {total:10.2f}{mark}  "
+            f"  {name:<22} {1e3 * few.seconds:7.1f}  {total:10.2f}{mark}  "
             f"{baseline / total:16.2f}  {few.columns(predicted, mbit)}",
             flush=True,
         )

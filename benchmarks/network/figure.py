@@ -27,7 +27,7 @@ def draw(rows: list[dict], path: str | Path) -> None:
             for row in rows
             if row["name"] == name and row["seconds"] != "nan"
         )
-        style = "--" if name == "PyTorch DDP" else "-"
+        style = "--" if name.startswith(("PyTorch", "Decent")) else "-"
         if points:
             ax.semilogy(*zip(*points, strict=True), "o" + style, label=name)
     labels = [f"{mbit:g}" for mbit in bandwidths] + ["no limit"]

@@ -1,4 +1,4 @@
-"""One PyTorch host of the network benchmark: DistributedDataParallel over gloo."""
+"""One PyTorch host of the network benchmark: DDP, or Decent-DP, over gloo."""
 
 import json
 import os
@@ -23,11 +23,10 @@ with np.load(sys.argv[1]) as file:
 
 
 class Training:
-    """SGD with momentum under DDP at a rate, from the start."""
+    """SGD with momentum at a rate, from the start."""
 
     def __init__(self, name: str, rate: float):
-        del name
-        self.rate = rate
+        self.name, self.rate = name, rate
         self.restart()
         self.run(8)
         self.restart()
@@ -42,13 +41,29 @@ class Training:
                 linear.bias.zero_()
             layers += [linear, nn.ReLU()]
         self.plain = nn.Sequential(*layers[:-1])
+        self.drawn = tasks.batches(SIZE)
+        if self.name.startswith("Decent-DP"):
+            self.net, self.optimizer = self._decent_dp(), None
+            return
         self.net = nn.parallel.DistributedDataParallel(
             self.plain, gradient_as_bucket_view=True
         )
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(), lr=self.rate, momentum=tasks.MOMENTUM
+        self.optimizer = self._sgd(self.net.parameters())
+
+    def _sgd(self, parameters):
+        return torch.optim.SGD(parameters, lr=self.rate, momentum=tasks.MOMENTUM)
+
+    def _decent_dp(self):
+        """It runs the optimizer inside the backward pass."""
+        from decent_dp.ddp import (  # pyright: ignore[reportMissingImports]
+            DecentralizedDataParallel,
         )
-        self.drawn = tasks.batches(SIZE)
+
+        return DecentralizedDataParallel(
+            self.plain,
+            optim_fn=lambda named: self._sgd([parameter for _, parameter in named]),
+            topology=self.name.partition(" ")[2],
+        )
 
     def run(self, steps: int) -> float:
         """Seconds of so many steps."""
@@ -56,9 +71,11 @@ class Training:
         batches = [(X[c], Y[c].long()) for c in chosen]
         start = time.perf_counter()
         for x, y in batches:
-            self.optimizer.zero_grad(set_to_none=True)
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
             nn.functional.cross_entropy(self.net(x), y).backward()
-            self.optimizer.step()
+            if self.optimizer is not None:
+                self.optimizer.step()
         return time.perf_counter() - start
 
     def accuracy(self) -> float:
