@@ -107,6 +107,7 @@ class Trainer:
         self._dataset = dataset
         self._batch_size = batch_size
         self._options = options
+        self._best: dict[tuple, float] = {}
         x_train, y_train, x_test, y_test = map(jnp.asarray, dataset[:4])
 
         def loss_fn(params, batch):
@@ -157,11 +158,16 @@ class Trainer:
         return Curve(np.array(seconds), accuracy, float(self._loss(last)))
 
     def best_rate(self, method: Method, sleeps: np.ndarray) -> float:
-        """The rate with the lowest train loss in the end, on seed 0."""
+        """The rate with the lowest train loss in the end, on seed 0; found once."""
         if len(method.rates) == 1:
             return method.rates[0]
-        losses = [self.run(method, rate, sleeps, 0).train_loss for rate in method.rates]
-        return method.rates[int(np.nanargmin(losses))]
+        key = method, *sleeps
+        if key not in self._best:
+            losses = [
+                self.run(method, rate, sleeps, 0).train_loss for rate in method.rates
+            ]
+            self._best[key] = method.rates[int(np.nanargmin(losses))]
+        return self._best[key]
 
 
 def setting(sleep_ms: float) -> str:

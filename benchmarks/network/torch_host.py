@@ -1,20 +1,14 @@
 """One PyTorch host of the network benchmark: DDP, or Decent-DP, over gloo."""
 
 import json
-import os
 import sys
 import time
-
-SIZE = int(os.environ["WORLD_SIZE"])
-RANK = int(os.environ["RANK"])
-# Answers go to the real standard output; whatever else is printed, to standard error.
-ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import distributed, nn  # pyright: ignore[reportMissingImports]
 
+from benchmarks.answers import ANSWERS, RANK, SIZE
 from benchmarks.network import tasks
 
 # The data come from the JAX side, as this interpreter may lack scikit-learn.
