@@ -56,8 +56,8 @@ def test_a_limited_link():
         sent, packets = (hosts.sent() - before)[:, 0]
     received, seconds = out.split()
     assert received == "2000000"
-    # .2 s at 80 Mbit/s.
-    assert 0.15 < float(seconds) < 2
+    # At 80 Mbit/s .2 s, and without a limit a hundredth of it.
+    assert float(seconds) > 0.15
     payload = sent - namespaces.HEADERS * packets
     assert 0.99 < payload / 2e6 < 1.05
     links = subprocess.run(["ip", "link"], capture_output=True, text=True).stdout
