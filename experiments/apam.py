@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from experiments import data, delays, models, real_time, tables
+from experiments import data, delays, models, real_time, resuming, tables
 from experiments.settings import check_evaluations, check_positive
 
 
@@ -46,6 +46,9 @@ class Apam:
     """What the parts "time" and "speedup" take."""
     out: Path = Path("results/apam")
     """Folder for the figures (.png) and the numbers (.csv)."""
+    resume: bool = False
+    """Go on after what an interrupted run with these options has finished; it is kept
+    in the folder "finished" beside the figures."""
 
 
 def main(options: Apam) -> None:
@@ -76,23 +79,33 @@ def _load(options: Apam) -> data.Dataset:
 def _run(name: str, dataset: data.Dataset, options: Apam, console: Console) -> None:
     model = models.get_model(name, dataset.num_classes)
     title, file = f"{name}, {options.dataset}", f"{name}_{options.dataset}.png"
+    memory = resuming.memory(options)
     if "delay" in options.parts:
         found = {}
         for delay in options.delays:
-            with console.status(f"{title}, delays up to {delay}"):
-                found[delay] = delays.accuracies(
-                    model,
-                    dataset,
-                    delay,
-                    options.rate,
-                    options.seeds,
-                    options.iterations,
-                    options.evaluations,
-                    options.batch_size,
-                )
+            what = f"{title}, delays up to {delay}"
+
+            def accuracies(delay=delay):
+                return {
+                    "accuracies": delays.accuracies(
+                        model,
+                        dataset,
+                        delay,
+                        options.rate,
+                        options.seeds,
+                        options.iterations,
+                        options.evaluations,
+                        options.batch_size,
+                    )
+                }
+
+            with console.status(what):
+                found[delay] = memory.recall(what, accuracies)["accuracies"]
         path = options.out / f"delay_{file}"
         delays.show(found, options.iterations, title, path, console)
-    trainer = real_time.Trainer(model, dataset, options.batch_size, options.timing)
+    trainer = real_time.Trainer(
+        model, dataset, options.batch_size, options.timing, memory
+    )
     for part, run in (("time", real_time.compare), ("speedup", real_time.speedup)):
         if part in options.parts:
             path = options.out / f"{part}_{file}"

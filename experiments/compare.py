@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, settings
+from experiments import report, resuming, settings
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ def main(options: Compare) -> None:
         f"{options.seeds} seeds in one program an algorithm"
     )
     results = report.run_all(
-        entries, setting, console, "compare", network, options.memory()
+        entries, setting, console, "compare", resuming.memory(options), network
     )
     report.print_table(
         results, console, f"After {setting.iterations} iterations, at the best rate"

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments import herding as herding_test
-from experiments import ordered, report
+from experiments import ordered, report, resuming
 from experiments.settings import check_positive
 from experiments.tasks import Source, Task, load
 
@@ -53,6 +53,9 @@ class DGraB:
     """Number of seeds in training."""
     out: Path = Path("results/d_grab")
     """Folder for the figures (.png) and the numbers (.csv)."""
+    resume: bool = False
+    """Go on after what an interrupted run with these options has finished; it is kept
+    in the folder "finished" beside the figures."""
 
 
 def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
@@ -74,7 +77,8 @@ def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
             )
         chosen = [_load(name, options) for name in options.tasks]
     if "herding" in options.parts:
-        herding_test.main(options.herding, options.out, console)
+        memory = resuming.memory(options)
+        herding_test.main(options.herding, options.out, console, memory)
     for task in chosen:
         found |= _train(task, options, console)
     return found
@@ -97,6 +101,7 @@ def _train(
 ) -> dict[tuple[str, int, str], np.ndarray]:
     """All methods, with each number of workers, at the rate that is best on seed 0."""
     seeds = tuple(range(options.seeds))
+    memory = resuming.memory(options)
     found, rates = {}, {}
     with Progress(console=console) as bar:
         for m in options.workers:
@@ -110,13 +115,17 @@ def _train(
                         order, task, m, rates, seeds, lambda: bar.advance(line)
                     )
 
-                best = 0
-                if len(task.rates) > 1:
-                    final = train(task.rates, (0,)).reshape(len(task.rates), -1)[:, -1]
-                    best = int(np.nanargmin(final))
-                rate = task.rates[best]
+                def tuned(train=train):
+                    best = 0
+                    if len(task.rates) > 1:
+                        final = train(task.rates, (0,))[:, 0, -1]
+                        best = int(np.nanargmin(final))
+                    rate = task.rates[best]
+                    return {"rate": rate, "losses": train((rate,), seeds)[0]}
+
                 key = task.name, m, name
-                rates[key], found[key] = rate, train((rate,), seeds)[0]
+                recalled = memory.recall(title, tuned)
+                rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
                 bar.remove_task(line)
     _report(task, found, rates, options, console)
     return found

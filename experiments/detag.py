@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, settings
+from experiments import report, resuming, settings
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ def _run(
         options.setting(fraction),
         console,
         f"kappa {kappa:g}, {fraction:g}%",
-        memory=options.memory(),
+        resuming.memory(options),
     )
     title = f"{topology.name}, {fraction:g}% shuffled, DeTAG R={rounds}"
     report.print_table(results, console, title)

@@ -13,7 +13,7 @@ import optax
 from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, settings
+from experiments import report, resuming, settings
 from experiments.settings import Entry
 
 
@@ -53,8 +53,8 @@ def main(options: ErrorFeedback) -> None:
     console = Console()
     setting = options.setting(shuffled=100.0)
     examples = setting.parts.size
-    memory = options.memory()
-    baseline = report.run_all(dense(), setting, console, "dense", memory=memory)
+    memory = resuming.memory(options)
+    baseline = report.run_all(dense(), setting, console, "dense", memory)
     rows = []
     for ratio in options.ratios:
         entries = settings.compressed(ratio, options.detach, momentum=0.9)

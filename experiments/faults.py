@@ -15,7 +15,7 @@ import optax
 from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, settings
+from experiments import report, resuming, settings
 from experiments.settings import Entry
 
 
@@ -71,7 +71,7 @@ def main(options: Faults) -> dict[int, list[report.Result]]:
         }
         title = f"{missing} of {options.workers} missing"
         found[missing] = report.run_all(
-            entries, setting, console, title, memory=options.memory()
+            entries, setting, console, title, resuming.memory(options)
         )
         report.print_table(found[missing], console, f"{title}, {options.dataset}")
         rows += report.rows(found[missing], missing=missing)

@@ -17,9 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 import decentral_jax as dj
-from experiments import data, models, report, wall_clock
+from experiments import data, models, report, resuming, wall_clock
 from experiments.settings import Entry
-from experiments.training import Setting, bytes_sent, step_log, train, worker_axes
+from experiments.training import (
+    Curves,
+    Setting,
+    bytes_sent,
+    step_log,
+    train,
+    worker_axes,
+)
 
 PARTS = ("hierarchy", "rates", "shapes", "slots")
 
@@ -67,6 +74,9 @@ class MultiLevel:
     """Number of seeds: initial model and batches."""
     out: Path = Path("results/mll_sgd")
     """Folder for the figures (.png) and the numbers (.csv)."""
+    resume: bool = False
+    """Go on after what an interrupted run with these options has finished; it is kept
+    in the folder "finished" beside the figures."""
 
     def setting(self) -> Setting:
         """Loads the data and deals them to the workers.
@@ -132,6 +142,7 @@ class Runs:
     def __init__(self, options: MultiLevel, console: Console):
         self.options, self.console = options, console
         self.setting = options.setting()
+        self.memory = resuming.memory(options)
         self.results: dict[str, report.Result] = {}
         self.rates = distributions(self.setting.num_workers)
 
@@ -145,9 +156,13 @@ class Runs:
             None.
         """
         setting = self.setting
+
+        def trained():
+            return train(entry.make, setting, levels=entry.levels)._asdict()
+
         if name not in self.results:
             with self.console.status(f"training {name}"):
-                curves = train(entry.make, setting, levels=entry.levels)
+                curves = Curves(**self.memory.recall(name, trained))
             log = step_log(entry.make, setting, entry.phase, entry.levels)
             shape = setting.iterations, setting.num_workers
             clock = wall_clock.finish_times(

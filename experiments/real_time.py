@@ -25,6 +25,7 @@ from rich.table import Table
 import decentral_jax as dj
 from decentral_jax import engine
 from experiments import data, report
+from experiments.resuming import Memory
 from experiments.settings import check_positive
 
 
@@ -99,15 +100,23 @@ class Trainer:
       dataset: On what; every worker draws from all of it.
       batch_size: Examples of a gradient.
       options: Numbers of gradients and points.
+      memory: Of finished runs.
     """
 
     def __init__(
-        self, model: nn.Module, dataset: data.Dataset, batch_size: int, options: Timing
+        self,
+        model: nn.Module,
+        dataset: data.Dataset,
+        batch_size: int,
+        options: Timing,
+        memory: Memory,
     ):
+        self._model = repr(model)
+        self._memory = memory
+        self._curves: dict[tuple, Curve] = {}
         self._dataset = dataset
         self._batch_size = batch_size
         self._options = options
-        self._best: dict[tuple, float] = {}
         x_train, y_train, x_test, y_test = map(jnp.asarray, dataset[:4])
 
         def loss_fn(params, batch):
@@ -125,7 +134,17 @@ class Trainer:
         self._init = jax.jit(lambda key: model.init(key, x_train[:1])["params"])
 
     def run(self, method: Method, rate: float, sleeps: np.ndarray, seed: int) -> Curve:
-        """Trains with one worker for each sleep, in seconds."""
+        """Trains with one worker for each sleep, in seconds; each run once only."""
+        key = method.make.__name__, method.synchronous, rate, *sleeps, seed
+        if key not in self._curves:
+            recalled = self._memory.recall(
+                f"{self._model} {key}",
+                lambda: self._train(method, rate, sleeps, seed)._asdict(),
+            )
+            self._curves[key] = Curve(**recalled)
+        return self._curves[key]
+
+    def _train(self, method, rate, sleeps, seed) -> Curve:
         x, y = self._dataset.x_train, self._dataset.y_train
         options, kept = self._options, []
 
@@ -158,16 +177,11 @@ class Trainer:
         return Curve(np.array(seconds), accuracy, float(self._loss(last)))
 
     def best_rate(self, method: Method, sleeps: np.ndarray) -> float:
-        """The rate with the lowest train loss in the end, on seed 0; found once."""
+        """The rate with the lowest train loss in the end, on seed 0."""
         if len(method.rates) == 1:
             return method.rates[0]
-        key = method, *sleeps
-        if key not in self._best:
-            losses = [
-                self.run(method, rate, sleeps, 0).train_loss for rate in method.rates
-            ]
-            self._best[key] = method.rates[int(np.nanargmin(losses))]
-        return self._best[key]
+        losses = [self.run(method, rate, sleeps, 0).train_loss for rate in method.rates]
+        return method.rates[int(np.nanargmin(losses))]
 
 
 def setting(sleep_ms: float) -> str:

@@ -60,8 +60,8 @@ def run_all(
     setting: Setting,
     console: Console,
     title: str,
+    memory: Memory,
     network: Network | None = None,
-    memory: Memory | None = None,
 ) -> list[Result]:
     """Trains algorithms one after the other behind a progress bar.
 
@@ -83,9 +83,9 @@ def run_all(
 
             def run(entry=entry):
                 advance = functools.partial(bar.advance, task)
-                return train(entry.make, setting, advance, entry.levels)
+                return train(entry.make, setting, advance, entry.levels)._asdict()
 
-            curves = memory.curves(f"{title}: {name}", run) if memory else run()
+            curves = Curves(**memory.recall(f"{title}: {name}", run))
             log = step_log(entry.make, setting, entry.phase, entry.levels)
             sent = bytes_sent(log, setting.iterations)
             at = curves.iteration

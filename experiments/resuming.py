@@ -1,39 +1,54 @@
-"""Go on after what an interrupted experiment has finished: one file an algorithm.
+"""Go on after what an interrupted experiment has finished: one file a part of it.
 
-A file holds an algorithm's curves under a name made of the experiment's options, so
-that a run with other options does not find it.
+A part is what is computed at once: an algorithm at all its rates and seeds, say. Its
+file's name is made of the experiment's options, so that a run with other options does
+not find it.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import decentral_jax as dj
-from experiments.training import Curves
 
 
 class Memory(NamedTuple):
     """Where an experiment keeps what it has finished."""
 
     folder: Path
-    options: str  # all that the curves depend on beside the algorithm
+    options: str  # all that a part depends on beside its name
     resume: bool  # whether to use what is there
 
-    def curves(self, algorithm: str, train: Callable[[], Curves]) -> Curves:
-        """An algorithm's curves: of an earlier run if there are any, else trained."""
-        text = f"{dj.__version__} {self.options} {algorithm}"
-        name = hashlib.sha256(text.encode()).hexdigest()[:24]
-        path = self.folder / f"{name}.npz"
-        if self.resume and path.exists():
-            with np.load(path) as file:
-                curves = Curves(*(file[field] for field in Curves._fields))
-                return curves._replace(seconds=float(curves.seconds))
-        curves = train()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **curves._asdict())
-        partial.rename(path)
-        return curves
+    def recall(self, name: str, compute: Callable[[], dict[str, Any]]) -> Any:
+        """A part's arrays: of an earlier run if there are any, else computed.
+
+        Args:
+          name: The part, different from all others of the experiment.
+          compute: Makes its arrays and numbers.
+
+        Returns:
+          The arrays by name.
+        """
+        text = f"{dj.__version__} {self.options} {name}"
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+        if not (self.resume and path.exists()):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **compute())
+            partial.rename(path)
+        with np.load(path) as file:
+            return dict(file)
+
+
+def memory(options: Any) -> Memory:
+    """What an experiment with these options keeps, beside its figures.
+
+    Args:
+      options: A dataclass, with `resume` and the folder `out`.
+    """
+    same = dataclasses.replace(options, resume=False, out=Path())
+    return Memory(options.out / "finished", repr(same), options.resume)

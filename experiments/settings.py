@@ -11,7 +11,6 @@ import optax
 
 import decentral_jax as dj
 from experiments import data, models, wall_clock
-from experiments.resuming import Memory
 from experiments.training import Setting, worker_axes
 
 
@@ -205,13 +204,8 @@ class Options:
     out: Path = Path("results")
     """Folder for the figures (.png) and the numbers (.csv)."""
     resume: bool = False
-    """Go on after the algorithms that an interrupted run with these options has
-    finished; they are kept in the folder "finished" beside the figures."""
-
-    def memory(self) -> Memory:
-        """Where this run keeps the algorithms that it has finished."""
-        same = dataclasses.replace(self, resume=False, out=Path())
-        return Memory(self.out / "finished", repr(same), self.resume)
+    """Go on after what an interrupted run with these options has finished; it is kept
+    in the folder "finished" beside the figures."""
 
     def setting(self, shuffled: float) -> Setting:
         """Loads the data and deals them to the workers.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import compare, detag, models, report, settings, training
+from experiments import compare, detag, models, settings, training
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
 
@@ -31,31 +31,6 @@ def test_compare(run, capsys):
     printed = capsys.readouterr().out
     assert "MB sent" in printed
     assert all(name.split(",")[0] in printed for name in names)
-
-
-def test_resume(run, monkeypatch):
-    """What an interrupted run has finished is not trained again."""
-    trained, real = [], report.train
-
-    def train(*args):
-        trained.append(args)
-        if len(trained) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    arguments = ["compare", *QUICK, "--algorithms", "all-reduce SGD", "D-PSGD"]
-    whole = read(run(*arguments, "--out", "whole").parent / "whole" / "compare.csv")
-    monkeypatch.setattr(report, "train", train)
-    with pytest.raises(KeyboardInterrupt):
-        run(*arguments)
-    again = read(run(*arguments, "--resume") / "compare.csv")
-    assert len(trained) == 3
-    assert again == whole
-    # Other options, or none to resume: all is trained.
-    run(*arguments, "--resume", "--batch-size", "2")
-    assert len(trained) == 5
-    run(*arguments)
-    assert len(trained) == 7
 
 
 def test_every_algorithm_of_compare_traces():

@@ -1,0 +1,109 @@
+"""What an interrupted experiment has finished is not computed again."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import (
+    compare,
+    delays,
+    herding,
+    multi_level,
+    ordered,
+    real_time,
+    report,
+    resuming,
+)
+
+COMPARE = "compare --iterations 24 --evaluations 2 --rates 0.1"
+COMPARE += " --algorithms all-reduce_SGD D-PSGD DSGT"
+LEVELS = "mll-sgd --hubs 2 --workers 2 --tau 2 --q 2 --rounds 2 --evaluations 2"
+TRAINING = "d-grab --parts training --tasks logistic --examples 40 --workers 4"
+HERDING = "d-grab --parts herding --vectors 240 --shared-by 2 --rounds 2"
+DELAYS = "apam --models logistic --parts delay --delays 0 1 2 --iterations 4"
+TIME = "apam --models logistic --parts speedup --workers 1 --speedup-workers 1 2"
+
+# From the command: who computes, which call of it is interrupted, and what is written.
+CASES = {
+    COMPARE + " --seeds 1": (report, "train", 2, "compare.csv"),
+    LEVELS + " --parts hierarchy --seeds 1": (
+        *(multi_level, "train", 3),
+        "mll_sgd/mll_sgd.csv",
+    ),
+    # Two calls a method: the rates, then the seeds at the best one.
+    TRAINING + " --epochs 1 --rates 0.1 0.2 --seeds 2": (
+        *(ordered, "train", 4),
+        "d_grab/logistic_digits.csv",
+    ),
+    HERDING + " --draws 2": (herding, "herding", 6, "d_grab/herding.csv"),
+    DELAYS + " --evaluations 2 --seeds 1": (
+        *(delays, "accuracies", 2),
+        "apam/delay_logistic_digits.csv",
+    ),
+    TIME + " --gradients 4 --points 2 --seeds 2 --adaptive-rates 0.1": (
+        *(real_time.Trainer, "_train", 3),
+        None,  # holds the time
+    ),
+}
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_goes_on(run, monkeypatch, command):
+    owner, name, interrupted, file = CASES[command]
+    arguments = [word.replace("_SGD", " SGD") for word in command.split()]
+    real, known, stop, calls = getattr(owner, name), [], None, 0
+
+    def compute(*args, **kwargs):
+        """Truly computes once; what it found is given again, for time."""
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise KeyboardInterrupt
+        if calls > len(known):
+            known.append(real(*args, **kwargs))
+        return known[calls - 1]
+
+    monkeypatch.setattr(owner, name, compute)
+    whole = run(*arguments, "--out", "whole").parent / "whole"
+    total = calls
+    assert total > interrupted
+
+    calls, stop = 0, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    # Where two calls make a part, the first of them was in vain.
+    calls, stop = (interrupted - 1) // 2 * 2 if owner is ordered else interrupted - 1, 0
+    results = run(*arguments, "--resume")
+    assert calls == total
+    if file:
+        same = whole / file.split("/")[-1]
+        assert (results / file).read_text() == same.read_text()
+    calls = 0
+    run(*arguments, "--resume")
+    assert calls == 0
+
+
+def test_memory(tmp_path):
+    options = compare.Compare(out=tmp_path, resume=True)
+    asked = []
+
+    def recall(options, name):
+        def compute():
+            asked.append(name)
+            return {"x": np.arange(3), "seconds": 1.5}
+
+        recalled = resuming.memory(options).recall(name, compute)
+        np.testing.assert_array_equal(recalled["x"], [0, 1, 2])
+        assert recalled["seconds"] == 1.5
+
+    for _ in range(2):
+        recall(options, "a")
+    recall(options, "b")
+    assert asked == ["a", "b"]
+    # With other options, or without being told to go on, it is computed.
+    recall(dataclasses.replace(options, batch_size=2), "a")
+    recall(dataclasses.replace(options, resume=False), "a")
+    assert asked == ["a", "b", "a", "a"]
+    recall(options, "a")
+    assert asked == ["a", "b", "a", "a"]
