@@ -4,26 +4,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 import decentral_jax as dj
-from tests.layouts import LAYOUTS
+from decentral_jax import collectives
+from tests.layouts import LAYOUTS, named
 
 HUBS = {"hub": 4, "worker": 2}
 STEPS = 13
 TARGETS = np.random.default_rng(2).normal(size=(8, 3))
 
 
+def path(tx, gradient, params, steps, shape=8):
+    """One worker's parameters after each step, as one scan: `[steps, ...]` a leaf."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(gradient(params), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    # A scan's carry must enter as it leaves: different on each worker.
+    start = jax.tree.map(
+        lambda x: collectives.varying(x, tuple(named(shape))), (params, tx.init(params))
+    )
+    return lax.scan(step, start, length=steps)[1]
+
+
 def run(tx, shape=8, layout="vmap", dtype=jnp.float64):
     """Parameters after each step of 0.5 ||x - target||^2, `[8, STEPS, 3]`."""
 
     def worker(target):
-        params = jnp.zeros(3, dtype)
-        state, path = tx.init(params), []
-        for _ in range(STEPS):
-            updates, state = tx.update(params - target, state, params)
-            params = optax.apply_updates(params, updates)
-            path.append(params)
-        return jnp.stack(path)
+        return path(tx, lambda x: x - target, jnp.zeros(3, dtype), STEPS, shape)
 
     return np.asarray(LAYOUTS[layout](worker, shape)(jnp.asarray(TARGETS, dtype)))
 

@@ -112,62 +112,69 @@ def test_one_compilation_and_donation(algorithm):
     assert step._cache_size() == 1
 
 
-def test_inject_hyperparams(algorithm):
-    """A rate injected as a traced value gives what a constant rate gives."""
-    inject = optax.inject_hyperparams(algorithm.build, static_args=algorithm.static)
-    injected = inject(learning_rate=0.05, **algorithm.arguments)
-    plain = algorithm.make(0.05)
+def path(tx, algorithm, workers, steps=9):
+    """Parameters after each of some steps, `[workers, 5]`."""
     targets = targets_of(algorithm)
-    workers = dj.Workers(algorithm.shape, devices=jax.devices()[:1])
-    ends = []
-    for tx in (injected, plain):
-        step = workers.spmd(functools.partial(train_step, tx))
-        carry = start(tx, workers)
-        for _ in range(9):
-            carry = step(carry, targets)
-        ends.append(stacked(carry[0]))
-    assert np.abs(ends[1]).max() > 0
-    np.testing.assert_allclose(ends[0], ends[1], atol=1e-6)
-
-
-def test_multi_steps(algorithm, standard_promotion):
-    """Two half-gradients through MultiSteps are one step, also across devices."""
-    targets = targets_of(algorithm)
-    many = optax.MultiSteps(algorithm.make(0.1), every_k_schedule=2)
-    workers = dj.Workers(algorithm.shape)
-    carry = start(many, workers)
-    step = workers.spmd(functools.partial(train_step, many))
-    for _ in range(16):
+    step = workers.spmd(functools.partial(train_step, tx))
+    carry, found = start(tx, workers), []
+    for _ in range(steps):
         # Waiting keeps JAX 0.10's fake devices from running into each other.
         carry = jax.block_until_ready(step(carry, targets))
-    once = algorithm.make(0.1)
-    expected = start(once, workers)
-    step = workers.spmd(functools.partial(train_step, once))
-    for _ in range(8):
-        expected = jax.block_until_ready(step(expected, targets))
-    np.testing.assert_allclose(stacked(carry[0]), stacked(expected[0]), atol=1e-5)
+        found.append(stacked(carry[0]))
+    return np.stack(found)
+
+
+def on_one_device(algorithm):
+    return dj.Workers(algorithm.shape, devices=jax.devices()[:1])
+
+
+@functools.cache
+def plain(name):
+    """The path at the rate .1, on one device."""
+    algorithm = COMMON[name]
+    found = path(algorithm.make(0.1), algorithm, on_one_device(algorithm))
+    assert np.abs(found).max() > 0
+    return found
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_inject_hyperparams(name):
+    """A rate injected as a traced value gives what a constant rate gives."""
+    algorithm = COMMON[name]
+    inject = optax.inject_hyperparams(algorithm.build, static_args=algorithm.static)
+    injected = inject(learning_rate=0.1, **algorithm.arguments)
+    found = path(injected, algorithm, on_one_device(algorithm))
+    np.testing.assert_allclose(found, plain(name), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_multi_steps(name, standard_promotion):
+    """Two half-gradients through MultiSteps are one step, also across devices."""
+    algorithm = COMMON[name]
+    many = optax.MultiSteps(algorithm.make(0.1), every_k_schedule=2)
+    found = path(many, algorithm, dj.Workers(algorithm.shape), 18)
+    np.testing.assert_allclose(found[1::2], plain(name), atol=1e-5)
 
 
 def test_extra_arguments_are_accepted_and_passed_on(algorithm):
     """An argument for one transformation of a chain does not trouble the others."""
-    tx = optax.chain(algorithm.make(0.1), _needs_value())
-    targets = targets_of(algorithm)
+    passed_on = []
+
+    def needs_value(updates, state, params=None, *, value, **extra_args):
+        del params, extra_args
+        passed_on.append(value)
+        return updates, state
+
+    last = optax.GradientTransformationExtraArgs(lambda _: (), needs_value)
+    tx = optax.chain(algorithm.make(0.1), last)
 
     def step(target):
         params = {"a": jnp.zeros(2), "b": jnp.zeros(3)}
         grads = {"a": target[:2], "b": target[2:]}
-        return tx.update(grads, tx.init(params), params, value=jnp.float32(3.0))[1][-1]
+        return tx.update(grads, tx.init(params), params, value="this")[0]
 
-    seen = nested_vmap(step, algorithm.shape)(targets)
-    np.testing.assert_array_equal(seen.ravel(), np.full(WORKERS, 3.0))
-
-
-def _needs_value():
-    def update(updates, state, params=None, *, value, **extra_args):
-        del state, params, extra_args
-        return updates, value
-
-    return optax.GradientTransformationExtraArgs(lambda _: jnp.float32(0), update)
+    jax.eval_shape(nested_vmap(step, algorithm.shape), targets_of(algorithm))
+    assert passed_on == ["this"]
 
 
 def test_worker_axes_may_have_other_names(algorithm):
@@ -188,29 +195,22 @@ def test_worker_axes_may_have_other_names(algorithm):
     assert jax.eval_shape(nested_vmap(step, shape), x) == x
 
 
-def test_apply_if_finite_and_masked_compose(algorithm):
+@pytest.mark.parametrize("name", COMMON)
+def test_apply_if_finite_and_masked_compose(name):
     """Under finite gradients `apply_if_finite` changes nothing; masks leave out."""
-    targets = targets_of(algorithm)
-    workers = dj.Workers(algorithm.shape, devices=jax.devices()[:1])
-    plain = algorithm.make(0.1)
+    algorithm = COMMON[name]
+    workers = on_one_device(algorithm)
     guarded = optax.apply_if_finite(algorithm.make(0.1), 3)
+    found = path(guarded, algorithm, workers)
+    np.testing.assert_allclose(found, plain(name), atol=1e-6)
     masked = optax.masked(algorithm.make(0.1), {"a": True, "b": False})
-    ends = {}
-    for name, tx in (("plain", plain), ("guarded", guarded), ("masked", masked)):
-        step = workers.spmd(functools.partial(train_step, tx))
-        carry = start(tx, workers)
-        for _ in range(9):
-            carry = step(carry, targets)
-        ends[name] = carry[0]
-    np.testing.assert_allclose(
-        stacked(ends["guarded"]), stacked(ends["plain"]), atol=1e-6
-    )
-    np.testing.assert_allclose(ends["masked"]["a"], ends["plain"]["a"], atol=1e-6)
+    found = path(masked, algorithm, workers)
+    np.testing.assert_allclose(found[..., :2], plain(name)[..., :2], atol=1e-6)
 
 
 def test_checkpoint_round_trip(algorithm, tmp_path):
     """Saved half-way with Orbax and restored, a run ends where it would have."""
-    workers = dj.Workers(algorithm.shape, devices=jax.devices()[:1])
+    workers = on_one_device(algorithm)
     tx = algorithm.make(0.1)
     step = workers.spmd(functools.partial(train_step, tx))
     targets = targets_of(algorithm)

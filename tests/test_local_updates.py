@@ -8,6 +8,7 @@ import networkx as nx
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import decentral_jax as dj
 from decentral_jax import collectives
@@ -204,10 +205,12 @@ def test_push_sum_evaluates_at_the_preserved_mean():
     start = jnp.array([4.0, 0.0, 1.0, -1.0])
 
     def worker(z):
-        state = tx.init(z)
-        for _ in range(60):
+        def step(_, carry):
+            z, state = carry
             updates, state = tx.update(jnp.zeros_like(z), state, z)
-            z = z + updates
+            return z + updates, state
+
+        z, state = lax.fori_loop(0, 60, step, (z, tx.init(z)))
         return z, dj.eval_params(state, z)
 
     z, evaluated = jax.vmap(worker, axis_name="workers")(start)
