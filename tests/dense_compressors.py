@@ -25,13 +25,18 @@ def dense(compressor, of_step=lambda key: key, seed=0):
             key = jax.random.fold_in(key, i)
         return jax.random.split(key, 1 if compressor.whole_model else len(LEAVES))
 
+    draw, apply = KINDS[type(compressor)]
+
+    @functools.cache
+    def drawn(t, i, leaf, size):
+        return draw(compressor, keys(t, i)[leaf], size)
+
     def compress(t, i, v):
         ends = () if compressor.whole_model else np.cumsum(LEAVES)[:-1]
-        parts = np.split(v, ends)
         worker = 0 if compressor.linear else i
         sent = [
-            KINDS[type(compressor)](compressor, keys(t, worker)[leaf], part)
-            for leaf, part in enumerate(parts)
+            apply(compressor, part, drawn(t, worker, leaf, part.size))
+            for leaf, part in enumerate(np.split(v, ends))
         ]
         return np.concatenate(sent)
 
@@ -42,30 +47,38 @@ def _selected(compressor, key, size):
     return np.asarray(compressor.compress(key, np.arange(size)))
 
 
-def _random_block(compressor, key, v):
-    start = _selected(compressor, key, v.size)[0]
-    return compression.random_block(v, compressor.ratio, start)
+def _uniform(compressor, key, size):
+    return np.asarray(jax.random.uniform(key, (size,), np.float32), np.float64)
 
 
-def _random_k(compressor, key, v):
-    return compression.random_k(v, _selected(compressor, key, v.size))
+def _nothing(compressor, key, size):
+    return None
 
 
-def _top_k(compressor, key, v):
+def _top_k(compressor, v, _):
     k = compressor.k or int(np.ceil(v.size / compressor.ratio))
     return compression.top_k(v, k)
 
 
-def _quantize(compressor, key, v):
-    uniform = np.asarray(jax.random.uniform(key, v.shape, np.float32), np.float64)
-    return compression.quantize(v, compressor.bits, uniform)
-
-
+# What is drawn for a part, and what becomes of the part with it.
 KINDS = {
-    library.RandomBlock: _random_block,
-    library.RandomK: _random_k,
-    library.TopK: _top_k,
-    library.Sign: lambda compressor, key, v: compression.sign(v),
-    library.Quantize: _quantize,
-    library.Identity: lambda compressor, key, v: v,
+    library.RandomBlock: (
+        _selected,
+        lambda compressor, v, selected: compression.random_block(
+            v, compressor.ratio, selected[0]
+        ),
+    ),
+    library.RandomK: (
+        _selected,
+        lambda compressor, v, selected: compression.random_k(v, selected),
+    ),
+    library.TopK: (_nothing, _top_k),
+    library.Sign: (_nothing, lambda compressor, v, _: compression.sign(v)),
+    library.Quantize: (
+        _uniform,
+        lambda compressor, v, uniform: compression.quantize(
+            v, compressor.bits, uniform
+        ),
+    ),
+    library.Identity: (_nothing, lambda compressor, v, _: v),
 }

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import decentral_jax as dj
+from decentral_jax import collectives
 from tests.layouts import LAYOUTS
 from tests.registry import ALGORITHMS, RING
 
@@ -17,13 +19,17 @@ def run(tx, gradients=GRADIENTS, layout="vmap"):
     """Feeds given gradients; returns (params, states) after each step, stacked."""
 
     def worker(gradients):
-        params = jnp.zeros(gradients.shape[-1], gradients.dtype)
-        state, seen = tx.init(params), []
-        for gradient in gradients:
+        def step(carry, gradient):
+            params, state = carry
             updates, state = tx.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
-            seen.append((params, state))
-        return jax.tree.map(lambda *x: jnp.stack(x), *seen)
+            return ((optax.apply_updates(params, updates), state),) * 2
+
+        params = jnp.zeros(gradients.shape[-1], gradients.dtype)
+        # A scan's carry must enter as it leaves: different on each worker.
+        start = jax.tree.map(
+            lambda x: collectives.varying(x, "workers"), (params, tx.init(params))
+        )
+        return lax.scan(step, start, gradients)[1]
 
     return LAYOUTS[layout](worker)(gradients)
 
