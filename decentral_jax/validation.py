@@ -6,6 +6,7 @@ checks that several rooms need live here.
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -131,6 +132,16 @@ def require_params(params: Any, who: str) -> Any:
             f"{who} needs params, got None: call update(grads, state, params)."
         )
     return params
+
+
+def check_nobody_missing(extra_args: Mapping[str, Any], who: str) -> None:
+    """Checks that a transformation that needs all workers is not told `active`."""
+    if extra_args.get("active") is not None:
+        raise ValueError(
+            f"{who} cannot leave workers out, but was given active: call update "
+            "without it, or use gossip, track_gradients, accelerated_tracking or "
+            "compressed_gossip."
+        )
 
 
 def check_dtypes(name: str, tree: Any, kind: Any) -> None:

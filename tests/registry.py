@@ -67,9 +67,13 @@ def _algorithm(
     return Algorithm(make, reference, build, arguments, static, shape, finds_optimum)
 
 
+def rounds(topology):
+    """A topology alone, or those of a schedule."""
+    return [topology] if isinstance(topology, dj.topology.Topology) else list(topology)
+
+
 def _matrices(topology):
-    rounds = [topology] if isinstance(topology, dj.topology.Topology) else topology
-    return [one.matrix for one in rounds]
+    return [one.matrix for one in rounds(topology)]
 
 
 def _d_psgd(topology, order):

@@ -1,5 +1,6 @@
 """Workers that are missing and gradients that are not finite harm nobody else."""
 
+import contextlib
 import functools
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from tests.layouts import LAYOUTS
+from tests import registry
+from tests.layouts import LAYOUTS, named, nested_vmap
 
 RING = dj.topology.ring(8)
 SCHEDULE = dj.topology.schedule([RING, dj.topology.star(8), dj.topology.complete(8)])
@@ -275,3 +277,32 @@ def test_bad_input(name):
     mapped = jax.vmap(fn, axis_name="workers", axis_size=8)
     with pytest.raises(error, match=message):
         jax.eval_shape(functools.partial(mapped), jax.ShapeDtypeStruct((8,), "float32"))
+
+
+LEAVE_OUT = ("d_psgd", "dsgt", "detag", "choco_sgd")
+
+
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_no_algorithm_ignores_who_is_missing(name):
+    """It leaves them out, or says that it cannot."""
+    algorithm = registry.ALGORITHMS[name]
+    tx = optax.with_extra_args_support(algorithm.make(0.1))
+    sizes = tuple(named(algorithm.shape).values())
+    x = {k: jax.ShapeDtypeStruct((*sizes, k), jnp.float32) for k in (2, 3)}
+
+    def step(active):
+        def worker(x):
+            return tx.update(x, tx.init(x), x, active=active)[0]
+
+        return jax.eval_shape(nested_vmap(worker, algorithm.shape), x)
+
+    assert step(None) == x
+    topology = algorithm.arguments.get("topology")
+    if not name.startswith(LEAVE_OUT):
+        expected = pytest.raises(ValueError, match="cannot leave workers out")
+    elif any((w.matrix != w.matrix.T).any() for w in registry.rounds(topology)):
+        expected = pytest.raises(ValueError, match="must be symmetric")
+    else:
+        expected = contextlib.nullcontext()
+    with expected:
+        assert step(False) == x

@@ -10,7 +10,8 @@ bridge, links limited by `tc tbf`), one JAX process each, and per bandwidth
 2. compares the kernel's counters with `communication_cost`: bytes with all headers,
    and "payload", without 66 bytes of headers a packet but with what gloo and the
    coordinator add;
-3. sends messages alone: how much of the link do they use?
+3. sends messages alone: how much of the link do they use, and how much of it do plain
+   sockets use, without JAX?
 
 All hosts share this machine's cores, so that computing is slower than on real ones: it
 is the same for all rows. Steps to the target do not depend on the network; where a run
@@ -20,6 +21,7 @@ the first ones, and marked with "~".
 
 import argparse
 import contextlib
+import itertools
 import signal
 import sys
 import tempfile
@@ -32,7 +34,7 @@ import numpy as np
 from benchmarks.group import ENVIRONMENT, Group
 from benchmarks.multi_process import modules
 from benchmarks.network import algorithms, figure, tasks
-from benchmarks.network.namespaces import HEADERS, Hosts
+from benchmarks.network.namespaces import FRAME, HEADERS, Hosts, burst
 from benchmarks.timing import machine
 from experiments import report
 
@@ -82,7 +84,7 @@ def main() -> None:
         for name, (module, like) in PEERS.items()
         if found["torch"] and found[module]
     }
-    rows = []
+    rows, messages = [], []
     with Hosts(options.hosts) as hosts, tempfile.TemporaryDirectory() as folder:
         x, y, x_test, y_test = tasks.load()
         np.savez(f"{folder}/data.npz", a=x, b=y, c=x_test, d=y_test)
@@ -90,15 +92,23 @@ def main() -> None:
             print(f"\n== {f'{mbit:g} Mbit/s' if mbit else 'no limit'}", flush=True)
             with _started(hosts, sys.executable, "jax_host.py") as group:
                 rows += _train(group, hosts, steps, mbit, options)
-                _wire(group, hosts, mbit, options)
+                kinds = ("message", "all-reduce", "D-GraB")
+                messages += _wire(
+                    group, hosts, zip(kinds, kinds, strict=True), mbit, options
+                )
+            addresses = map(hosts.address, range(hosts.number))
+            with _started(hosts, sys.executable, "tcp_host.py", *addresses) as group:
+                plain = {"plain sockets": "message"}
+                messages += _wire(group, hosts, plain, mbit, options)
             seconds = rows[-len(steps)]["seconds"]  # of the first, all-reduce
             torch = options.torch_python, "torch_host.py", f"{folder}/data.npz"
             if peers:
                 with _started(hosts, *torch) as group:
                     rows += _train(group, hosts, peers, mbit, options, seconds)
             report.write_csv(options.out / "network.csv", rows)
+            report.write_csv(options.out / "messages.csv", messages)
     figure.draw(rows, options.out / "network.png")
-    print(f"\nWrote network.csv and network.png to {options.out}.")
+    print(f"\nWrote network.csv, messages.csv and network.png to {options.out}.")
 
 
 def _end(*_) -> None:
@@ -131,13 +141,14 @@ class Measured(NamedTuple):
     seconds: float
     sent: float  # bytes of a host, on average, with all headers
     payload: float  # bytes without headers of packets
+    use: float  # part of what the link would have let pass; nan without a limit
 
-    def columns(self, predicted: float, mbit: float) -> str:
+    def columns(self, predicted: float) -> str:
         """Bytes sent, computed, payload to computed, and the use of the link."""
-        use = 100 * self.sent * 8 / (mbit * 1e6) / self.seconds if mbit else np.nan
         return (
             f"{self.sent / 1e6:8.3f}  {predicted / 1e6:8.3f}  "
-            f"{self.payload / predicted:7.3f}  " + (f"{use:3.0f} %" if mbit else "")
+            f"{self.payload / predicted:7.3f}  "
+            + (f"{100 * self.use:3.0f} %" if self.use == self.use else "")
         )
 
 
@@ -148,7 +159,11 @@ def _limited(hosts, mbit, number, measure) -> Measured:
     seconds = measure(number)
     sent, packets = (hosts.sent() - before).mean(1) / number
     hosts.limit(None)
-    return Measured(seconds / number, sent, sent - HEADERS * packets)
+    payload, use = sent - HEADERS * packets, np.nan
+    if mbit:
+        frames = number * payload * (FRAME + HEADERS) / FRAME
+        use = frames / (mbit * 1e6 / 8 * seconds + burst(mbit))
+    return Measured(seconds / number, sent, payload, use)
 
 
 def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
@@ -181,7 +196,7 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
         predicted = algorithms.predicted(like, hosts.number)
         print(
             f"  {name:<22} {1e3 * few.seconds:7.1f}  {total:10.2f}{mark}  "
-            f"{baseline / total:16.2f}  {few.columns(predicted, mbit)}",
+            f"{baseline / total:16.2f}  {few.columns(predicted)}",
             flush=True,
         )
         rows.append(
@@ -195,29 +210,53 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
                 "bytes_sent": few.sent,
                 "payload": few.payload,
                 "computed": predicted,
+                "use": few.use,
             }
         )
     return rows
 
 
-def _wire(group, hosts, mbit, options) -> None:
-    """Prints what messages alone take."""
+def _wire(group, hosts, kinds, mbit, options) -> list[dict]:
+    """Prints a row a message alone, and returns them.
+
+    Args:
+      group: The hosts' processes.
+      hosts: The network.
+      kinds: From what is printed to a name in `algorithms.exchanges`.
+      mbit: The links' rate.
+      options: The command line's. What would take longer than `longest` is left out.
+    """
     print(
         "  messages alone       MB       ms   MB sent  computed  payload/computed  link"
     )
-    for entries in map(int, options.messages):
-        for kind in ("message", "all-reduce", "D-GraB"):
-            group.ask("exchange", kind, entries)
-            measured = _limited(
-                hosts, mbit, REPEATS, lambda number: max(group.ask("run", number))
-            )
-            predicted = algorithms.predicted_exchange(kind, hosts.number, entries)
-            megabytes, milliseconds = 4 * entries / 1e6, 1e3 * measured.seconds
-            print(
-                f"  {kind:<15} {megabytes:7.1f}  {milliseconds:7.1f}  "
-                f"{measured.columns(predicted, mbit)}",
-                flush=True,
-            )
+    rows = []
+    for entries, name in itertools.product(map(int, options.messages), kinds):
+        kind = kinds[name]
+        predicted = algorithms.predicted_exchange(kind, hosts.number, entries)
+        if mbit and REPEATS * 8 * predicted / (mbit * 1e6) > options.longest:
+            continue
+        group.ask("exchange", kind, entries)
+        measured = _limited(
+            hosts, mbit, REPEATS, lambda number: max(group.ask("run", number))
+        )
+        megabytes, milliseconds = 4 * entries / 1e6, 1e3 * measured.seconds
+        print(
+            f"  {name:<15} {megabytes:7.1f}  {milliseconds:7.1f}  "
+            f"{measured.columns(predicted)}",
+            flush=True,
+        )
+        rows.append(
+            {
+                "mbit": mbit,
+                "name": name,
+                "megabytes": megabytes,
+                "milliseconds": milliseconds,
+                "payload": measured.payload,
+                "computed": predicted,
+                "use": measured.use,
+            }
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import optax
 import decentral_jax as dj
 from benchmarks.network import tasks
 
-RATES = (0.02, 0.05, 0.1, 0.2)
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 MOST_STEPS = 240
 LOCAL_STEPS = 16
 

@@ -16,6 +16,7 @@ from decentral_jax.collectives import AxisName
 from decentral_jax.traces import Trace
 from decentral_jax.validation import (
     check_axis_name,
+    check_nobody_missing,
     check_optimizer,
     check_trees,
     require_params,
@@ -101,6 +102,7 @@ def asynchronous(
         return AsynchronousState(zero, master, inner.init(params), recent, none)
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        check_nobody_missing(extra_args, "asynchronous")
         params = require_params(params, "asynchronous")
         check_trees("updates", updates, state.master)
         size = collectives.bound_axis(axis_name).size

@@ -16,6 +16,7 @@ from decentral_jax.mixing import average
 from decentral_jax.validation import (
     check_axis_name,
     check_int,
+    check_nobody_missing,
     check_optimizer,
     check_trees,
     require_params,
@@ -53,7 +54,8 @@ def average_gradients(
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del params, extra_args
+        del params
+        check_nobody_missing(extra_args, "average_gradients")
         return average(updates, axis_name), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -163,7 +165,7 @@ def average_parameters(
         return updates, start, state
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del extra_args
+        check_nobody_missing(extra_args, "average_parameters")
         params = require_params(params, "average_parameters")
         check_trees("updates", updates, params)
         count = jnp.asarray(optax.safe_increment(state.count))

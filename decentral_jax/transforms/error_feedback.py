@@ -26,6 +26,7 @@ from decentral_jax.validation import (
     check_choice,
     check_int,
     check_interval,
+    check_nobody_missing,
     check_trees,
     require_params,
 )
@@ -153,7 +154,7 @@ def error_feedback(
         )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del extra_args
+        check_nobody_missing(extra_args, "error_feedback")
         if detached:
             params = require_params(params, "error_feedback with detach > 0")
         check_trees("updates", updates, state.kept)

@@ -21,6 +21,7 @@ from decentral_jax.transforms.compressed import (
 from decentral_jax.validation import (
     check_axis_name,
     check_int,
+    check_nobody_missing,
     check_trees,
     require_params,
 )
@@ -97,7 +98,8 @@ def error_reset(
         )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del params, extra_args
+        del params
+        check_nobody_missing(extra_args, "error_reset")
         check_trees("updates", updates, state.error)
         key = step_key(seed, state.count, axis_name)
         keys = jax.random.split(key)

@@ -15,7 +15,12 @@ from jax import lax
 from decentral_jax.collectives import AxisName
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, Topology, check_topology
-from decentral_jax.validation import check_axis_name, check_choice, require_params
+from decentral_jax.validation import (
+    check_axis_name,
+    check_choice,
+    check_nobody_missing,
+    require_params,
+)
 
 ORDERS = ("adapt_then_combine", "combine_then_adapt")
 
@@ -154,7 +159,7 @@ def exact_diffusion(
         return ExactDiffusionState(adapted=jax.tree.map(jnp.copy, params))
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del extra_args
+        check_nobody_missing(extra_args, "exact_diffusion")
         params = require_params(params, "exact_diffusion")
         adapted = optax.apply_updates(params, updates)
         corrected = jax.tree.map(

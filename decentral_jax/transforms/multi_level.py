@@ -15,6 +15,7 @@ from decentral_jax.validation import (
     as_table,
     check_axis_name,
     check_int,
+    check_nobody_missing,
     check_trees,
     require_params,
 )
@@ -100,7 +101,7 @@ def multi_level(
         return MultiLevelState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del extra_args
+        check_nobody_missing(extra_args, "multi_level")
         params = require_params(params, "multi_level")
         check_trees("updates", updates, params)
         count = optax.safe_increment(state.count)

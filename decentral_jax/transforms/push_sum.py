@@ -9,7 +9,12 @@ import optax
 from decentral_jax.collectives import AxisName, weighted, widened
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, check_topology
-from decentral_jax.validation import check_axis_name, check_trees, require_params
+from decentral_jax.validation import (
+    check_axis_name,
+    check_nobody_missing,
+    check_trees,
+    require_params,
+)
 
 
 class PushSumState(NamedTuple):
@@ -77,7 +82,7 @@ def push_sum(
         return PushSumState(jnp.zeros([], jnp.int32), jnp.ones([], dtype))
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del extra_args
+        check_nobody_missing(extra_args, "push_sum")
         params = require_params(params, "push_sum")
         check_trees("updates", updates, params)
         adapted = jax.tree.map(

@@ -16,6 +16,7 @@ from decentral_jax.validation import (
     check_axis_name,
     check_interval,
     check_learning_rate,
+    check_nobody_missing,
     check_trees,
     require_params,
 )
@@ -77,7 +78,7 @@ def quasi_global_momentum(
         return QuasiGlobalState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del extra_args
+        check_nobody_missing(extra_args, "quasi_global_momentum")
         params = require_params(params, "quasi_global_momentum")
         check_trees("updates", updates, params)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate

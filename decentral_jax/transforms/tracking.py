@@ -31,6 +31,7 @@ from decentral_jax.validation import (
     check_axis_name,
     check_choice,
     check_int,
+    check_nobody_missing,
     check_optimizer,
     require_params,
 )
@@ -313,6 +314,7 @@ def exact_phases(
         )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        check_nobody_missing(extra_args, "exact_phases")
         params = require_params(params, "exact_phases")
         position = collectives.agreed(state.count, axis_name) % phase
 

@@ -1,0 +1,69 @@
+"""One host of the network benchmark without JAX: what do plain sockets get?
+
+Sends to the next host and receives from the one before, as `dj.mix` on a directed ring.
+"""
+
+import json
+import socket
+import sys
+import threading
+import time
+
+from benchmarks.answers import ANSWERS, RANK, SIZE
+
+ADDRESSES, PORT = sys.argv[1:], 29_778
+
+
+class Exchange:
+    """Messages of so many float32 entries."""
+
+    def __init__(self, kind: str, entries: int):
+        assert kind == "message"
+        self.out = bytes(4 * entries)
+        self.into = memoryview(bytearray(4 * entries))
+        self.run(1)
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many exchanges."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            sending = threading.Thread(target=NEXT.sendall, args=(self.out,))
+            sending.start()
+            done = 0
+            while done < len(self.into):
+                done += BEFORE.recv_into(self.into[done:])
+            sending.join()
+        return time.perf_counter() - start
+
+
+def _connected() -> tuple[socket.socket, socket.socket]:
+    """To the next host, and from the one before."""
+    server = socket.create_server((ADDRESSES[RANK], PORT))
+    server.settimeout(60)
+    for attempt in range(600):
+        try:
+            to = socket.create_connection((ADDRESSES[(RANK + 1) % SIZE], PORT))
+            break
+        except ConnectionRefusedError:
+            if attempt == 599:
+                raise
+            time.sleep(0.1)
+    return to, server.accept()[0]
+
+
+def main() -> None:
+    """Obeys commands until standard input ends."""
+    current = None
+    for line in sys.stdin:
+        command, *arguments = json.loads(line)
+        answer = None
+        if command == "exchange":
+            current = Exchange(*arguments)
+        else:
+            answer = getattr(current, command)(*arguments)
+        print(json.dumps(answer), file=ANSWERS)
+
+
+if __name__ == "__main__":
+    NEXT, BEFORE = _connected()
+    main()
