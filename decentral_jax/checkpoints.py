@@ -98,6 +98,7 @@ class Checkpoints:
         """
         self.wait()
         leaves, names = _leaves(params, opt_state)
+        leaves = [_plain(x) for x in leaves]
         notes = {
             "workers": self._workers.sizes,
             "leaves": [
@@ -156,7 +157,8 @@ class Checkpoints:
                 "evaluated model, with fresh optimizer states."
             )
         leaves, names = _leaves(params, opt_state)
-        _check(step, saved, leaves, names, reset)
+        plain = [jax.eval_shape(_plain, x) for x in leaves]
+        _check(step, saved, plain, names, reset)
         # Of other workers, whole in each process.
         place = self._workers.everywhere if reset else self._workers.sharding
         abstract = {
@@ -167,7 +169,7 @@ class Checkpoints:
             step, args=args.Composite(state=args.StandardRestore(abstract))
         )["state"]
         structure = jax.tree.structure((params, opt_state))
-        found = [state[str(i)] for i in range(len(leaves))]
+        found = [_as_before(state[str(i)], x) for i, x in enumerate(leaves)]
         params, opt_state = structure.unflatten(found)
         if reset:
             assert init is not None
@@ -237,6 +239,22 @@ def _leaves(params: Any, opt_state: Any) -> tuple[list, list[str]]:
         for path, x in jax.tree_util.tree_flatten_with_path({name: tree[name]})[0]
     ]
     return [x for _, x in flat], [name for name, _ in flat]
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key)
+
+
+def _plain(x: Any) -> Any:
+    """Random keys as the numbers they are made of, which can be written."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _as_before(x: jax.Array, like: Any) -> jax.Array:
+    """The inverse of `_plain`."""
+    if not _is_key(like):
+        return x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
 
 
 def _check(step: int, saved: list, leaves: list, names: list[str], reset: bool) -> None:

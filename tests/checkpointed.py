@@ -20,24 +20,35 @@ from tests.registry import ALGORITHMS
 from tests.test_trajectories import flatten, problem, schedule, unflatten
 
 STEPS, SAVE_EVERY = 24, 4
+EXAMPLES = 10  # of each worker, for D-GraB: five steps an epoch
 
 
 def main(name: str, folder: str, result: str, victim: int = -1, at: int = -1) -> None:
     logging.basicConfig(level=logging.WARNING)
     jax.config.update("jax_platforms", "cpu")
     dj.initialize(timeout=60)
-    algorithm = ALGORITHMS[name]
-    sizes = named(algorithm.shape)
+    if name == "d_grab":
+        sizes, tx = named(8), optax.chain(dj.d_grab(EXAMPLES, 8), optax.sgd(schedule))
+    else:
+        algorithm = ALGORITHMS[name]
+        sizes, tx = named(algorithm.shape), algorithm.make(schedule)
     workers = dj.Workers(sizes)
-    tx = algorithm.make(schedule)
 
     def each(x):
         return x.reshape(*sizes.values(), *x.shape[1:]).astype(np.float32)
 
     curvature, optimum, _ = (each(x) for x in problem())
 
-    def train_step(params, opt_state, curvature, optimum, noise):
-        grads = unflatten(curvature * (flatten(params) - optimum) + noise)
+    def gradients(params, opt_state, curvature, optimum, noise):
+        gradient = curvature * (flatten(params) - optimum) + noise
+        if name != "d_grab":
+            return unflatten(gradient)
+        chosen = dj.next_examples(opt_state, 2)
+        k = chosen.astype(optimum.dtype)
+        return jax.vmap(lambda k: unflatten(gradient + jnp.cos(k + optimum)))(k)
+
+    def train_step(params, opt_state, *batch):
+        grads = gradients(params, opt_state, *batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 

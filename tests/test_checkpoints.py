@@ -22,7 +22,7 @@ from tests.checkpointed import SAVE_EVERY, STEPS
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("DECENTRAL_JAX_KILLS", "2"))
 KILLED = ["def_sgd_block", "detagm", "choco_sgd_top_k", "powersgd", "d2", "diloco"]
-KILLED += ["slowmo", "mll_sgd_two_hubs", "cser", "sgp", "apam_delayed"]
+KILLED += ["slowmo", "mll_sgd_two_hubs", "cser", "sgp", "apam_delayed", "d_grab"]
 
 
 def state(workers, tx=None):
@@ -73,6 +73,24 @@ def test_round_trip_on_any_layout(tmp_path, devices):
     assert_equal(found.opt_state, opt_state)
     for leaf in jax.tree.leaves((found.params, found.opt_state)):
         assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+
+
+def test_random_keys(tmp_path):
+    """Typed ones, which cannot be written as they are."""
+    workers = dj.Workers(4)
+    keys = jax.random.split(jax.random.key(3, impl="rbg"), 4)
+    params, state = workers.shard((jnp.ones((4, 2)), {"key": keys}))
+    with Checkpoints(tmp_path, workers) as checkpoints:
+        checkpoints.save(1, params, state)
+        others = {"key": jax.random.split(jax.random.key(0, impl="rbg"), 4)}
+        found = checkpoints.restore(params, workers.shard(others))
+        raw = workers.shard({"key": jnp.zeros((4, 2), jnp.uint32)})
+        with pytest.raises(ValueError, match="of another model or optimizer"):
+            checkpoints.restore(params, raw)
+    assert found is not None
+    assert found.opt_state["key"].dtype == keys.dtype
+    draws = jax.vmap(jax.random.normal)
+    np.testing.assert_array_equal(draws(found.opt_state["key"]), draws(keys))
 
 
 def test_nothing_to_restore(tmp_path):

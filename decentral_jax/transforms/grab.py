@@ -4,7 +4,7 @@ How the signs are found is in `balancing`; here they become orders.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,11 @@ from decentral_jax.transforms.balancing import (
     zeros_like_wide,
 )
 from decentral_jax.transforms.ordering import Step, ordering
-from decentral_jax.validation import check_choice, check_int
+from decentral_jax.validation import (
+    check_choice,
+    check_int,
+    check_nobody_missing,
+)
 
 
 class MeanBalance(NamedTuple):
@@ -257,7 +261,13 @@ def d_grab(
         following = _put_pairs(following, pairs, signs, step.order)
         return following, PairBalance(running, pending), mean
 
-    return ordering("d_grab", examples, start, place, _without_sums, axis_name)
+    tx = ordering("d_grab", examples, start, place, _without_sums, axis_name)
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        check_nobody_missing(extra_args, "d_grab")
+        return tx.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 class _Pairs(NamedTuple):
