@@ -306,3 +306,13 @@ def test_no_algorithm_ignores_who_is_missing(name):
         expected = contextlib.nullcontext()
     with expected:
         assert step(False) == x
+
+
+def test_an_order_of_all_workers_needs_all():
+    tx = dj.d_grab(4, num_workers=2)
+
+    def worker(gradients):
+        return tx.update(gradients, tx.init(gradients[0]), active=True)[0]
+
+    with pytest.raises(ValueError, match="d_grab cannot leave workers out"):
+        jax.eval_shape(jax.vmap(worker, axis_name="workers"), jnp.ones((2, 2, 3)))
