@@ -73,7 +73,7 @@ time.sleep(60)
 """
     begin = time.monotonic()
     assert launch.run(code(wait), processes=3) == expected
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50
     assert f"process 1 ended with {expected}: ending" in capfd.readouterr().err
 
 
@@ -171,8 +171,16 @@ def test_differences_are_told(capfd, name):
     text, message = DIFFERENT[name]
     begin = time.monotonic()
     assert launch.run(code(START + text), processes=2) != 0
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 100
     assert re.search(message, capfd.readouterr().err)
+
+
+def of_two_processes(capfd, text, **options):
+    """What they print, both ending well."""
+    ended = launch.run(code(START + text), processes=2, **options)
+    out, error = capfd.readouterr()
+    assert ended == 0, error[-3000:]
+    return out
 
 
 def test_data_of_each_process(capfd):
@@ -197,16 +205,12 @@ for shape in (4, {"hub": 2, "worker": 4}, {"hub": 4, "worker": 2}):
         print(error)
 print("equal")
 """
-    ended = launch.run(code(START + text), processes=2, devices=2)
-    out, error = capfd.readouterr()
-    assert ended == 0, error[-3000:]
+    out = of_two_processes(capfd, text, devices=2)
     assert {"[0] equal", "[1] equal"} <= set(out.splitlines())
     assert out.count("tree must have the leading axes") == 6
 
 
 def test_equal_processes_are_not_stopped(capfd):
     text = "dj.initialize(); print(run(dj.topology.ring(2))); run(dj.topology.ring(2))"
-    ended = launch.run(code(START + text), processes=2)
-    out, error = capfd.readouterr()
-    assert ended == 0, error[-3000:]
+    out = of_two_processes(capfd, text)
     assert {"[0] [0.5 0.5]", "[1] [0.5 0.5]"} <= set(out.splitlines())

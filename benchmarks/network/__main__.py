@@ -92,10 +92,8 @@ def main() -> None:
             print(f"\n== {f'{mbit:g} Mbit/s' if mbit else 'no limit'}", flush=True)
             with _started(hosts, sys.executable, "jax_host.py") as group:
                 rows += _train(group, hosts, steps, mbit, options)
-                kinds = ("message", "all-reduce", "D-GraB")
-                messages += _wire(
-                    group, hosts, zip(kinds, kinds, strict=True), mbit, options
-                )
+                kinds = {kind: kind for kind in ("message", "all-reduce", "D-GraB")}
+                messages += _wire(group, hosts, kinds, mbit, options)
             addresses = map(hosts.address, range(hosts.number))
             with _started(hosts, sys.executable, "tcp_host.py", *addresses) as group:
                 plain = {"plain sockets": "message"}
@@ -128,7 +126,9 @@ def _started(
 
     address = hosts.address(0), PORT
     hosts.limit(None)
-    group = Group(command, hosts.number, address, "eth0", ENVIRONMENT, a_host=1)
+    # Decent-DP logs every start.
+    variables = {**ENVIRONMENT, "LOGURU_LEVEL": "WARNING"}
+    group = Group(command, hosts.number, address, "eth0", variables, a_host=1)
     try:
         yield group
     finally:

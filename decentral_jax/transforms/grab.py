@@ -24,11 +24,7 @@ from decentral_jax.transforms.balancing import (
     zeros_like_wide,
 )
 from decentral_jax.transforms.ordering import Step, ordering
-from decentral_jax.validation import (
-    check_choice,
-    check_int,
-    check_nobody_missing,
-)
+from decentral_jax.validation import check_choice, check_int, check_nobody_missing
 
 
 class MeanBalance(NamedTuple):
