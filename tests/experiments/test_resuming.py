@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -65,6 +66,7 @@ def test_goes_on(run, monkeypatch, command):
         return known[calls - 1]
 
     monkeypatch.setattr(owner, name, compute)
+    monkeypatch.setattr(report, "save", lambda figure, path: plt.close(figure))
     whole = run(*arguments, "--out", "whole").parent / "whole"
     total = calls
     assert total > interrupted
