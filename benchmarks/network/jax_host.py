@@ -1,12 +1,10 @@
 """One JAX host of the network benchmark: trains and exchanges on command."""
 
-import json
-import sys
 import time
 
 import jax
 
-from benchmarks.answers import ANSWERS, SIZE, join
+from benchmarks.answers import SIZE, join, obey
 
 join()
 
@@ -75,19 +73,5 @@ class Exchange:
         return time.perf_counter() - start
 
 
-def main() -> None:
-    """Obeys commands until standard input ends."""
-    kinds = {"training": Training, "exchange": Exchange}
-    current = None
-    for line in sys.stdin:
-        command, *arguments = json.loads(line)
-        answer = None
-        if command in kinds:
-            current = kinds[command](*arguments)
-        else:
-            answer = getattr(current, command)(*arguments)
-        print(json.dumps(answer), file=ANSWERS)
-
-
 if __name__ == "__main__":
-    main()
+    obey({"training": Training, "exchange": Exchange})

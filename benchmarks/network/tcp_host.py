@@ -3,13 +3,12 @@
 Sends to the next host and receives from the one before, as `dj.mix` on a directed ring.
 """
 
-import json
 import socket
 import sys
 import threading
 import time
 
-from benchmarks.answers import ANSWERS, RANK, SIZE
+from benchmarks.answers import RANK, SIZE, obey
 
 ADDRESSES, PORT = sys.argv[1:], 29_778
 
@@ -51,19 +50,6 @@ def _connected() -> tuple[socket.socket, socket.socket]:
     return to, server.accept()[0]
 
 
-def main() -> None:
-    """Obeys commands until standard input ends."""
-    current = None
-    for line in sys.stdin:
-        command, *arguments = json.loads(line)
-        answer = None
-        if command == "exchange":
-            current = Exchange(*arguments)
-        else:
-            answer = getattr(current, command)(*arguments)
-        print(json.dumps(answer), file=ANSWERS)
-
-
 if __name__ == "__main__":
     NEXT, BEFORE = _connected()
-    main()
+    obey({"exchange": Exchange})

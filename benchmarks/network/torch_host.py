@@ -1,6 +1,5 @@
 """One PyTorch host of the network benchmark: DDP, or Decent-DP, over gloo."""
 
-import json
 import sys
 import time
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import distributed, nn  # pyright: ignore[reportMissingImports]
 
-from benchmarks.answers import ANSWERS, RANK, SIZE
+from benchmarks.answers import RANK, SIZE, obey
 from benchmarks.network import tasks
 
 # The data come from the JAX side, as this interpreter may lack scikit-learn.
@@ -78,19 +77,6 @@ class Training:
             return (self.plain(X_TEST).argmax(-1) == Y_TEST).float().mean().item()
 
 
-def main() -> None:
-    """Obeys commands until standard input ends."""
-    distributed.init_process_group("gloo")
-    current = None
-    for line in sys.stdin:
-        command, *arguments = json.loads(line)
-        answer = None
-        if command == "training":
-            current = Training(*arguments)
-        else:
-            answer = getattr(current, command)(*arguments)
-        print(json.dumps(answer), file=ANSWERS)
-
-
 if __name__ == "__main__":
-    main()
+    distributed.init_process_group("gloo")
+    obey({"training": Training})
