@@ -157,6 +157,9 @@ def test_a_torn_checkpoint_is_not_used(tmp_path, caplog):
                 assert_equal(found.params, jax.tree.map(lambda x: x + 1, params))
                 # The run goes on over the torn one.
                 checkpoints.save(2, params, opt_state)
+                again = checkpoints.restore(params, opt_state)
+                assert again is not None
+                assert again.step == 2
             shutil.rmtree(folder)
 
 

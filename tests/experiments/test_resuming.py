@@ -109,3 +109,6 @@ def test_memory(tmp_path):
     assert asked == ["a", "b", "a", "a"]
     recall(options, "a")
     assert asked == ["a", "b", "a", "a"]
+    # A folder may be moved.
+    moved = dataclasses.replace(options, out=tmp_path / "elsewhere")
+    assert resuming.memory(moved).options == resuming.memory(options).options
