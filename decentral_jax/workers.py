@@ -284,8 +284,10 @@ class Workers:
             mesh=self.sharding.mesh,
             in_specs=self.sharding.spec,
             out_specs=self.sharding.spec,
-            # Collectives over a mesh axis and a nested vmap axis cannot be typed.
-            check_vma=not self._virtual,
+            # With varying-axis types the gradient with respect to a value that is not
+            # per-worker is summed over workers, and a `scan` from a constant is an
+            # error: neither is so in the other layouts.
+            check_vma=False,
         )
 
 
