@@ -127,16 +127,21 @@ def total(x: jax.Array, axis_name: AxisName) -> jax.Array:
 
 
 def mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Mean over all workers, the same on each; half precision travels as such."""
+    """Mean over all workers, the same on each; half precision travels as such.
+
+    Half precision is divided before it is summed: the sum of float16 gradients under
+    loss scaling would overflow where their mean does not.
+    """
     axis = bound_axis(axis_name)
     wide = widened(x.dtype)
-    y = x
+    first = wide != x.dtype
+    y = x.astype(wide) / axis.size if first else x
     if axis.virtual:
-        y = (lax.psum(y.astype(wide), axis.virtual) / axis.num_virtual).astype(x.dtype)
+        y = lax.psum(y, axis.virtual)
+    y = y.astype(x.dtype)
     if axis.mesh:
         y = lax.pcast(lax.psum(y, axis.mesh), axis.mesh, to="varying")
-        y = (y.astype(wide) / axis.num_devices).astype(x.dtype)
-    return y
+    return y if first else y / axis.size
 
 
 def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -233,10 +238,39 @@ def agreed(x: jax.typing.ArrayLike, axis_name: AxisName) -> jax.Array:
 
     A step counter in a worker's state is batched under `vmap`, and a `cond` on it would
     run both branches. Its maximum over the `vmap` axis is the same number, unbatched;
-    nothing travels. On mesh axes the value is used as it is.
+    nothing travels. On mesh axes the value is used as it is: that it is equal there is
+    what `decentral_jax.lockstep` checks.
     """
     virtual = bound_axis(axis_name).virtual
-    return lax.pmax(x, virtual) if virtual else jnp.asarray(x)
+    return lax.pmax(x, virtual) if virtual else equal_on_all_workers(jnp.asarray(x))
+
+
+@jax.jit
+def equal_on_all_workers(x: jax.Array) -> jax.Array:
+    """Marks, by this function's name in the traced program, what must be equal."""
+    return lax.optimization_barrier(x)
+
+
+LARGEST_COUNT = 2**31 - 2
+
+
+def advance(count: jax.typing.ArrayLike, period: int = 1) -> jax.Array:
+    """The next step number, which never stops counting.
+
+    At the end of int32 it goes on at the period's beginning, but not at 0, so that what
+    happens every `period` steps goes on, and what happens in step 0 alone does not
+    happen again.
+
+    Args:
+      count: An int32 scalar, the number of steps so far.
+      period: What the count is used modulo, a multiple of all such numbers.
+
+    Returns:
+      The count plus one, or a number of the same remainder.
+    """
+    last = LARGEST_COUNT // period * period
+    count = jnp.asarray(count, jnp.int32)
+    return jnp.where(count < last, count, count - last + period) + 1
 
 
 def either(
@@ -329,8 +363,7 @@ def combine(
         if isinstance(x, jax.Array) and local.index.shape[-1] > DENSE_FROM:
             dtype = widened(x.dtype)
             weights = jnp.asarray(np.stack(matrices), dtype)[t, worker]
-            flat = block.reshape(axis.size, -1).astype(dtype)
-            y = jnp.matmul(weights, flat, precision="highest").reshape(x.shape)
+            y = _dense_row(weights, block.astype(dtype))
         else:
             y = weigh(block, local, t)
         return jax.tree.map(lambda y: varying(y, axis_name), narrow(y))
@@ -403,6 +436,29 @@ def _weigh(
         add = functools.partial(_add_weighted, weight=weight, worker=worker, t=t)
         y = jax.tree.map(add, y, arrays)
     return y
+
+
+def _dense_row(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """Sums all workers' arrays `[n, ...]`, each times its weight `[n]`.
+
+    As a matrix product where all is finite. Else 0 times NaN would carry one worker's
+    NaN to workers that do not talk to it.
+    """
+
+    def product(weights, rows):
+        flat = rows.reshape(rows.shape[0], -1)
+        product = jnp.matmul(weights, flat, precision="highest")
+        return product.reshape(rows.shape[1:])
+
+    def one_by_one(weights, rows):
+        def add(j, y):
+            w = weights[j]
+            return y + jnp.where(w != 0, rows[j] * w, jnp.zeros_like(y))
+
+        return lax.fori_loop(0, rows.shape[0], add, jnp.zeros_like(rows[0]))
+
+    finite = jnp.isfinite(rows).all()
+    return lax.cond(finite, product, one_by_one, weights, rows)
 
 
 def _add_weighted(y, row, weight, worker, t):

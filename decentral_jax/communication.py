@@ -46,7 +46,7 @@ KINDS = {
 }
 
 # What leaves a number as it is on which all workers agree, such as a step counter.
-UNCHANGED = ("pmax", "pmin", "pvary")
+UNCHANGED = ("pmax", "pmin", "pvary", "optimization_barrier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def communication_cost(
         # All workers are in the same phase: the first one's integers stand for all.
         args = jax.tree.map(lambda x: _first(x, dims), args)
     if axis_sizes:
-        fn = _on_abstract_devices(fn, axis_sizes)
+        fn = on_abstract_devices(fn, axis_sizes)
     jaxpr = jax.make_jaxpr(fn)(*args)
     walk = _Walk()
     known = [_known_integer(leaf) for leaf in jax.tree.leaves(args)]
@@ -181,7 +181,7 @@ def _first(x: Any, dims: int) -> Any:
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _on_abstract_devices(fn: Callable, axis_sizes: Mapping[str, int]) -> Callable:
+def on_abstract_devices(fn: Callable, axis_sizes: Mapping[str, int]) -> Callable:
     """`fn` with every worker on a device of its own, none of which need exist."""
     names, sizes = tuple(axis_sizes), tuple(axis_sizes.values())
     mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
@@ -255,7 +255,7 @@ class _Walk:
                 elif name == "xla_pmap":
                     axis_size = eqn.params["axis_size"]
                     inner_sizes = {**sizes, eqn.params["axis_name"]: axis_size}
-                inner_jaxprs = list(_inner(eqn))
+                inner_jaxprs = list(inner_programs(eqn))
                 for inner, inner_consts in inner_jaxprs:
                     same = len(inner.invars) == len(values)
                     passed = values if same else [None] * len(inner.invars)
@@ -298,7 +298,7 @@ def _sent(eqn, sizes) -> Iterator[Collective]:
         yield Collective(kind, ",".join(axes), 1, sent, pairs)
 
 
-def _inner(eqn) -> Iterator[tuple[Any, Any]]:
+def inner_programs(eqn) -> Iterator[tuple[Any, Any]]:
     """The jaxprs that an equation calls, with their constants."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

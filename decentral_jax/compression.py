@@ -73,7 +73,7 @@ class RandomBlock(Selection):
         start, size = self._block(key, x)
         flat = x.reshape(-1)
         if 2 * size > flat.size:
-            return flat[(start + jnp.arange(size)) % flat.size]
+            return flat[(start + jnp.arange(size, dtype=jnp.int32)) % flat.size]
         window, offset = _window(flat, start, size)
         return lax.dynamic_slice(window, (offset,), (size,))
 
@@ -83,7 +83,7 @@ class RandomBlock(Selection):
         # All that reads `x` comes first: then it need not be copied.
         flat, payload = lax.optimization_barrier((x.reshape(-1), payload))
         if 2 * size > flat.size:
-            positions = (start + jnp.arange(size)) % flat.size
+            positions = (start + jnp.arange(size, dtype=jnp.int32)) % flat.size
             return flat.at[positions].set(payload).reshape(x.shape)
         window, offset = _window(flat, start, size)
         window = _write(window, payload, offset)
@@ -135,7 +135,8 @@ def _write(x, block, start):
     JAX makes a scatter of a mapped `dynamic_update_slice`, and XLA of that a copy; the
     start is the same on all workers, so that it can stay what it is.
     """
-    return lax.dynamic_update_slice(x, block, (*(0,) * (x.ndim - 1), start))
+    zero = jnp.zeros_like(start)  # of the start's dtype, also where integers are wide
+    return lax.dynamic_update_slice(x, block, (*(zero,) * (x.ndim - 1), start))
 
 
 @_write.def_vmap

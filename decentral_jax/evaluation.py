@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
@@ -16,8 +17,9 @@ def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") ->
 
     Call it inside a function that runs under the worker axis. An algorithm whose model
     differs from the point where gradients are taken keeps it in its state, and gives
-    that state a method `evaluation_params(params)`; it is found here through any
-    `optax.chain`.
+    that state a method `evaluation_params(params)`; it is found here through
+    `optax.chain`, `optax.masked`, `optax.partition` and the like. Leaves that none of
+    these states sees, such as frozen ones, are the parameters' own.
 
     Args:
       opt_state: The optimizer's state, as `init` and `update` return it.
@@ -28,7 +30,7 @@ def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") ->
       The averaged model, the same on all workers.
 
     Raises:
-      ValueError: If `params` is None, or more than one state holds a hidden model.
+      ValueError: If `params` is None, or two states hold a hidden model of one leaf.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
@@ -44,15 +46,50 @@ def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") ->
         return hasattr(node, "evaluation_params")
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_hidden)
-    hidden = [node for node in nodes if is_hidden(node)]
-    if len(hidden) > 1:
-        raise ValueError(
-            f"opt_state must hold at most one hidden model, got {len(hidden)}: chain "
-            "only one transformation that evaluates away from params."
-        )
-    if hidden:
-        params = hidden[0].evaluation_params(params)
-    return average(params, axis_name)
+    models = [_of_part(node, params) for node in nodes if is_hidden(node)]
+    leaves, structure = jax.tree.flatten(params)
+    for number, alternatives in enumerate(zip(*models, strict=True)):
+        found = [leaf for leaf in alternatives if not _is_masked(leaf)]
+        if len(found) > 1:
+            name = jax.tree_util.keystr(jax.tree.leaves_with_path(params)[number][0])
+            raise ValueError(
+                f"opt_state must hold at most one hidden model of each leaf, got "
+                f"{len(found)} of params{name}: chain only one transformation that "
+                "evaluates away from params, or give each its own leaves by "
+                "optax.partition."
+            )
+        leaves[number] = found[0] if found else leaves[number]
+    # Frozen leaves may be integers, which have no mean; they are equal on all workers.
+    averaged = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    means = iter(average(averaged, axis_name))
+    return structure.unflatten(
+        next(means) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+        for x in leaves
+    )
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _of_part(hidden: Any, params: Any) -> list:
+    """The model in a state of some leaves, `optax.MaskedNode` for all the others.
+
+    `optax.masked`, `partition` and `multi_transform` show a transformation its own
+    leaves alone. Which those are is seen in the trees that its state keeps.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    masked = [False] * len(leaves)
+    for field in hidden:
+        nodes, tree = jax.tree.flatten(field, is_leaf=_is_masked)
+        if tree == structure:
+            masked = [_is_masked(node) for node in nodes]
+    shown = [
+        optax.MaskedNode() if out else leaf
+        for out, leaf in zip(masked, leaves, strict=True)
+    ]
+    model = hidden.evaluation_params(structure.unflatten(shown))
+    return jax.tree.leaves(model, is_leaf=_is_masked)
 
 
 def consensus_distance(params: Any, axis_name: AxisName = "workers") -> jax.Array:

@@ -5,6 +5,7 @@ device (folding), or all on one. A step written for one worker runs unchanged in
 layout, and gives the same numbers.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,11 @@ from jax.sharding import (
 )
 
 from decentral_jax.collectives import DEVICES, VIRTUAL, AxisName
+from decentral_jax.lockstep import check_lockstep
 from decentral_jax.processes import agree
 from decentral_jax.validation import check_axis_name, check_int, check_leading_axes
+
+AUTO = AxisType.Auto
 
 
 class Workers:
@@ -125,17 +129,21 @@ class Workers:
         self.everywhere: NamedSharding | SingleDeviceSharding
         if self.num_devices == 1:
             self.sharding = self.everywhere = SingleDeviceSharding(devices[0])
+            self._mesh = Mesh(np.array(devices), ("device",), axis_types=(AUTO,))
         else:
             axes = {
                 name: parts for name, parts in zip(on_mesh, split, strict=True) if name
             }
-            mesh = Mesh(
+            self._mesh = Mesh(
                 np.array(devices).reshape(tuple(axes.values())),
                 tuple(axes),
-                axis_types=(AxisType.Auto,) * len(axes),
+                axis_types=(AUTO,) * len(axes),
             )
-            self.sharding = NamedSharding(mesh, PartitionSpec(*on_mesh))
-            self.everywhere = NamedSharding(mesh, PartitionSpec())
+            self.sharding = NamedSharding(self._mesh, PartitionSpec(*on_mesh))
+            self.everywhere = NamedSharding(self._mesh, PartitionSpec())
+        # Compiled once for each tree, not in each call.
+        self._copies = jax.jit(self._stack_copies, out_shardings=self.sharding)
+        self._functions = functools.lru_cache(maxsize=128)(self._compiled)
 
     def __repr__(self) -> str:
         return f"Workers({self.num_workers} on {self.num_devices} devices)"
@@ -149,16 +157,23 @@ class Workers:
         Returns:
           The tree with a leading worker axis (one for each named axis), on the devices.
         """
-
-        def copies(tree):
-            return jax.tree.map(
-                lambda x: jnp.broadcast_to(x, self.shape + jnp.shape(x)), tree
-            )
-
         if self.sharding.is_fully_addressable:
             # Arrays that live on other devices would not enter the program.
             tree = jax.device_put(tree, self.everywhere)
-        return jax.jit(copies, out_shardings=self.sharding)(tree)
+        with self._own_mesh():
+            return self._copies(tree)
+
+    def _stack_copies(self, tree: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, self.shape + jnp.shape(x)), tree
+        )
+
+    def _own_mesh(self) -> contextlib.AbstractContextManager:
+        """These workers' mesh in place of one that the caller has set."""
+        present = jax.sharding.get_abstract_mesh()
+        if present.empty or present == self._mesh.abstract_mesh:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self._mesh)
 
     @property
     def local(self) -> np.ndarray:
@@ -235,6 +250,11 @@ class Workers:
     ) -> Callable[..., Any]:
         """Runs a function written for one worker on all of them, compiled.
 
+        A worker's program must not depend on its own data where it communicates: if
+        one worker enters a branch with an exchange and another one does not, they wait
+        for each other forever. Such a branch, and a step counter that one worker alone
+        keeps back, is an error in every layout when the function is first traced.
+
         Args:
           fn: Takes and returns one worker's pytrees; talks to the others through
             collectives over `axis_name`.
@@ -242,25 +262,40 @@ class Workers:
             such as the training state.
 
         Returns:
-          A jitted function of trees with leading worker axes.
+          A jitted function of trees with leading worker axes, passed by position or by
+          keyword. Calls with the same `fn` share one compiled program.
 
         Raises:
-          ValueError: When called with a leaf whose leading axes are not the workers',
-            or if another process would run another program.
+          TypeError: If `fn` is not callable.
+          ValueError: When called with a leaf whose leading axes are not the workers';
+            if the function communicates in a branch, or counts steps, by a condition
+            that depends on one worker's own data; or if another process would run
+            another program.
           TimeoutError: If another process does not come to this program in time.
         """
         if not callable(fn):
             raise TypeError(f"fn must be a function of one worker's trees, got {fn!r}.")
+        donated = (
+            (donate_argnums,)
+            if isinstance(donate_argnums, int)
+            else tuple(donate_argnums)
+        )
+        try:
+            return self._functions(fn, donated)
+        except TypeError:  # a callable that cannot be hashed
+            return self._compiled(fn, donated)
 
+    def _compiled(self, fn: Callable, donate_argnums: tuple[int, ...]) -> "_Spmd":
         @functools.wraps(fn)
-        def all_workers(*args):
-            check_leading_axes("arguments", args, self.shape)
-            return self._on_devices(fn)(*args)
+        def all_workers(*args, **kwargs):
+            check_leading_axes("arguments", (args, kwargs), self.shape)
+            check_lockstep(fn, self.sizes, args, kwargs)
+            # By position: shard_map knows no keywords.
+            run = self._on_devices(lambda args, kwargs: fn(*args, **kwargs))
+            return run(args, kwargs)
 
         jitted = jax.jit(all_workers, donate_argnums=donate_argnums)
-        # What `communication_cost` traces, whatever the layout.
-        setattr(jitted, "one_worker", (fn, self.sizes))  # noqa: B010
-        return jitted if self.sharding.is_fully_addressable else _compared(jitted)
+        return _Spmd(fn, jitted, self)
 
     def _on_devices(self, fn: Callable) -> Callable:
         """`fn` mapped over the workers of a device, then over devices."""
@@ -291,6 +326,26 @@ class Workers:
         )
 
 
+class _Spmd:
+    """A function of all workers; what it lacks, it takes from the jitted one."""
+
+    def __init__(self, fn: Callable, jitted: Any, workers: Workers):
+        functools.update_wrapper(self, fn)
+        # What `communication_cost` traces, whatever the layout.
+        self.one_worker = fn, workers.sizes
+        self._jitted = jitted
+        self._own_mesh = workers._own_mesh
+        alone = workers.sharding.is_fully_addressable
+        self._call = jitted if alone else _compared(jitted)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._own_mesh():
+            return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+
 def _compared(jitted: Any) -> Callable[..., Any]:
     """A jitted function that is compared with the other processes' when it is new.
 
@@ -300,15 +355,14 @@ def _compared(jitted: Any) -> Callable[..., Any]:
     seen = set()
 
     @functools.wraps(jitted)
-    def run(*args):
-        leaves, structure = jax.tree.flatten(args)
+    def run(*args, **kwargs):
+        leaves, structure = jax.tree.flatten((args, kwargs))
         key = structure, *(jax.typeof(leaf) for leaf in leaves)
         if key not in seen:
-            program = jitted.lower(*args).as_text().encode()
+            program = jitted.lower(*args, **kwargs).as_text().encode()
             name = getattr(jitted, "__name__", "function")
             agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
             seen.add(key)
-        return jitted(*args)
+        return jitted(*args, **kwargs)
 
-    setattr(run, "lower", jitted.lower)  # noqa: B010
     return run

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from tests.layouts import named, nested_vmap
+from tests.layouts import named, nested_vmap, primitives
 from tests.registry import ALGORITHMS
 
 WORKERS = 8
@@ -196,16 +196,85 @@ def test_worker_axes_may_have_other_names(algorithm):
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_apply_if_finite_and_masked_compose(name):
-    """Under finite gradients `apply_if_finite` changes nothing; masks leave out."""
+def test_masks_leave_out(name):
     algorithm = COMMON[name]
     workers = on_one_device(algorithm)
-    guarded = optax.apply_if_finite(algorithm.make(0.1), 3)
-    found = path(guarded, algorithm, workers)
-    np.testing.assert_allclose(found, plain(name), atol=1e-6)
     masked = optax.masked(algorithm.make(0.1), {"a": True, "b": False})
     found = path(masked, algorithm, workers)
     np.testing.assert_allclose(found[..., :2], plain(name)[..., :2], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_around_an_exchange_apply_if_finite_is_refused(name):
+    """A worker whose gradient is not finite would not come to the exchange."""
+    algorithm = COMMON[name]
+    tx = optax.apply_if_finite(algorithm.make(0.1), 3)
+    workers = dj.Workers(algorithm.shape)
+    step = workers.spmd(functools.partial(train_step, tx))
+    with pytest.raises(ValueError, match="must be equal on all workers"):
+        step.lower(start(tx, workers), targets_of(algorithm))
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_counters_go_on_at_their_end(name, monkeypatch):
+    """What happens every few steps still does when the count has begun again."""
+    algorithm = COMMON[name]
+    workers, targets = on_one_device(algorithm), targets_of(algorithm)
+
+    def moved():
+        tx = algorithm.make(0.05)
+
+        def run(carry, target):
+            def body(carry, _):
+                carry = train_step(tx, carry, target)
+                return carry, carry[0]
+
+            return lax.scan(body, carry, length=70)[1]
+
+        run = workers.spmd(run)
+        carry = start(tx, workers)
+        draws = {"random_bits", "threefry2x32"} & primitives(run, carry, targets).keys()
+        return run(carry, targets), draws
+
+    expected, draws = moved()
+    monkeypatch.setattr(dj.collectives, "LARGEST_COUNT", 30)
+    found, _ = moved()
+    # Random numbers of the second round are those of the first.
+    length = 30 - 12 if draws else 70
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(
+            np.moveaxis(x, -2, 0)[:length], np.moveaxis(y, -2, 0)[:length]
+        ),
+        *(found, expected),
+    )
+
+
+@pytest.mark.parametrize("period", [1, 3, 4, 1000, 10**6])
+def test_a_count_keeps_its_remainder(period):
+    last = dj.collectives.LARGEST_COUNT // period * period
+    for count in (0, 1, last - 1, last):
+        following = int(dj.collectives.advance(count, period))
+        assert 0 < following <= last
+        assert (following - count - 1) % period == 0
+
+
+@pytest.mark.parametrize("num_devices", [8, 2, 1])
+def test_float32_is_kept_where_integers_are_wide(algorithm, num_devices, x64):
+    """Under `jax_enable_x64` index arithmetic must not mix int32 with int64."""
+    workers = dj.Workers(algorithm.shape, devices=jax.devices()[:num_devices])
+    tx = algorithm.make(0.1)
+    # Large enough that a random block is smaller than half of a leaf.
+    params = {"a": jnp.zeros(40, jnp.float32), "b": jnp.zeros((5, 7), jnp.float32)}
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    before = workers.replicate((params, tx.init(params)))
+    after = jax.eval_shape(workers.spmd(step), *before)
+    assert jax.tree.map(lambda x: x.dtype, before) == jax.tree.map(
+        lambda x: x.dtype, after
+    )
 
 
 def test_checkpoint_round_trip(algorithm, tmp_path):

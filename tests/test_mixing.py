@@ -239,3 +239,44 @@ def test_one_worker():
         assert over_workers(lambda x, t=topology: dj.average_by_factors(x, t), x) == x
     one_peer = dj.topology.one_peer_ring(1)
     assert over_workers(lambda x: dj.mix(x, one_peer, step=3), x) == x
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mean_overflows_in_no_layout(layout, dtype):
+    """The mean of representable values is representable: their sum need not be."""
+    large = float(jnp.finfo(dtype).max) / 4
+    x = jnp.full((8, 4), large, dtype)
+    means = {
+        "average": dj.average,
+        "complete": lambda x: dj.mix(x, dj.topology.complete(8)),
+        "ring": lambda x: dj.mix(x, dj.topology.ring(8)),
+    }
+    if dtype == jnp.float32:
+        x = x / 4  # the sum of eight is still finite: float32 is summed first
+    for name, mean in means.items():
+        found = np.asarray(LAYOUTS[layout](mean)(x), np.float32)
+        expected = np.asarray(x, np.float32)
+        np.testing.assert_allclose(found, expected, rtol=1e-2, err_msg=name)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("num_devices", [8, 2, 1])
+def test_what_is_not_finite_reaches_neighbors_only(num_devices, bad):
+    """Also with so many neighbors that a matrix product takes the sums."""
+    n = 32
+    workers = dj.Workers(n, devices=jax.devices()[:num_devices])
+    x = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
+    x[5, 1] = bad
+    for topology in (dj.topology.star(n), dj.topology.erdos_renyi(n, 0.9, seed=1)):
+        found = workers.gather(workers.spmd(lambda x, t=topology: dj.mix(x, t))(x))
+        reached = topology.matrix[:, 5] != 0
+        np.testing.assert_array_equal(np.isfinite(found[:, 1]), ~reached)
+        others = np.delete(np.arange(3), 1)
+        np.testing.assert_allclose(
+            found[:, others], (topology.matrix @ x[:, others]), atol=1e-6
+        )
+        good = np.where(np.isfinite(x), x, 0)
+        np.testing.assert_allclose(
+            found[~reached, 1], (topology.matrix @ good)[~reached, 1], atol=1e-6
+        )

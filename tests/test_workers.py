@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import decentral_jax as dj
 from decentral_jax import collectives
@@ -197,11 +197,12 @@ def test_no_recompilation(num_devices):
     with compilations() as compiled:
         for _ in range(3):
             x = step(x, workers.shard(batch))
-    assert len(traced) == 1
+    # Once to be checked, once to be compiled.
+    assert len(traced) == 2
     assert not compiled
     with compilations() as compiled:
         step(workers.shard(np.ones((8, 3), np.float32)), np.ones((8, 3), np.float32))
-    assert len(traced) == 2
+    assert len(traced) == 4
     assert len(compiled) == 1
 
 
@@ -298,3 +299,56 @@ def test_a_mesh_axis_inside_a_vmap_axis():
     mean, hubs = workers.gather(step(workers.shard(x)))
     np.testing.assert_allclose(mean, np.full((6, 2), x.mean()), atol=1e-6)
     np.testing.assert_allclose(hubs, dj.topology.path(6).matrix @ x, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [8, 2, 1])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("sizes", [{"data": 4, "model": 2}, {"workers": 8}])
+def test_under_the_callers_own_mesh(sizes, kind, num_devices):
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes)
+    )
+    workers = workers_on(num_devices)
+    with jax.set_mesh(mesh):
+        x = workers.replicate(jnp.ones(3))
+        mixed = workers.spmd(lambda x: dj.mix(x, dj.topology.ring(8)))(x)
+        mean = workers.spmd(dj.average)(workers.shard(np.arange(8.0, dtype=np.float32)))
+    np.testing.assert_allclose(workers.gather(mixed), np.ones((8, 3)), rtol=1e-6)
+    np.testing.assert_array_equal(workers.gather(mean), np.full(8, 3.5))
+
+
+@pytest.mark.parametrize("num_devices", [8, 2, 1])
+def test_usual_calls_compile_once(num_devices):
+    """As the docs write them, with new functions of the same name in each call."""
+    workers, tx = workers_on(num_devices), dj.d_psgd(0.1, dj.topology.ring(8))
+    params = {"a": np.ones(3, np.float32), "b": jnp.zeros((2, 2))}
+
+    def calls():
+        p, s = workers.replicate((params, tx.init(params)))
+        return workers.spmd(dj.eval_params)(s, p), workers.spmd(tx.init)(p)
+
+    jax.block_until_ready(calls())
+    with compilations() as compiled:
+        jax.block_until_ready(calls())
+    assert not compiled
+
+
+@pytest.mark.parametrize("num_devices", [8, 2, 1])
+def test_keywords_are_arguments_like_others(num_devices):
+    workers = workers_on(num_devices)
+    step = workers.spmd(lambda x, *, scale: dj.average(x) * scale["by"])
+    found = step(jnp.arange(8.0), scale={"by": jnp.arange(8.0)})
+    np.testing.assert_array_equal(found, 3.5 * np.arange(8))
+    with pytest.raises(ValueError, match=r"leading axes \(8,\).*scale"):
+        step(jnp.arange(8.0), scale={"by": jnp.arange(3.0)})
+
+
+def test_a_callable_object_may_be_unhashable():
+    class Step:
+        __hash__ = None
+
+        def __call__(self, x):
+            return dj.average(x)
+
+    found = workers_on(8).spmd(Step())(jnp.arange(8.0))
+    np.testing.assert_array_equal(found, np.full(8, 3.5))

@@ -82,6 +82,11 @@ class Topology:
         return nonnegative and self.is_row_stochastic and self.is_column_stochastic
 
     @property
+    def period(self) -> int:
+        """The number of rounds after which the weights repeat: one, as they stay."""
+        return 1
+
+    @property
     def averages_exactly(self) -> bool:
         """Whether one round gives everyone the mean: all weights are equal."""
         return bool(np.allclose(self.matrix, 1 / self.num_workers, rtol=0, atol=1e-12))

@@ -3,6 +3,7 @@
 The order of arrivals is a trace (`decentral_jax.traces`); all else is deterministic.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -290,6 +291,7 @@ def delay_gradients(
         now = jnp.asarray(delays.astype(np.int32))[count % len(delays)]
         step = jnp.maximum(count - now, 0)
         delayed = jax.tree.map(lambda rows_: rows_[step % rows], recent)
-        return delayed, DelayState(optax.safe_increment(count), recent)
+        count = collectives.advance(count, math.lcm(rows, len(delays)))
+        return delayed, DelayState(count, recent)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, every
+from decentral_jax.collectives import AxisName, advance, every
 from decentral_jax.mixing import average
 from decentral_jax.validation import (
     check_axis_name,
@@ -168,7 +168,7 @@ def average_parameters(
         check_nobody_missing(extra_args, "average_parameters")
         params = require_params(params, "average_parameters")
         check_trees("updates", updates, params)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = advance(state.count, period)
         us, structure = jax.tree.flatten(updates)
         ps, starts = jax.tree.leaves(params), jax.tree.leaves(state.start)
         outer_states = []

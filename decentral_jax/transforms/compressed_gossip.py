@@ -126,7 +126,7 @@ def compressed_gossip(
         mixed = jax.tree.map(
             lambda x, s, h: x + consensus_rate * (s - h), half, neighbours, public
         )
-        count = optax.safe_increment(state.count)
+        count = collectives.advance(state.count)
         return difference(mixed, params), CompressedGossipState(
             count, public, neighbours
         )

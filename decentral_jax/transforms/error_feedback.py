@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from decentral_jax.collectives import AxisName, every
+from decentral_jax.collectives import AxisName, advance, every
 from decentral_jax.compression import Compressor, Selection, check_compressor
 from decentral_jax.mixing import average
 from decentral_jax.transforms.compressed import (
@@ -208,7 +208,7 @@ def error_feedback(
             shared = jax.tree.map(jnp.add, state.kept, mean)
             return towards(shared, residual, params), shared, memory
 
-        count = optax.safe_increment(state.count)
+        count = advance(state.count, period)
         updates, kept, memory = every(
             period, count, axis_name, send, collect, updates, state, params
         )

@@ -121,7 +121,7 @@ def error_reset(
         def wait(updates, error, memory):
             return updates, error, memory
 
-        count = optax.safe_increment(state.count)
+        count = collectives.advance(state.count, period)
         updates, error, reset_memory = collectives.every(
             period, count, axis_name, reset, wait, updates, error, state.memory[1]
         )

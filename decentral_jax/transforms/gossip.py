@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from decentral_jax.collectives import AxisName
+from decentral_jax.collectives import AxisName, advance
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, Topology, check_topology
 from decentral_jax.validation import (
@@ -100,7 +100,7 @@ def gossip(
             updates = jax.tree.map(
                 lambda m, p, u: (m - p) + u.astype(p.dtype), mixed, params, updates
             )
-        return updates, GossipState(count=optax.safe_increment(state.count))
+        return updates, GossipState(advance(state.count, topology.period))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from decentral_jax.collectives import agreed, every
+from decentral_jax.collectives import advance, agreed, every
 from decentral_jax.mixing import hub_average
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.transforms.gossip import difference
@@ -104,7 +104,7 @@ def multi_level(
         check_nobody_missing(extra_args, "multi_level")
         params = require_params(params, "multi_level")
         check_trees("updates", updates, params)
-        count = optax.safe_increment(state.count)
+        count = advance(state.count, q * tau * hub_topology.period)
         tick = agreed(count, axes)
 
         def average(topology):

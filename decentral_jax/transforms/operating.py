@@ -101,7 +101,7 @@ def operating_rates(
         new, inner_state = inner.update(updates, state.inner, params, **extra_args)
         new = jax.tree.map(lambda u: jnp.where(operates, u, jnp.zeros_like(u)), new)
         inner_state = optax.tree.where(operates, inner_state, state.inner)
-        count = optax.safe_increment(state.count)
+        count = collectives.advance(state.count)
         return new, OperatingRatesState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

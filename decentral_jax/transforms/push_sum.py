@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, weighted, widened
+from decentral_jax.collectives import AxisName, advance, weighted, widened
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import (
@@ -90,6 +90,6 @@ def push_sum(
         )
         x, weight = mix((adapted, state.weight), topology, axis_name, state.count)
         updates = jax.tree.map(lambda x, z: weighted(x, 1 / weight) - z, x, params)
-        return updates, PushSumState(optax.safe_increment(state.count), weight)
+        return updates, PushSumState(advance(state.count, topology.period), weight)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

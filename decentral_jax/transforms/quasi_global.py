@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName
+from decentral_jax.collectives import AxisName, advance
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import (
@@ -96,6 +96,6 @@ def quasi_global_momentum(
         mixed = mix(adapted, topology, axis_name, state.count)
         new = jax.tree.map(remember, state.momentum, params, mixed)
         updates = jax.tree.map(jnp.subtract, mixed, params)
-        return updates, QuasiGlobalState(optax.safe_increment(state.count), new)
+        return updates, QuasiGlobalState(advance(state.count, topology.period), new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -113,7 +113,7 @@ def track_gradients(
             mixed = mix(corrected, topology, axis_name, state.count, active)
             # The first tracker is the gradient itself, unmixed.
             tracker = _where(state.count == 0, gradient, mixed)
-        count = optax.safe_increment(state.count)
+        count = collectives.advance(state.count, topology.period)
         return tracker, TrackGradientsState(count, tracker, gradient)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -244,7 +244,7 @@ def accelerated_tracking(
             last, finish_phase, go_on, axis_name, now, state.inner
         )
         return moved, AcceleratedTrackingState(
-            count=optax.safe_increment(state.count),
+            count=collectives.advance(state.count, rounds),
             total=total,
             previous=previous,
             tracker=tracker,
@@ -347,7 +347,7 @@ def exact_phases(
             average,
             state.inner,
         )
-        count = optax.safe_increment(state.count)
+        count = collectives.advance(state.count, phase)
         return moved, ExactPhasesState(count, average, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
