@@ -58,6 +58,23 @@ def test_frozen_leaves_are_kept_and_change_nothing(name, wrapper):
     assert np.abs(found["head"]).max() > 0 or np.abs(expected["head"]).max() == 0
 
 
+@pytest.mark.parametrize("layout", ["vmap", "shard_map"])
+@pytest.mark.parametrize("detach", [0.0, 0.3])
+def test_models_that_follow_from_the_parameters(detach, layout):
+    """The residual belongs to the trained leaves, and meets theirs alone."""
+    feedback = dj.error_feedback(BLOCK, detach, evaluate="averaged")
+    tx = optax.chain(optax.sgd(0.1), feedback)
+    expected, _ = train(tx, {"head": jnp.zeros(4)}, "vmap")
+    masked = optax.chain(
+        optax.masked(tx, {"backbone": False, "head": True}),
+        optax.masked(optax.set_to_zero(), {"backbone": True, "head": False}),
+    )
+    params = {"backbone": jnp.arange(6.0), "head": jnp.zeros(4)}
+    found, _ = train(masked, params, layout)
+    np.testing.assert_allclose(found["head"], expected["head"], atol=1e-6)
+    np.testing.assert_allclose(found["backbone"][0], np.arange(6.0), rtol=1e-6)
+
+
 GROUPS = {
     "one hidden model": (dj.def_sgd(0.1, BLOCK), dj.all_reduce_sgd(0.1)),
     "two hidden models": (dj.def_sgd(0.1, BLOCK), dj.sgd_ia(0.1, 4.0)),
