@@ -80,7 +80,7 @@ def _of_part(hidden: Any, params: Any) -> list:
     """
     leaves, structure = jax.tree.flatten(params)
     masked = [False] * len(leaves)
-    for field in hidden:
+    for field in jax.tree.leaves(hidden, is_leaf=lambda node: node is not hidden):
         nodes, tree = jax.tree.flatten(field, is_leaf=_is_masked)
         if tree == structure:
             masked = [_is_masked(node) for node in nodes]

@@ -145,7 +145,9 @@ def test_eval_params_averages_and_finds_a_hidden_model_through_chains():
     evaluate = jax.vmap(dj.eval_params, axis_name="workers")
     np.testing.assert_allclose(evaluate(states[:1], params), 3.5)
     np.testing.assert_allclose(evaluate(states, params), 38.5)
-    with pytest.raises(ValueError, match="at most one hidden model, got 2"):
+    with pytest.raises(
+        ValueError, match=r"at most one hidden model of each leaf, got 2"
+    ):
         evaluate((states, states), params)
 
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from decentral_jax.collectives import AxisName, advance
 from decentral_jax.mixing import mix
@@ -94,9 +93,6 @@ def gossip(
             updates = difference(mixed, params)
         else:
             mixed = mix(params, topology, axis_name, state.count, active)
-            # All gradients before any update: else XLA copies donated parameters, lest
-            # the backward pass still read them. The exchange does not wait for it.
-            updates = lax.optimization_barrier(updates)
             updates = jax.tree.map(
                 lambda m, p, u: (m - p) + u.astype(p.dtype), mixed, params, updates
             )
