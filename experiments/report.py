@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from experiments.provenance import provenance
 from experiments.resuming import Memory
 from experiments.settings import Entry, Network
 from experiments.training import Curves, Setting, bytes_sent, step_log, train
@@ -140,13 +141,24 @@ def print_table(results: Sequence[Result], console: Console, title: str) -> None
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes dictionaries with the same keys as CSV."""
+    """Writes dictionaries with the same keys as CSV, after where they come from.
+
+    Lines that begin with "#" say how the file was made: `pandas.read_csv` skips them
+    with `comment="#"`.
+    """
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
+        file.writelines(f"# {name}: {text}\n" for name, text in provenance().items())
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows that `write_csv` wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def rows(results: Sequence[Result], **columns: Any) -> Iterable[dict[str, Any]]:
@@ -207,7 +219,8 @@ def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure and closes it."""
+    """Writes a figure, with where it comes from in its metadata, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    described = "\n".join(f"{name}: {text}" for name, text in provenance().items())
+    figure.savefig(path, dpi=150, metadata={"Description": described})
     plt.close(figure)

@@ -1,8 +1,8 @@
 """Go on after what an interrupted experiment has finished: one file a part of it.
 
 A part is what is computed at once: an algorithm at all its rates and seeds, say. Its
-file's name is made of the experiment's options, so that a run with other options does
-not find it.
+file's name is made of the experiment's options and of the code, so that a run with
+other options, or after the code has changed, does not find it.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import decentral_jax as dj
+from experiments.provenance import code
 
 
 class Memory(NamedTuple):
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
         Returns:
           The arrays by name.
         """
-        text = f"{dj.__version__} {self.options} {name}"
+        text = f"{code()} {self.options} {name}"
         path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
         if not (self.resume and path.exists()):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 `python -m benchmarks.network.figure network.csv network.png`
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+
+from experiments import report
 
 
 def draw(rows: list[dict], path: str | Path) -> None:
@@ -41,5 +42,4 @@ def draw(rows: list[dict], path: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1]) as file:
-        draw(list(csv.DictReader(file)), sys.argv[2])
+    draw(report.read_csv(Path(sys.argv[1])), sys.argv[2])

@@ -1,19 +1,16 @@
 """Accuracy against delay, and asynchronous runs by the clock, on small runs."""
 
-import csv
-
 import numpy as np
 import pytest
 
-from experiments import real_time
+from experiments import real_time, report
 from tests.experiments.files import write_files
 from tests.experiments.test_tables import A9A
 
 
 def read(path):
     assert path.with_suffix(".png").stat().st_size > 10_000
-    with path.open() as file:
-        return list(csv.DictReader(file))
+    return report.read_csv(path)
 
 
 def test_delays(run):

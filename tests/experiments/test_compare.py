@@ -1,19 +1,16 @@
 """The experiments run from the command line and write what they promise."""
 
-import csv
-
 import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import compare, detag, models, settings, training
+from experiments import compare, detag, models, report, settings, training
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
 
 
 def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
+    return report.read_csv(path)
 
 
 def test_compare(run, capsys):

@@ -1,14 +1,12 @@
 """The herding test, against the plain order server and its bound."""
 
-import csv
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import herding, ordered, tasks
+from experiments import herding, ordered, report, tasks
 from tests.reference import ordering
 
 
@@ -40,8 +38,7 @@ def test_herding(run):
     small = ["--vectors", "2400", "--shared-by", "2", "12", "--rounds", "12"]
     out = run("d-grab", "--parts", "herding", *small, "--draws", "2") / "d_grab"
     assert (out / "herding.png").stat().st_size > 10_000
-    with (out / "herding.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = report.read_csv(out / "herding.csv")
 
     def bound(method, workers):
         return np.mean(
@@ -81,8 +78,7 @@ def test_training(run):
     arguments += ["--seeds", "2", "--workers", "4", "8"]
     out = run("d-grab", "--parts", "training", *arguments) / "d_grab"
     assert (out / "logistic_digits.png").stat().st_size > 10_000
-    with (out / "logistic_digits.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = report.read_csv(out / "logistic_digits.csv")
     assert len(rows) == 2 * 4 * 2 * 7
     loss = {
         (row["workers"], row["method"], row["seed"], row["epoch"]): float(

@@ -1,8 +1,8 @@
 """Training with missing workers, on a small run."""
 
-import csv
-
 import pytest
+
+from experiments import report
 
 
 def test_missing_workers(run):
@@ -10,8 +10,7 @@ def test_missing_workers(run):
     arguments += ["--evaluations", "2", "--rates", "0.2", "--seeds", "2"]
     out = run("faults", *arguments, "--ratio", "2") / "faults"
     assert (out / "faults.png").stat().st_size > 10_000
-    with (out / "faults.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = report.read_csv(out / "faults.csv")
     assert len(rows) == 2 * 3 * 2 * 2
     ends = {
         (row["missing"], row["algorithm"], row["seed"]): float(row["train_loss"])

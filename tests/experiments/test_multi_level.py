@@ -1,11 +1,9 @@
 """The experiment on hubs and workers runs from the command line."""
 
-import csv
-
 import numpy as np
 import pytest
 
-from experiments import multi_level
+from experiments import multi_level, report
 
 SMALL = ["--hubs", "2", "--workers", "5", "--tau", "2", "--q", "2", "--seeds", "2"]
 SMALL += ["--rounds", "12", "--evaluations", "12", "--learning-rate", "0.5"]
@@ -16,8 +14,7 @@ def test_hierarchy_rates_and_slots(run):
     out = run("mll-sgd", *SMALL, "--parts", *parts) / "mll_sgd"
     for part in parts:
         assert (out / f"{part}.png").stat().st_size > 10_000
-    with (out / "mll_sgd.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = report.read_csv(out / "mll_sgd.csv")
 
     def last(part, name):
         losses = [
@@ -46,8 +43,7 @@ def test_shapes(run):
     """One hub, and hubs of one worker."""
     shape = ["--hubs", "2", "--workers", "1", "--parts", "shapes"]
     out = run("mll-sgd", *SMALL, *shape) / "mll_sgd"
-    with (out / "mll_sgd.csv").open() as file:
-        names = {row["algorithm"] for row in csv.DictReader(file)}
+    names = {row["algorithm"] for row in report.read_csv(out / "mll_sgd.csv")}
     assert names == {"1 hubs x 2 workers", "2 hubs x 1 workers"}
 
 

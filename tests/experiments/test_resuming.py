@@ -2,16 +2,20 @@
 
 import dataclasses
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from PIL import Image
 
+import decentral_jax as dj
 from experiments import (
     compare,
     delays,
     herding,
     multi_level,
     ordered,
+    provenance,
     real_time,
     report,
     resuming,
@@ -80,13 +84,13 @@ def test_goes_on(run, monkeypatch, command):
     assert calls == total
     if file:
         same = whole / file.split("/")[-1]
-        assert (results / file).read_text() == same.read_text()
+        assert report.read_csv(results / file) == report.read_csv(same)
     calls = 0
     run(*arguments, "--resume")
     assert calls == 0
 
 
-def test_memory(tmp_path):
+def test_memory(tmp_path, monkeypatch):
     options = compare.Compare(out=tmp_path, resume=True)
     asked = []
 
@@ -109,6 +113,24 @@ def test_memory(tmp_path):
     assert asked == ["a", "b", "a", "a"]
     recall(options, "a")
     assert asked == ["a", "b", "a", "a"]
+    # Nor is what other code has computed.
+    monkeypatch.setattr(resuming, "code", lambda: "other")
+    recall(options, "a")
+    assert asked == ["a", "b", "a", "a", "a"]
     # A folder may be moved.
     moved = dataclasses.replace(options, out=tmp_path / "elsewhere")
     assert resuming.memory(moved).options == resuming.memory(options).options
+
+
+def test_results_say_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments", "compare", "--out", "my results"])
+    report.write_csv(tmp_path / "x.csv", [{"a": 1, "b": 2.5}])
+    assert report.read_csv(tmp_path / "x.csv") == [{"a": "1", "b": "2.5"}]
+    figure = plt.figure()
+    report.save(figure, tmp_path / "x.png")
+    described = Image.open(tmp_path / "x.png").text["Description"]
+    for text in ((tmp_path / "x.csv").read_text(), described):
+        assert "command: python -m experiments compare --out 'my results'" in text
+        assert f"version: decentral_jax {dj.__version__}" in text
+        assert f"jax {jax.__version__}" in text
+        assert f"code: {provenance.code()}" in text
