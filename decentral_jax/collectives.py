@@ -90,6 +90,38 @@ def widened(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
+def wide(x: jax.typing.ArrayLike) -> jax.Array:
+    """An array in the dtype to accumulate in."""
+    x = jnp.asarray(x)
+    return x.astype(widened(x.dtype))
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """A tree in the dtypes of another one, which all who use it see rounded alike.
+
+    XLA may leave out a rounding for one use of a value and not for another. What a
+    worker subtracts of itself would then differ from what the others received.
+    """
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(like)]
+    leaves, structure = jax.tree.flatten(tree)
+    if [x.dtype for x in leaves] == dtypes:
+        return tree
+    leaves = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+    return structure.unflatten(lax.optimization_barrier(leaves))
+
+
+def wide_zeros(x: jax.typing.ArrayLike) -> jax.Array:
+    """Zeros of an array's shape in the dtype to accumulate in."""
+    x = jnp.asarray(x)
+    return jnp.zeros(x.shape, widened(x.dtype))
+
+
+def wide_copy(x: jax.typing.ArrayLike) -> jax.Array:
+    """A copy of an array in the dtype to accumulate in."""
+    x = jnp.asarray(x)
+    return jnp.array(x, widened(x.dtype), copy=True)
+
+
 def worker_index(axis_name: AxisName = "workers") -> jax.Array:
     """This worker's number, from 0, in every layout.
 
@@ -393,6 +425,29 @@ def combine(
     )
     y = weigh(block, _stack([plan.local for plan in plans]), t)
     return narrow(plus(y, weigh(received, _stack([r.source for r in rounds]), t)))
+
+
+def dense_differences(
+    x: jax.Array,
+    matrices: Sequence[np.ndarray],
+    axis_name: AxisName,
+    step: jax.Array | int | None = None,
+) -> jax.Array:
+    r"""What `combine` adds on one device, :math:`\sum_j W_{ij} (x_j - x_i)`.
+
+    Of the arrays less their mean: weights that do not sum to one by a rounding error
+    would else move all workers alike, step by step.
+    """
+    axis, worker = bound_axis(axis_name), worker_index(axis_name)
+    rows = _gather_virtual(x, axis)
+    rows = rows - rows.mean(0)
+    t = (
+        0
+        if len(matrices) == 1
+        else agreed(jnp.asarray(step), axis_name) % len(matrices)
+    )
+    weights = jnp.asarray(np.stack(matrices), x.dtype)[t, worker]
+    return varying(_dense_row(weights, rows) - rows[worker], axis_name)
 
 
 def _gather_virtual(x: jax.Array, axis: Axis) -> jax.Array:

@@ -107,15 +107,87 @@ def mix(
     )
 
 
-def _mix_present(tree, topology, axis_name, step, active):
-    """`mix` where only some workers take part."""
+def mix_differences(
+    tree: Any,
+    topology: AnyTopology,
+    axis_name: AxisName = "workers",
+    step: jax.Array | int | None = None,
+    active: jax.Array | bool | None = None,
+    like: Any = None,
+) -> Any:
+    r"""What one gossip round adds to a tree: :math:`\sum_j W_{ij} (x_j - x_i)`.
+
+    For states that are integrated over many steps. On a symmetric topology what a
+    worker receives from another one is exactly what it gives, so that rounding does not
+    move the sum over all workers, whatever the dtype in which the tree travels.
+
+    Args:
+      tree: This worker's pytree of floating-point arrays, at least float32.
+      topology: As in `mix`.
+      axis_name: The worker axis.
+      step: As in `mix`.
+      active: As in `mix`.
+      like: A tree with the dtypes in which the arrays travel; their own if None.
+
+    Returns:
+      The differences, of the dtypes of `tree`.
+    """
+    axis = collectives.bound_axis(axis_name)
+    _check_axis(topology.num_workers, f"{topology!r}", axis_name)
+    many = axis.num_devices == 1 and topology.max_degree > collectives.DENSE_FROM
+    if many and active is None:
+        matrices = [one.matrix for one in _rounds(topology)]
+
+        def dense(x):
+            return collectives.dense_differences(x, matrices, axis_name, step)
+
+        return jax.tree.map(dense, tree)
+    if many or (isinstance(topology, Topology) and topology.averages_exactly):
+        mixed = mix(tree, topology, axis_name, step, active)
+        return jax.tree.map(jnp.subtract, mixed, tree)
+    if like is None:
+        like = tree
+    sent = collectives.cast_like(tree, like)
+    share = None
+    if active is not None:
+        active = _check_active(topology, active)
+        share = active.astype(jax.tree.leaves(sent)[0].dtype)
+
+    def less_own(payload):
+        others, share = payload
+
+        def less(other, own, x):
+            away = other.astype(x.dtype) - own.astype(x.dtype)
+            # Where and not times: what a missing worker holds may be infinite.
+            return away if share is None else jnp.where(share > 0, away, 0)
+
+        return jax.tree.map(less, others, sent, tree)
+
+    change = mix_decoded((sent, share), less_own, topology, axis_name, step)
+    if active is None:
+        return change
+    return jax.tree.map(lambda c: jnp.where(active, c, jnp.zeros_like(c)), change)
+
+
+def _rounds(topology: AnyTopology) -> list[Topology]:
+    return [topology] if isinstance(topology, Topology) else list(topology)
+
+
+def _check_active(topology: AnyTopology, active: Any) -> jax.Array:
     check_topology(topology, symmetric=True)
-    check_dtypes("tree", tree, jnp.inexact)
+    active = jnp.asarray(active)
     if active.shape or active.dtype != bool:
         raise TypeError(
             f"active must be one boolean a worker, got shape {active.shape} and dtype "
             f"{active.dtype}: pass this worker's own."
         )
+    return active
+
+
+def _mix_present(tree, topology, axis_name, step, active):
+    """`mix` where only some workers take part."""
+    active = _check_active(topology, active)
+    check_dtypes("tree", tree, jnp.inexact)
     dtypes = [collectives.widened(jnp.asarray(x).dtype) for x in jax.tree.leaves(tree)]
     share = active.astype(functools.reduce(jnp.promote_types, dtypes))
     shown = jax.tree.map(lambda x: collectives.weighted(x, share), tree)
@@ -378,24 +450,28 @@ def gather(tree: Any, axis_name: AxisName = "workers") -> Any:
 def mix_decoded(
     tree: Any,
     decode: Callable[[Any], Any],
-    topology: Topology,
+    topology: AnyTopology,
     axis_name: AxisName = "workers",
+    step: jax.Array | int | None = None,
 ) -> Any:
     r"""One gossip round of arrays that travel as something else.
 
     Args:
       tree: What travels in place of this worker's arrays, of any dtypes.
       decode: Turns it into the arrays.
-      topology: A static topology.
+      topology: The mixing matrix, or a schedule of them.
       axis_name: The worker axis.
+      step: The round of a schedule, an integer equal on all workers.
 
     Returns:
       :math:`\sum_j W_{ij} \mathrm{decode}(x_j)`.
     """
     _check_axis(topology.num_workers, repr(topology), axis_name)
+    rounds = _rounds(topology)
     arrays, unpack = _pack(tree, axis_name, BUCKET_BYTES)
     return collectives.combine(
-        arrays, [topology.matrix], axis_name, decode=lambda a: decode(unpack(a))
+        *(arrays, [one.matrix for one in rounds], axis_name, step),
+        decode=lambda a: decode(unpack(a)),
     )
 
 

@@ -335,12 +335,12 @@ def test_the_shared_model_stays_bitwise_equal(num_devices):
     detached, plain = states[0][-1], states[1][-1]
     assert isinstance(detached, type(plain))
     np.testing.assert_array_equal(detached.count, np.full(N, 1000))
-    same_bits(detached.kept)
+    same_bits(detached.shared)
     same_bits(end["ef"])
     # What is not shared differs between the workers, and training went on to the end.
-    for leaf in (*end["def"].values(), *plain.kept.values()):
+    for leaf in (*end["def"].values(), *plain.residual.values()):
         assert not np.array_equal(leaf[0], leaf[1])
-    for got in (detached.kept["float32"], end["ef"]["float32"]):
+    for got in (detached.shared["float32"], end["ef"]["float32"]):
         h, c = curvatures["def"]["float32"], targets["def"]["float32"]
         optimum = (h * c).sum(0) / h.sum(0)
         assert np.abs(got[0] - optimum).max() < 0.2
@@ -356,7 +356,7 @@ def small(tx, steps=5):
 def test_eval_params():
     block = C.random_block(4)
     params, state, evaluated = small(dj.def_sgd(0.1, block, detach=0.25))
-    x = state[-1].kept
+    x = state[-1].shared
     same_bits(x)
     np.testing.assert_allclose(evaluated, x, rtol=1e-6)
     assert np.abs(params - x).max() > 0.01
@@ -369,7 +369,7 @@ def test_eval_params():
     params, state, evaluated = small(dj.ef_sgd(0.1, block))
     np.testing.assert_allclose(evaluated, params, rtol=1e-6)
     params, state, averaged = small(dj.def_a_sgd(0.1, block, detach=0.0))
-    expected = np.mean(params + state[-1].kept, axis=0)
+    expected = np.mean(params + state[-1].residual, axis=0)
     np.testing.assert_allclose(averaged, [expected] * N, rtol=1e-5, atol=1e-6)
 
 
@@ -394,7 +394,7 @@ def test_iterate_averaging_is_the_mean_of_error_feedback(detach):
     params, state, evaluated = small(dj.def_sgd(0.02, Share(1 / 8), detach), steps=40)
     mean, averages, average = small(dj.sgd_ia(0.02, 8, detach), steps=40)
     np.testing.assert_allclose(params.mean(0), mean[0], atol=1e-5)
-    np.testing.assert_allclose(state[-1].kept, average, atol=1e-5)
+    np.testing.assert_allclose(state[-1].shared, average, atol=1e-5)
     np.testing.assert_allclose(evaluated, average, atol=1e-5)
     np.testing.assert_allclose(averages[-1].average, average, rtol=1e-6)
     assert np.abs(params - mean).max() > 0.01

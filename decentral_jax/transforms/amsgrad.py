@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from decentral_jax.collectives import wide, wide_zeros
 from decentral_jax.validation import check_interval, check_learning_rate, require_params
 
 
@@ -14,9 +15,10 @@ class ScaleByAmsgradState(NamedTuple):
     """State of `amsgrad`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    mean: optax.Updates  # like params: m
-    square: optax.Updates  # like params: v
-    largest: optax.Updates  # like params: the largest v so far
+    # All like params, at least float32.
+    mean: optax.Updates  # m
+    square: optax.Updates  # v
+    largest: optax.Updates  # the largest v so far
 
 
 def amsgrad(
@@ -80,24 +82,26 @@ def _scale_by_amsgrad(
     b1: float, b2: float, eps: float
 ) -> optax.GradientTransformationExtraArgs:
     def init_fn(params):
-        zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(3)]
+        zeros = [jax.tree.map(wide_zeros, params) for _ in range(3)]
         return ScaleByAmsgradState(jnp.zeros([], jnp.int32), *zeros)
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del params, extra_args
         count = optax.safe_increment(jnp.asarray(state.count))
-        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
+        gradient = jax.tree.map(wide, updates)
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, gradient)
         square = jax.tree.map(
-            lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates
+            lambda v, g: b2 * v + (1 - b2) * g * g, state.square, gradient
         )
         largest = jax.tree.map(jnp.maximum, state.largest, square)
         steps = jnp.asarray(count, jnp.result_type(float))
         factor = jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
 
-        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
-            return factor.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
+        def direction(m: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
+            step = factor.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
+            return step.astype(jnp.result_type(g))
 
-        updates = jax.tree.map(direction, mean, largest)
+        updates = jax.tree.map(direction, mean, largest, updates)
         return updates, ScaleByAmsgradState(count, mean, square, largest)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -28,15 +28,14 @@ class AsynchronousState(NamedTuple):
     """State of `asynchronous`; all but `waits_for` is equal on all workers."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: ticks so far, k
-    master: optax.Params  # like params: x_k
+    master: optax.Params  # like params, at least float32: x_k
     inner: optax.OptState  # the master's optimizer's
     recent: optax.Params  # leaves [D, ...]: x_j in row j % D, for artificial delays
     waits_for: jax.Array  # shape=(), dtype=int32: iterate this worker takes next, or -1
 
     def evaluation_params(self, params):
         """The master's iterate."""
-        del params
-        return self.master
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), self.master, params)
 
 
 def asynchronous(
@@ -96,11 +95,11 @@ def asynchronous(
         params = require_params(params, "asynchronous")
         check_trees("params", params)
         rows = (plan.depth,)
-        recent = jax.tree.map(lambda x: jnp.zeros(rows + x.shape, x.dtype), params)
-        master = jax.tree.map(jnp.copy, params)
+        master = jax.tree.map(collectives.wide_copy, params)
+        recent = jax.tree.map(lambda x: jnp.zeros(rows + x.shape, x.dtype), master)
         recent = recent if plan.depth else ()
         zero, none = jnp.zeros([], jnp.int32), jnp.full([], -1, jnp.int32)
-        return AsynchronousState(zero, master, inner.init(params), recent, none)
+        return AsynchronousState(zero, master, inner.init(master), recent, none)
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "asynchronous")
@@ -121,7 +120,8 @@ def asynchronous(
 
         def of_one(g):
             # Where and not times: what the others compute may be infinite.
-            return collectives.total(jnp.where(mine, g, jnp.zeros_like(g)), axis_name)
+            own = jnp.where(mine, collectives.wide(g), 0)
+            return collectives.total(own, axis_name)
 
         step, new_inner = inner.update(
             jax.tree.map(of_one, updates),
@@ -145,8 +145,8 @@ def asynchronous(
         same = takes & mine & (staleness == 0) & (waits_for == k + 1)
 
         def change(step, given, old):
-            step = jnp.where(same, jnp.asarray(step, old.dtype), given - old)
-            return jnp.where(takes, step, jnp.zeros_like(step))
+            step = jnp.where(same, step, given - collectives.wide(old))
+            return jnp.where(takes, step, jnp.zeros_like(step)).astype(old.dtype)
 
         updates = jax.tree.map(change, step, given, params)
         waits_for = jnp.where(takes, -1, waits_for).astype(jnp.int32)

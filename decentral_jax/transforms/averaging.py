@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, advance, every
+from decentral_jax.collectives import AxisName, advance, every, wide, wide_copy
 from decentral_jax.mixing import average
 from decentral_jax.validation import (
     check_axis_name,
@@ -65,7 +65,9 @@ class PeriodicAveragingState(NamedTuple):
     """State of `average_parameters`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    start: Any  # like params: the common model z of the last exchange; () without outer
+    # Like params, at least float32: the common model z of the last exchange; () without
+    # an outer optimizer.
+    start: Any
     outer: tuple  # a fragment: the outer optimizer's state, equal on all workers
 
 
@@ -104,7 +106,7 @@ def average_parameters(
     Returns:
       The transformation; place it last in a chain. A worker sends
       `2 (n - 1) / n` times the parameters' bytes a period; with `outer` it keeps one
-      copy of the parameters beside the outer optimizer's state.
+      copy of the parameters, at least float32, beside the outer optimizer's state.
 
     Raises:
       TypeError: If `period` or `fragments` is no integer or `outer` no optimizer.
@@ -145,20 +147,23 @@ def average_parameters(
         check_trees("params", params)
         if outer is None:
             return PeriodicAveragingState(jnp.zeros([], jnp.int32), (), ())
-        leaves = jax.tree.leaves(params)
+        start = jax.tree.map(wide_copy, params)
+        leaves = jax.tree.leaves(start)
         states = [
             outer.init([leaves[i] for i in part]) for part in _deal(leaves, fragments)
         ]
-        start = jax.tree.map(jnp.copy, params)
         return PeriodicAveragingState(jnp.zeros([], jnp.int32), start, tuple(states))
 
     def exchange(updates, params, start, state):
         mean = average(optax.apply_updates(params, updates), axis_name)
         if outer is not None:
-            way = jax.tree.map(jnp.subtract, start, mean)
+            way = jax.tree.map(lambda z, x: z - wide(x), start, mean)
             step, state = outer.update(way, state, start)
             start = mean = optax.apply_updates(start, step)
-        return jax.tree.map(jnp.subtract, mean, params), start, state
+        updates = jax.tree.map(
+            lambda x, p: (wide(x) - wide(p)).astype(p.dtype), mean, params
+        )
+        return updates, start, state
 
     def wait(updates, params, start, state):
         updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)

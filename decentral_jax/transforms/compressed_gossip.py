@@ -13,7 +13,6 @@ from decentral_jax.compression import Compressor, LowRank, check_compressor
 from decentral_jax.mixing import mix, mix_decoded
 from decentral_jax.topology import Topology, check_topology
 from decentral_jax.transforms.compressed import as_one, compress_leaves, step_key
-from decentral_jax.transforms.gossip import difference
 from decentral_jax.validation import (
     check_axis_name,
     check_int,
@@ -27,8 +26,9 @@ class CompressedGossipState(NamedTuple):
     """State of `compressed_gossip`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    public: optax.Params  # like params: what the neighbours know of this worker
-    neighbours: optax.Params  # like params: sum_j W_ij of what is public of worker j
+    # Both like params, at least float32.
+    public: optax.Params  # what the neighbors know of this worker
+    away: optax.Params  # sum_j W_ij (public of worker j - public of this worker)
 
 
 def compressed_gossip(
@@ -48,7 +48,8 @@ def compressed_gossip(
        s_i \leftarrow s_i + \sum_j W_{ij} q_j, \qquad
        x_i \leftarrow x_i' + \zeta (s_i - \hat x_i),
 
-    where :math:`s_i = \sum_j W_{ij} \hat x_j` without a copy of any neighbour's model.
+    where :math:`s_i = \sum_j W_{ij} \hat x_j` without a copy of any neighbor's model.
+    Kept is :math:`s_i - \hat x_i`, whose sum over workers stays 0.
 
     Args:
       topology: A static, doubly stochastic, connected topology, undirected or directed.
@@ -61,8 +62,8 @@ def compressed_gossip(
 
     Returns:
       The transformation; place it last in a chain. A worker sends `max_degree` payloads
-      a step and keeps two copies of the parameters. Its `update` takes the keyword
-      `active` of `dj.mix`: a worker sends only if it and all its neighbours are present
+      a step and keeps two copies of the parameters, at least float32. Its `update`
+      takes the keyword `active` of `dj.mix`: a worker sends only if it and all its neighbours are present
       (else they would not agree on :math:`\hat x_i`), and all go on with the sums that
       they have, which needs a smaller `consensus_rate` the more are missing; one more
       number is sent to tell.
@@ -95,10 +96,8 @@ def compressed_gossip(
     def init_fn(params):
         params = require_params(params, "compressed_gossip")
         check_trees("params", params)
-        zeros = optax.tree.zeros_like
-        return CompressedGossipState(
-            jnp.zeros([], jnp.int32), zeros(params), zeros(params)
-        )
+        public, away = (jax.tree.map(collectives.wide_zeros, params) for _ in range(2))
+        return CompressedGossipState(jnp.zeros([], jnp.int32), public, away)
 
     def update_fn(
         updates, state, params=None, *, active: Any = None, **extra_args: Any
@@ -106,8 +105,13 @@ def compressed_gossip(
         del extra_args
         params = require_params(params, "compressed_gossip")
         check_trees("updates", updates, state.public)
-        half = optax.apply_updates(params, updates)
-        leaves, back = as_one(compressor, difference(half, state.public))
+        half = jax.tree.map(
+            lambda x, u: collectives.wide(x) + collectives.wide(u), params, updates
+        )
+        # What the cast of the differences loses is in the next ones.
+        differences = jax.tree.map(jnp.subtract, half, state.public)
+        differences = collectives.cast_like(differences, params)
+        leaves, back = as_one(compressor, differences)
         key = step_key(seed, state.count, axis_name)
         payloads, decode = compress_leaves(compressor, key, leaves, axis_name)
         if active is not None:
@@ -116,20 +120,25 @@ def compressed_gossip(
                 payloads = _times(payloads, sends)
             else:
                 payloads, decode = _marked(payloads, decode, sends)
-        own = back(decode(payloads))
-        if compressor.linear:
-            arrived = back(decode(mix(payloads, topology, axis_name)))
-        else:
-            arrived = back(mix_decoded(payloads, decode, topology, axis_name))
-        public = jax.tree.map(jnp.add, state.public, own)
-        neighbours = jax.tree.map(jnp.add, state.neighbours, arrived)
-        mixed = jax.tree.map(
-            lambda x, s, h: x + consensus_rate * (s - h), half, neighbours, public
+        own = [collectives.wide(x) for x in decode(payloads)]
+
+        def less_own(payloads):
+            return [
+                collectives.wide(x) - y
+                for x, y in zip(decode(payloads), own, strict=True)
+            ]
+
+        arrived = mix_decoded(payloads, less_own, topology, axis_name)
+        public = jax.tree.map(jnp.add, state.public, back(own))
+        away = jax.tree.map(jnp.add, state.away, back(arrived))
+        updates = jax.tree.map(
+            lambda x, s, p: (x - collectives.wide(p) + consensus_rate * s).astype(
+                p.dtype
+            ),
+            *(half, away, params),
         )
         count = collectives.advance(state.count)
-        return difference(mixed, params), CompressedGossipState(
-            count, public, neighbours
-        )
+        return updates, CompressedGossipState(count, public, away)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from decentral_jax.collectives import AxisName, advance, every
+from decentral_jax.collectives import (
+    AxisName,
+    advance,
+    cast_like,
+    every,
+    wide,
+    wide_copy,
+    wide_zeros,
+)
 from decentral_jax.compression import Compressor, Selection, check_compressor
 from decentral_jax.mixing import average
 from decentral_jax.transforms.compressed import (
@@ -37,18 +45,18 @@ EVALUATED = ("shared", "averaged")
 class ErrorFeedbackState(NamedTuple):
     """State of `error_feedback`.
 
-    With `detach` 0 the parameters are the shared model and the residual is kept; else
-    the shared model is kept, and the residual is what lies between both.
+    What follows from the parameters is not kept. All arrays are at least float32.
     """
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    kept: optax.Params  # like params: shared model x, or residual e if detach is 0
+    shared: Any  # like params: the shared model x; () if the parameters are that
+    residual: Any  # like params: what is yet to be sent; () if it lies between both
     memory: tuple  # what the compressor remembers, equal on all workers
     model: Any  # static: `_Model`, where to evaluate
 
     def evaluation_params(self, params):
         """The model to evaluate, before averaging over workers."""
-        return self.model(self.kept, params)
+        return self.model(self.shared, self.residual, params)
 
 
 @jax.tree_util.register_static
@@ -59,12 +67,24 @@ class _Model:
     detach: float
     evaluate: str
 
-    def __call__(self, kept, params):
-        if self.evaluate == "shared":
-            return params if self.detach == 0 else kept
-        if self.detach == 0:
-            return jax.tree.map(jnp.add, params, kept)
-        return jax.tree.map(lambda x, y: x + (y - x) / self.detach, kept, params)
+    def __call__(self, shared, residual, params):
+        if _none(shared):
+            shared = jax.tree.map(wide, params)
+        if self.evaluate == "averaged":
+            if _none(residual):
+                residual = _between(shared, params, self.detach)
+            shared = jax.tree.map(jnp.add, shared, residual)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), shared, params)
+
+
+def _none(kept: Any) -> bool:
+    """Whether a part of the state is not kept."""
+    return isinstance(kept, tuple) and not kept
+
+
+def _between(shared: Any, params: Any, detach: float) -> Any:
+    """The residual that lies between the shared model and the parameters."""
+    return jax.tree.map(lambda x, y: (wide(y) - x) / detach, shared, params)
 
 
 def error_feedback(
@@ -90,8 +110,10 @@ def error_feedback(
     .. math:: y_i = x + \lambda e_i.
 
     (The papers subtract their updates; here as in optax they are added, and
-    :math:`e_i` has their sign.) With `period` :math:`p > 1` only every p-th step sends;
-    the others collect: :math:`C(p_i) = 0`.
+    :math:`e_i` has their sign.) With `period` above 1 only every so many steps send. In
+    between a worker goes alone, :math:`y_i \leftarrow y_i + u_i`, and :math:`u_i` above
+    is the sum of its updates since the last exchange, after which it returns to
+    :math:`x + \lambda e_i`.
 
     - :math:`\lambda = 0`: EF-SGD;
     - :math:`0 < \lambda < 1`: detached error feedback, DEF;
@@ -106,14 +128,17 @@ def error_feedback(
       period: :math:`p`, steps from one exchange to the next.
       feedback: :math:`\phi`, in (0, 1]; below 1, partial error feedback.
       evaluate: What `dj.eval_params` gives: "shared", :math:`x`; or "averaged",
-        :math:`x + \frac1n \sum_i e_i`, as in DEF-A.
+        :math:`x + \frac1n \sum_i p_i` of all that is yet to be sent, as in DEF-A.
       seed: Of the compressor's random numbers.
       axis_name: The worker axis.
 
     Returns:
-      The transformation. It keeps one copy of the parameters; with a selecting
-      compressor such as `random_block` and `feedback` 1 a step reads and writes only
-      the selected entries of it where `detach` is not 0.
+      The transformation. It keeps one copy of the parameters, at least float32: the
+      residual if `detach` is 0, else the shared model. It keeps both if `period` is
+      above 1, or if the parameters are in half precision and `detach` is not 0: the
+      difference of two numbers in half precision is too coarse for a residual. With a
+      selecting compressor such as `random_block`, `feedback` 1 and float32 a step reads
+      and writes only the selected entries of the copy where `detach` is not 0.
 
     Raises:
       TypeError: If `compressor` is none, or leaves are no floating-point arrays.
@@ -142,77 +167,94 @@ def error_feedback(
     detached = detach > 0
     model = _Model(float(detach), evaluate)
 
+    def is_narrow(params):
+        return any(wide(x).dtype != jnp.result_type(x) for x in jax.tree.leaves(params))
+
     def init_fn(params):
         params = require_params(params, "error_feedback")
         check_trees("params", params)
-        kept = jnp.copy if detached else jnp.zeros_like
+        both = period > 1 or (detached and is_narrow(params))
+        zeros, copies = (jax.tree.map(make, params) for make in (wide_zeros, wide_copy))
         return ErrorFeedbackState(
             count=jnp.zeros([], jnp.int32),
-            kept=jax.tree.map(kept, params),
+            shared=copies if detached or both else (),
+            residual=zeros if not detached or both else (),
             memory=start_memory(compressor, params),
             model=model,
         )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "error_feedback")
-        if detached:
-            params = require_params(params, "error_feedback with detach > 0")
-        check_trees("updates", updates, state.kept)
+        if detached or period > 1:
+            params = require_params(params, "error_feedback with detach or period")
+        like = state.residual if _none(state.shared) else state.shared
+        check_trees("updates", updates, like)
+        own_dtypes = updates if params is None else params
+        us = jax.tree.map(wide, updates)
 
-        def plus_residual(e, u):
-            return (e if feedback == 1 else feedback * e) + u.astype(e.dtype)
+        def cast(tree):
+            return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, own_dtypes)
 
-        def collected(updates, state, params):
+        def gather_in(residual, us):
             """What is to be sent, p."""
-            residual = state.kept
-            if detached:
-                residual = jax.tree.map(
-                    lambda x, y: (y - x) / detach, state.kept, params
-                )
-            return jax.tree.map(plus_residual, residual, updates)
+            return jax.tree.map(lambda e, u: feedback * e + u, residual, us)
 
-        def towards(shared, residual, params):
-            """Updates that lead to the next gradient's point."""
-            return jax.tree.map(
-                lambda x, e, y: (x + detach * e) - y, shared, residual, params
-            )
+        def alone(us, shared, residual, params):
+            del params
+            # With `feedback`, only what an exchange keeps back is weighed less.
+            return cast(us), shared, jax.tree.map(jnp.add, residual, us), state.memory
 
-        def collect(updates, state, params):
-            p = collected(updates, state, params)
-            if not detached:
-                return optax.tree.zeros_like(p), p, state.memory
-            return towards(state.kept, p, params), state.kept, state.memory
-
-        def send(updates, state, params):
+        def send(us, shared, residual, params):
             key = step_key(seed, state.count, axis_name)
-            if isinstance(compressor, Selection) and feedback == 1:
-                us, structure = jax.tree.flatten(updates)
-                kept = jax.tree.leaves(state.kept)
-                us = [u.astype(k.dtype) for u, k in zip(us, kept, strict=True)]
-                keys = leaf_keys(compressor, key, us, axis_name)
-                if detached:
-                    ys = jax.tree.leaves(params)
-                    sent = _send_detached(
-                        compressor, keys, us, kept, ys, detach, axis_name
-                    )
-                else:
-                    sent = _send_selected(compressor, keys, us, kept, axis_name)
-                return *map(structure.unflatten, sent), state.memory
-            p = collected(updates, state, params)
+            one_copy = _none(shared) or _none(residual)
+            selects = isinstance(compressor, Selection) and feedback == 1 and one_copy
+            if selects and not is_narrow(own_dtypes):
+                return select(key, us, shared, residual, params)
+            if _none(residual):
+                residual = _between(shared, params, detach)
+            if period > 1:
+                p = jax.tree.map(jnp.add, residual, us)
+            else:
+                p = gather_in(residual, us)
+            # The residual also takes what the cast to the parameters' dtype loses.
             own, mean, memory = average_compressed(
-                compressor, key, p, state.memory, axis_name
+                *(compressor, key, cast_like(p, own_dtypes)),
+                *(state.memory, axis_name),
             )
+            own, mean = jax.tree.map(wide, (own, mean))
             residual = jax.tree.map(jnp.subtract, p, own)
-            if not detached:
-                return mean, residual, memory
-            shared = jax.tree.map(jnp.add, state.kept, mean)
-            return towards(shared, residual, params), shared, memory
+            if _none(shared):
+                return cast(mean), shared, residual, memory
+            shared = jax.tree.map(jnp.add, shared, mean)
+            moved = jax.tree.map(
+                lambda x, e, y: (x + detach * e) - wide(y), shared, residual, params
+            )
+            if _none(state.residual):
+                residual = ()
+            elif period > 1:
+                residual = jax.tree.map(lambda e: feedback * e, residual)
+            return cast(moved), shared, residual, memory
+
+        def select(key, us, shared, residual, params):
+            us, structure = jax.tree.flatten(us)
+            keys = leaf_keys(compressor, key, us, axis_name)
+            kept = jax.tree.leaves(shared if detached else residual)
+            if detached:
+                ys = jax.tree.leaves(params)
+                sent = _send_detached(compressor, keys, us, kept, ys, detach, axis_name)
+            else:
+                sent = _send_selected(compressor, keys, us, kept, axis_name)
+            moved, kept = map(structure.unflatten, sent)
+            if detached:
+                return cast(moved), kept, residual, state.memory
+            return cast(moved), shared, kept, state.memory
 
         count = advance(state.count, period)
-        updates, kept, memory = every(
-            period, count, axis_name, send, collect, updates, state, params
+        moved, shared, residual, memory = every(
+            *(period, count, axis_name, send, alone),
+            *(us, state.shared, state.residual, params),
         )
-        return updates, ErrorFeedbackState(count, kept, memory, model)
+        return moved, ErrorFeedbackState(count, shared, residual, memory, model)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -31,7 +31,7 @@ class ErrorResetState(NamedTuple):
     """State of `error_reset`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    error: optax.Params  # like params: this worker's model less the shared one
+    shared: optax.Params  # like params, at least float32: x_i - e_i, bitwise equal
     memory: tuple  # what the compressors remember, equal on all workers
 
 
@@ -56,7 +56,8 @@ def error_reset(
        x_i \leftarrow x_i + \frac1n \sum_j C'(e_j) - C'(e_i), \qquad
        e_i \leftarrow e_i - C'(e_i).
 
-    :math:`x_i - e_i` is the same on all workers.
+    :math:`x_i - e_i` is the same on all workers. It is kept, and the errors follow from
+    it and the parameters, so that rounding does not part the workers.
 
     Args:
       compressor: :math:`C`, for the updates, every step.
@@ -67,7 +68,7 @@ def error_reset(
 
     Returns:
       The transformation; place it after the base optimizer. It keeps one copy of the
-      parameters.
+      parameters, at least float32.
 
     Raises:
       TypeError: If a compressor is none, or leaves are no floating-point arrays.
@@ -90,7 +91,7 @@ def error_reset(
         check_trees("params", params)
         return ErrorResetState(
             count=jnp.zeros([], jnp.int32),
-            error=optax.tree.zeros_like(params),
+            shared=jax.tree.map(collectives.wide_copy, params),
             memory=(
                 start_memory(compressor, params),
                 start_memory(reset_compressor, params),
@@ -98,33 +99,44 @@ def error_reset(
         )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        del params
         check_nobody_missing(extra_args, "error_reset")
-        check_trees("updates", updates, state.error)
+        params = require_params(params, "error_reset")
+        check_trees("updates", updates, state.shared)
         key = step_key(seed, state.count, axis_name)
         keys = jax.random.split(key)
-        updates = jax.tree.map(lambda u, e: u.astype(e.dtype), updates, state.error)
-        own, mean, memory = average_compressed(
-            compressor, keys[0], updates, state.memory[0], axis_name
-        )
-        rest = jax.tree.map(jnp.subtract, updates, own)
-        updates = jax.tree.map(jnp.add, mean, rest)
-        error = jax.tree.map(jnp.add, state.error, rest)
 
-        def reset(updates, error, memory):
+        def synchronize(compressor, key, tree, shared, memory):
+            """What stays with the worker, and the shared model with all the others'."""
+            sent = collectives.cast_like(tree, params)
             own, mean, memory = average_compressed(
-                reset_compressor, keys[1], error, memory, axis_name
+                compressor, key, sent, memory, axis_name
             )
-            updates = jax.tree.map(lambda u, m, o: u + (m - o), updates, mean, own)
-            return updates, jax.tree.map(jnp.subtract, error, own), memory
+            rest = jax.tree.map(lambda x, o: x - collectives.wide(o), tree, own)
+            shared = jax.tree.map(lambda x, m: x + collectives.wide(m), shared, mean)
+            return rest, shared, memory
 
-        def wait(updates, error, memory):
-            return updates, error, memory
+        step = jax.tree.map(collectives.wide, updates)
+        rest, shared, memory = synchronize(
+            compressor, keys[0], step, state.shared, state.memory[0]
+        )
+        error = jax.tree.map(
+            lambda r, p, x: r + (collectives.wide(p) - x), rest, params, state.shared
+        )
+
+        def reset(error, shared, memory):
+            return synchronize(reset_compressor, keys[1], error, shared, memory)
+
+        def wait(error, shared, memory):
+            return error, shared, memory
 
         count = collectives.advance(state.count, period)
-        updates, error, reset_memory = collectives.every(
-            period, count, axis_name, reset, wait, updates, error, state.memory[1]
+        error, shared, reset_memory = collectives.every(
+            period, count, axis_name, reset, wait, error, shared, state.memory[1]
         )
-        return updates, ErrorResetState(count, error, (memory, reset_memory))
+        updates = jax.tree.map(
+            lambda x, e, p: (x + e - collectives.wide(p)).astype(p.dtype),
+            *(shared, error, params),
+        )
+        return updates, ErrorResetState(count, shared, (memory, reset_memory))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

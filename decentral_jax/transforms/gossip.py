@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from decentral_jax.collectives import AxisName, advance
-from decentral_jax.mixing import mix
+from decentral_jax.collectives import AxisName, advance, wide, wide_zeros
+from decentral_jax.mixing import mix, mix_differences
 from decentral_jax.topology import AnyTopology, Topology, check_topology
 from decentral_jax.validation import (
     check_axis_name,
@@ -104,7 +104,7 @@ def gossip(
 class ExactDiffusionState(NamedTuple):
     """State of `exact_diffusion`."""
 
-    adapted: optax.Params  # like params: x_{t-1} + u_{t-1}, before mixing
+    correction: optax.Params  # like params, at least float32: c, of mean 0
 
 
 def exact_diffusion(
@@ -120,7 +120,15 @@ def exact_diffusion(
        x_{t+1} = W (\psi_{t+1} + x_t - \psi_t), \qquad \psi_0 = x_0,
 
     which for :math:`u_t = -\gamma g_t` is D2:
-    :math:`x_{t+1} = W (2 x_t - x_{t-1} - \gamma (g_t - g_{t-1}))`.
+    :math:`x_{t+1} = W (2 x_t - x_{t-1} - \gamma (g_t - g_{t-1}))`. It is computed with
+    the correction :math:`c_t = x_t - \psi_t`,
+
+    .. math::
+       c_{t+1} = c_t + (W - I) (x_t + u_t + c_t), \qquad
+       x_{t+1} = x_t + u_t + c_{t+1}, \qquad c_0 = 0,
+
+    whose sum over workers stays 0: workers give each other opposite amounts. In the
+    form above rounding errors add up in the models' mean.
 
     Args:
       topology: A static, symmetric, doubly stochastic topology whose smallest
@@ -129,7 +137,8 @@ def exact_diffusion(
 
     Returns:
       The transformation; place it last in a chain. A worker sends `max_degree` times
-      the parameters' bytes a step and keeps one copy of the parameters.
+      the parameters' bytes a step and keeps one copy of the parameters, at least
+      float32.
 
     Raises:
       TypeError: If the topology is a schedule.
@@ -152,17 +161,20 @@ def exact_diffusion(
 
     def init_fn(params):
         params = require_params(params, "exact_diffusion")
-        return ExactDiffusionState(adapted=jax.tree.map(jnp.copy, params))
+        return ExactDiffusionState(jax.tree.map(wide_zeros, params))
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "exact_diffusion")
         params = require_params(params, "exact_diffusion")
-        adapted = optax.apply_updates(params, updates)
         corrected = jax.tree.map(
-            lambda new, p, old: new + (p - old), adapted, params, state.adapted
+            lambda x, u, c: wide(x) + (wide(u) + c), params, updates, state.correction
         )
-        mixed = mix(corrected, topology, axis_name)
-        return difference(mixed, params), ExactDiffusionState(adapted=adapted)
+        change = mix_differences(corrected, topology, axis_name, like=params)
+        correction = jax.tree.map(jnp.add, state.correction, change)
+        updates = jax.tree.map(
+            lambda u, c, x: (wide(u) + c).astype(x.dtype), updates, correction, params
+        )
+        return updates, ExactDiffusionState(correction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -3,22 +3,21 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from decentral_jax.collectives import wide, wide_copy
 from decentral_jax.validation import check_interval, check_trees, require_params
 
 
 class IterateAveragingState(NamedTuple):
     """State of `iterate_averaging`."""
 
-    average: optax.Params  # like params: x
-    iterate: optax.Params  # like params: z
+    average: optax.Params  # like params, at least float32: x
+    iterate: optax.Params  # like params, at least float32: z
 
     def evaluation_params(self, params):
         """The average."""
-        del params
-        return self.average
+        return jax.tree.map(lambda x, p: x.astype(p.dtype), self.average, params)
 
 
 def iterate_averaging(
@@ -42,7 +41,7 @@ def iterate_averaging(
 
     Returns:
       The transformation; place it last in a chain. It sends nothing and keeps two
-      copies of the parameters.
+      copies of the parameters, at least float32.
 
     Raises:
       ValueError: If a number is out of range, a tree is empty or trees do not match, or
@@ -58,8 +57,8 @@ def iterate_averaging(
     def init_fn(params):
         params = require_params(params, "iterate_averaging")
         check_trees("params", params)
-        copy = jax.tree.map(jnp.copy, params)
-        return IterateAveragingState(copy, jax.tree.map(jnp.copy, params))
+        copies = [jax.tree.map(wide_copy, params) for _ in range(2)]
+        return IterateAveragingState(*copies)
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del extra_args
@@ -67,7 +66,10 @@ def iterate_averaging(
         check_trees("updates", updates, state.iterate)
         z = jax.tree.map(lambda z, u: z + u.astype(z.dtype), state.iterate, updates)
         x = jax.tree.map(lambda x, z: x + delta * (z - x), state.average, z)
-        updates = jax.tree.map(lambda x, z, y: (x + detach * (z - x)) - y, x, z, params)
+        updates = jax.tree.map(
+            lambda x, z, y: ((x + detach * (z - x)) - wide(y)).astype(y.dtype),
+            *(x, z, params),
+        )
         return updates, IterateAveragingState(x, z)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

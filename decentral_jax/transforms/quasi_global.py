@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, advance
-from decentral_jax.mixing import mix
+from decentral_jax.collectives import AxisName, advance, wide, wide_zeros
+from decentral_jax.mixing import mix_differences
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import (
     check_axis_name,
@@ -26,7 +26,7 @@ class QuasiGlobalState(NamedTuple):
     """State of `quasi_global_momentum`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    momentum: optax.Params  # like params: m
+    momentum: optax.Params  # like params, at least float32: m
 
 
 def quasi_global_momentum(
@@ -53,7 +53,7 @@ def quasi_global_momentum(
     Returns:
       The transformation, of gradients; it stands alone, or after what changes
       gradients. A worker sends `max_degree` times the parameters' bytes a step and
-      keeps one copy of the parameters.
+      keeps one copy of the parameters, at least float32.
 
     Raises:
       TypeError: If `topology` does not come from `dj.topology`.
@@ -75,7 +75,8 @@ def quasi_global_momentum(
     def init_fn(params):
         params = require_params(params, "quasi_global_momentum")
         check_trees("params", params)
-        return QuasiGlobalState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+        zeros = jax.tree.map(wide_zeros, params)
+        return QuasiGlobalState(jnp.zeros([], jnp.int32), zeros)
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "quasi_global_momentum")
@@ -85,17 +86,20 @@ def quasi_global_momentum(
         rate = jnp.asarray(rate)
 
         def adapt(x, m, g):
-            return x - rate.astype(x.dtype) * (momentum * m + g.astype(x.dtype))
+            return wide(x) - rate.astype(m.dtype) * (momentum * m + wide(g))
 
         def remember(m, x, mixed):
             gamma = rate.astype(m.dtype)
-            way = (x - mixed) / jnp.where(gamma > 0, gamma, 1)
+            way = (wide(x) - mixed) / jnp.where(gamma > 0, gamma, 1)
             return jnp.where(gamma > 0, m + factor * (way - m), m)
 
         adapted = jax.tree.map(adapt, params, state.momentum, updates)
-        mixed = mix(adapted, topology, axis_name, state.count)
+        change = mix_differences(adapted, topology, axis_name, state.count, like=params)
+        mixed = jax.tree.map(jnp.add, adapted, change)
         new = jax.tree.map(remember, state.momentum, params, mixed)
-        updates = jax.tree.map(jnp.subtract, mixed, params)
+        updates = jax.tree.map(
+            lambda m, x: (m - wide(x)).astype(x.dtype), mixed, params
+        )
         return updates, QuasiGlobalState(advance(state.count, topology.period), new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

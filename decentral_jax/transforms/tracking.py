@@ -14,11 +14,10 @@ from jax import lax
 from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
 from decentral_jax.mixing import (
-    accelerated_mix,
-    accelerated_round,
     apply_factor,
     check_accelerable,
-    mix,
+    mix_differences,
+    momentum,
 )
 from decentral_jax.topology import (
     AnyTopology,
@@ -26,7 +25,7 @@ from decentral_jax.topology import (
     check_topology,
     exact_factors,
 )
-from decentral_jax.transforms.gossip import ORDERS, difference
+from decentral_jax.transforms.gossip import ORDERS
 from decentral_jax.validation import (
     check_axis_name,
     check_choice,
@@ -41,8 +40,8 @@ class TrackGradientsState(NamedTuple):
     """State of `track_gradients`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: rounds so far
-    tracker: optax.Updates  # like gradients: y_{t-1}
-    gradient: optax.Updates  # like gradients: g_{t-1}
+    tracker: optax.Updates  # like gradients, at least float32: y_{t-1}
+    gradient: optax.Updates  # like gradients, at least float32: g_{t-1}
 
 
 def track_gradients(
@@ -96,25 +95,31 @@ def track_gradients(
     def init_fn(params):
         return TrackGradientsState(
             count=jnp.zeros([], jnp.int32),
-            tracker=optax.tree.zeros_like(params),
-            gradient=optax.tree.zeros_like(params),
+            tracker=_wide_zeros(params),
+            gradient=_wide_zeros(params),
         )
 
     def update_fn(
         updates, state, params=None, *, active: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
-        gradient = _like(updates, state.gradient)
+
+        def mixed(tracker):
+            change = mix_differences(
+                tracker, topology, axis_name, state.count, active, like=updates
+            )
+            return jax.tree.map(jnp.add, tracker, change)
+
+        gradient = jax.tree.map(collectives.wide, updates)
         if order == "combine_then_adapt":
-            mixed = mix(state.tracker, topology, axis_name, state.count, active)
-            tracker = _correct(mixed, gradient, state.gradient)
+            tracker = _correct(mixed(state.tracker), gradient, state.gradient)
         else:
             corrected = _correct(state.tracker, gradient, state.gradient)
-            mixed = mix(corrected, topology, axis_name, state.count, active)
             # The first tracker is the gradient itself, unmixed.
-            tracker = _where(state.count == 0, gradient, mixed)
+            tracker = _where(state.count == 0, gradient, mixed(corrected))
         count = collectives.advance(state.count, topology.period)
-        return tracker, TrackGradientsState(count, tracker, gradient)
+        state = TrackGradientsState(count, tracker, gradient)
+        return _like(tracker, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -123,9 +128,10 @@ class AcceleratedTrackingState(NamedTuple):
     """State of `accelerated_tracking`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: iterations so far
-    total: optax.Updates  # like gradients: sum of this phase's gradients so far / R
-    previous: optax.Updates  # like gradients: mean gradient of the phase before
-    tracker: optax.Updates  # like gradients: y_k
+    # All like gradients, at least float32.
+    total: optax.Updates  # sum of this phase's gradients so far / R
+    previous: optax.Updates  # mean gradient of the phase before
+    tracker: optax.Updates  # y_k
     # Gossip under way, each the pair (parameters, tracker): now z_r, before z_{r-1}.
     # None where all rounds are done at the phase's end.
     now: Any
@@ -186,14 +192,14 @@ def accelerated_tracking(
     check_axis_name(axis_name)
     check_optimizer("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    gossip_round = accelerated_round(topology, axis_name)
+    eta = momentum(topology)
 
     def init_fn(params):
         params = require_params(params, "accelerated_tracking")
 
         def zeros():
             # Arrays of their own: a buffer cannot be donated twice.
-            return optax.tree.zeros_like(params)
+            return _wide_zeros(params)
 
         def pair():
             return (zeros(), zeros()) if when == "every_step" else None
@@ -215,25 +221,43 @@ def accelerated_tracking(
         count = collectives.agreed(state.count, axis_name)
         first, last = count % rounds == 0, count % rounds == rounds - 1
         total = jax.tree.map(
-            lambda s, g: (s + g / rounds).astype(s.dtype), state.total, updates
+            lambda s, g: s + collectives.wide(g) / rounds, state.total, updates
         )
+        start = (jax.tree.map(collectives.wide, params), state.tracker)
+
+        def gossip_round(now, before):
+            """`accelerated_mix`'s, as what it adds: rounding leaves the mean alone."""
+            change = mix_differences(
+                now, topology, axis_name, active=active, like=(params, updates)
+            )
+
+            def extrapolate(z, c, b):
+                one, e = (jnp.asarray(x, z.dtype) for x in (1 + eta, eta))
+                return z + (one * c + e * (z - b))
+
+            return jax.tree.map(extrapolate, now, change, before), now
+
         now, before = state.now, state.before
         if when == "every_step":
-            start = (params, state.tracker)
             now, before = _where(first, start, now), _where(first, start, before)
-            now, before = gossip_round(now, before, active), now
+            now, before = gossip_round(now, before)
 
         def finish_phase(now, inner_state):
             if when == "phase_end":
-                now = accelerated_mix(
-                    (params, state.tracker), topology, rounds, axis_name, active
+                carry = jax.tree.map(
+                    lambda x: collectives.varying(x, axis_name), (start, start)
                 )
+                now, _ = lax.fori_loop(0, rounds, lambda _, c: gossip_round(*c), carry)
             mixed, tracked = now
-            step, inner_state = inner.update(tracked, inner_state, params, **extra_args)
-            moved = optax.apply_updates(difference(mixed, params), step)
+            step, inner_state = inner.update(
+                _like(tracked, params), inner_state, params, **extra_args
+            )
+            moved = jax.tree.map(
+                lambda m, x, u: m - x + collectives.wide(u), mixed, start[0], step
+            )
             tracker = _correct(tracked, total, state.previous)
             zeros = optax.tree.zeros_like(total)
-            return moved, (zeros, total, tracker, inner_state)
+            return _like(moved, params), (zeros, total, tracker, inner_state)
 
         def go_on(now, inner_state):
             del now
@@ -260,7 +284,8 @@ class ExactPhasesState(NamedTuple):
     """State of `exact_phases`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: iterations so far
-    average: optax.Updates  # like gradients: the gradient, then its running average
+    # like gradients, at least float32: the gradient, then its running average
+    average: optax.Updates
     inner: optax.OptState  # state of the inner optimizer
 
 
@@ -309,7 +334,7 @@ def exact_phases(
         params = require_params(params, "exact_phases")
         return ExactPhasesState(
             count=jnp.zeros([], jnp.int32),
-            average=optax.tree.zeros_like(params),
+            average=_wide_zeros(params),
             inner=inner.init(params),
         )
 
@@ -320,7 +345,7 @@ def exact_phases(
 
         def accumulate(average):
             return jax.tree.map(
-                lambda a, g: (a + g / rounds).astype(a.dtype), average, updates
+                lambda a, g: a + collectives.wide(g) / rounds, average, updates
             )
 
         def spread(average):
@@ -332,7 +357,7 @@ def exact_phases(
 
         def finish_phase(average, inner_state):
             moved, inner_state = inner.update(
-                average, inner_state, params, **extra_args
+                _like(average, params), inner_state, params, **extra_args
             )
             return moved, optax.tree.zeros_like(average), inner_state
 
@@ -353,9 +378,13 @@ def exact_phases(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _wide_zeros(tree: Any) -> Any:
+    return jax.tree.map(collectives.wide_zeros, tree)
+
+
 def _like(updates: Any, reference: Any) -> Any:
-    """Updates in the dtypes of the state that will hold them."""
-    return jax.tree.map(lambda u, r: u.astype(r.dtype), updates, reference)
+    """Updates in the dtypes of another tree."""
+    return jax.tree.map(lambda u, r: u.astype(jnp.result_type(r)), updates, reference)
 
 
 def _correct(tracker: Any, new: Any, old: Any) -> Any:

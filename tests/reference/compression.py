@@ -129,8 +129,9 @@ def def_sgd(
       compress: (t, i, v) -> C(v), worker i's compressor of iteration t.
       detach: lambda_d.
       momentum: beta.
-      period: iterations an exchange: nothing is sent, so C(p_i) = 0, in those where
-        period does not divide t + 1.
+      period: iterations an exchange. As in the authors' program, in those where period
+        does not divide t + 1 a worker takes its step alone, y_i <- y_i - gamma_t m_i,
+        and p_i has the sum of its steps since the last exchange.
 
     Returns:
       A DetachedRun, before each iteration and after the last.
@@ -158,19 +159,20 @@ def pef_sgd(
     """
     x = np.array(x0, dtype=np.float64)
     E = same_start(np.zeros_like(x), n)
-    M = np.zeros_like(E)
-    run = [(x - detach * E, x, E)]
+    M, S = np.zeros_like(E), np.zeros_like(E)
+    Y = x - detach * E
+    run = [(Y, x, E)]
     for t in range(steps):
-        Y = x - detach * E
         M = momentum * M + gradients(grad_fn, t, Y)
-        P = feedback * E + rate(learning_rate, t) * M
-        C = np.zeros_like(P)
+        S = S + rate(learning_rate, t) * M
+        Y = Y - rate(learning_rate, t) * M
         if (t + 1) % period == 0:
-            for i in range(n):
-                C[i] = compress(t, i, P[i].copy())
-        E = P - C
-        x = x - C.mean(0)
-        run.append((x - detach * E, x, E))
+            P = feedback * E + S
+            C = np.array([compress(t, i, P[i].copy()) for i in range(n)])
+            E, S = P - C, np.zeros_like(S)
+            x = x - C.mean(0)
+            Y = x - detach * E
+        run.append((Y, x, E))
     return DetachedRun(*map(np.array, zip(*run, strict=True)))
 
 
