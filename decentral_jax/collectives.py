@@ -118,8 +118,7 @@ def wide_zeros(x: jax.typing.ArrayLike) -> jax.Array:
 
 def wide_copy(x: jax.typing.ArrayLike) -> jax.Array:
     """A copy of an array in the dtype to accumulate in."""
-    x = jnp.asarray(x)
-    return jnp.array(x, widened(x.dtype), copy=True)
+    return jnp.copy(wide(x))
 
 
 def worker_index(axis_name: AxisName = "workers") -> jax.Array:

@@ -16,6 +16,8 @@ from tests.layouts import LAYOUTS
 from tests.reference import asynchronous
 
 D, TICKS = 4, 40
+# Lists become new arrays: of a NumPy array JAX 0.12 remembers the float32 it was, also
+# when float64 is enabled later.
 START = np.array([0.3, -0.2, 0.5, 0.1])
 TRACES = {
     "in turn": dj.traces.round_robin(4, TICKS),
@@ -64,7 +66,7 @@ def replay(tx, num_workers, ticks, layout="vmap"):
     """Parameters after each tick, `[n, ticks, d]`; the masters' last; the states."""
 
     def worker(_):
-        params = jnp.asarray(START)
+        params = jnp.asarray(START.tolist())
         me = dj.worker_index().astype(params.dtype)
 
         def tick(carry, k):
@@ -131,7 +133,7 @@ def test_no_delay_is_the_optimizer_itself_exactly(x64):
     tx = dj.asynchronous(inner, dj.traces.uniform_delay(0, 12))
 
     def run(tx):
-        params = jnp.asarray(START)
+        params = jnp.asarray(START.tolist())
         state, path = tx.init(params), []
         for k in range(12):
             grads = gradient(jnp.float64(0), params, float(k), jnp)
@@ -202,7 +204,7 @@ def test_a_tick_sends_one_gradient():
 @pytest.mark.parametrize("delay", [0, 3, dj.traces.uniform_delay(7, 30).staleness])
 def test_delayed_gradients(delay, x64):
     tx = optax.chain(dj.delay_gradients(delay), dj.amsgrad(0.1))
-    params = jnp.asarray(START)
+    params = jnp.asarray(START.tolist())
 
     def step(carry, k):
         params, state = carry
@@ -218,7 +220,7 @@ def test_delayed_gradients(delay, x64):
 
 def test_amsgrad_is_adam_while_no_square_falls(x64, standard_promotion):
     ours, adam = dj.amsgrad(0.1, eps=0.0), optax.adam(0.1, eps=0.0)
-    params = jnp.asarray(START)
+    params = jnp.asarray(START.tolist())
     states, ends = [ours.init(params), adam.init(params)], [params, params]
     for k in range(1, 8):
         for i, tx in enumerate((ours, adam)):
@@ -288,7 +290,7 @@ def test_a_recorded_run_is_replayed(x64):
             yield row
 
     inner = dj.amsgrad(0.1, b2=0.9)
-    run = engine.run(gradient, jnp.asarray(START), batches, inner, ticks, num_workers=n)
+    run = engine.run(gradient, jnp.asarray(START.tolist()), batches, inner, ticks, num_workers=n)
     assert run.trace is not None
     assert run.staleness_counts[1:].sum() > 0
     tx = dj.asynchronous(inner, run.trace)
@@ -298,7 +300,7 @@ def test_a_recorded_run_is_replayed(x64):
     given[run.trace.workers, everyone] = data[run.trace.workers, run.batch_indices]
 
     def worker(rows):
-        params = jnp.asarray(START)
+        params = jnp.asarray(START.tolist())
 
         def tick(carry, row):
             params, state = carry

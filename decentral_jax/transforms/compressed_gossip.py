@@ -63,10 +63,10 @@ def compressed_gossip(
     Returns:
       The transformation; place it last in a chain. A worker sends `max_degree` payloads
       a step and keeps two copies of the parameters, at least float32. Its `update`
-      takes the keyword `active` of `dj.mix`: a worker sends only if it and all its neighbours are present
-      (else they would not agree on :math:`\hat x_i`), and all go on with the sums that
-      they have, which needs a smaller `consensus_rate` the more are missing; one more
-      number is sent to tell.
+      takes the keyword `active` of `dj.mix`: a worker sends only if it and all its
+      neighbors are present, else they would not agree on :math:`\hat x_i`. All go on
+      with the sums that they have, which needs a smaller `consensus_rate` the more are
+      missing. Each message then carries one more number.
 
     Raises:
       TypeError: If an argument has a wrong type, such as a schedule of topologies.
