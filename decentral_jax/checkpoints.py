@@ -159,8 +159,10 @@ class Checkpoints:
         Args:
           step: Number of steps done.
           *state: The state of all workers, with leading worker axes: parameters and
-            optimizer states; or one train state; or an nnx model and its optimizer.
-            Batch statistics, step counters and PRNG keys may be part of it.
+            optimizer states; or one train state with `params`, `opt_state` and `tx`; or
+            an nnx model and its optimizer, whole or as `nnx.split` returns them. Batch
+            statistics, step counters and PRNG keys may be part of it, or be passed as
+            further trees.
           data: The position in the data and such, the same in all processes: an epoch,
             or the state of a NumPy generator. Whatever JSON can hold; NumPy arrays and
             scalars come back as lists and numbers.
@@ -256,8 +258,9 @@ class Checkpoints:
                     f"the checkpoint of step {step} is of workers {sizes}, these are "
                     f"{self._workers.sizes}: pass init=tx.init to start them all from "
                     "its evaluated model, with fresh optimizer states. The state must "
-                    "be params and opt_state, or a train state with both, or an nnx "
-                    "model and its optimizer."
+                    "be params and opt_state; or a train state with params, opt_state "
+                    "and tx; or an nnx model and its optimizer, whole or as "
+                    "*nnx.split((model, optimizer))."
                 )
         renewed = set() if parts is None else set(jax.tree.leaves(parts.opt_state))
         _check(step, notes["state"], own, renewed)
@@ -523,8 +526,8 @@ def _parts(numbered: tuple, like: tuple, init: Any, axes: int) -> _Parts | None:
     candidates = []
     optimizer, model = _nnx(numbered)
     if optimizer is not None and model is not None:
-        params = nnx.pure(nnx.state(model, optimizer.wrt))
-        opt_state = nnx.pure(optimizer.opt_state)
+        params = _values(nnx.state(model, optimizer.wrt))
+        opt_state = _values(optimizer.opt_state)
         candidates, init = [params], init or optimizer.tx.init
     elif len(numbered) == 1:
         params = _get(numbered[0], "params")
@@ -579,6 +582,19 @@ def _nnx(state: tuple) -> tuple[Any, Any]:
         return None, None
     model = models[0] if len(models) == 1 else getattr(optimizers[0], "model", None)
     return optimizers[0], model
+
+
+def _values(tree: Any) -> Any:
+    """The same tree with the value of each `nnx.Variable` in place of it."""
+
+    def is_variable(x):
+        return isinstance(x, nnx.Variable)
+
+    return jax.tree.map(
+        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
+        tree,
+        is_leaf=is_variable,
+    )
 
 
 def _get(tree: Any, name: str) -> Any:
