@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -759,6 +760,10 @@ def test_whole_states_with_another_number_of_workers(tmp_path, kind, numbers):
     assert seen == {"key", "fresh", "copied", "averaged"}
 
 
+def words(path):
+    return re.findall(r"\w+", path.removesuffix(".value"))
+
+
 @pytest.mark.parametrize("kind", ["TrainState", "nnx", "nnx.split", "beside"])
 def test_the_hidden_model_of_whole_states(tmp_path, kind):
     """New workers start from the evaluated model, not from the mean of parameters."""
@@ -792,8 +797,12 @@ def test_the_hidden_model_of_whole_states(tmp_path, kind):
     for path, x in old.items():
         if "kept" not in path:
             continue
-        name = path.split("kept")[1].removesuffix(".value")
-        others = [p for p in new if name in p and "kept" not in p and "ema" not in p]
+        name = words(path)[words(path).index("kept") + 1 :]
+        others = [
+            p
+            for p in new
+            if words(p)[-len(name) :] == name and not {"kept", "ema"} & {*words(p)}
+        ]
         assert others
         for p in (path, *others):
             expected = np.broadcast_to(x.mean(0), new[p].shape)
@@ -921,6 +930,62 @@ def test_without_orbax(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match=r"pip install decentral_jax\[checkpoint\]"):
         Checkpoints(tmp_path, dj.Workers(1))
+
+
+TWO_PROCESSES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+import decentral_jax as dj
+from decentral_jax.checkpoints import Checkpoints
+jax.config.update("jax_platforms", "cpu")
+dj.initialize(timeout=60)
+tx = dj.def_sgd(0.1, dj.compression.random_block(2))
+def start(n):
+    params = jnp.zeros(3)
+    rest = {"step": jnp.int32(3), "none": jnp.zeros(0), "stats": jnp.ones(2)}
+    return dj.Workers(n), (params, tx.init(params), rest)
+workers, state = start(8)
+state = workers.replicate(state)
+state[2]["key"] = workers.spmd(lambda i: jax.random.key(i))(
+    workers.shard(np.arange(8, dtype=np.int32))
+)
+with Checkpoints(sys.argv[1], workers, keep=1) as saved:
+    for step in (1, 2, 2):
+        saved.save(step, *state)
+    try:
+        saved.save(1, *state)
+    except ValueError as error:
+        assert "which restore prefers" in str(error)
+        print("refused")
+after, like = start(4)
+like = after.replicate(like)
+like[2]["key"] = after.spmd(lambda i: jax.random.key(i))(
+    after.shard(np.arange(4, dtype=np.int32))
+)
+with Checkpoints(sys.argv[1], after, keep=1) as saved:
+    found = saved.restore(*like, init=tx.init)
+    assert found.reset and found.step == 2
+    saved.save(3, *found.state)
+    again = saved.restore(*like)
+    assert not again.reset and again.step == 3
+rest = after.gather(again.state[2])
+assert (rest["step"] == 3).all() and (rest["stats"] == 1).all()
+assert rest["none"].shape == (4, 0) and len(np.unique(rest["key"], axis=0)) == 4
+print("restored")
+"""
+
+
+def test_several_processes(tmp_path, monkeypatch, capfd):
+    """Refusals reach all of them, and so does another number of workers."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
+    ended = launch.run(command, processes=2, devices=2)
+    out, error = capfd.readouterr()
+    assert ended == 0, error[-3000:]
+    lines = sorted(line for line in out.splitlines() if "re" in line)
+    assert lines == [f"[{i}] {x}" for i in range(2) for x in ("refused", "restored")]
+    assert steps(tmp_path) == ["3"]
 
 
 @pytest.mark.parametrize("seed", range(KILLS))
