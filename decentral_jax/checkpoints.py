@@ -471,7 +471,9 @@ class Checkpoints:
         for trees in ((parts.params, model), (parts.opt_state, fresh)):
             new |= zip(*map(jax.tree.leaves, trees), strict=True)
         paths = [entry[0] for entry in description if len(entry) == 3]
-        for i in set(others) - set(floating):
+        for i in others:
+            if i in new:
+                continue
             new[i] = self._carry(leaves[i], len(names), paths[i])
         return [new[i] for i in range(len(leaves))]
 
@@ -573,7 +575,8 @@ def _parts(numbered: tuple, like: tuple, init: Any, axes: int) -> _Parts | None:
 def _nnx(state: tuple) -> tuple[Any, Any]:
     """An nnx optimizer in the state and its model, or None."""
     if isinstance(state[0], nnx.GraphDef):
-        state = nnx.merge(*state)
+        states = [x for x in state if isinstance(x, nnx.State)]
+        state = nnx.merge(state[0], *states)
     kinds = (nnx.Optimizer, nnx.Module)
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
     optimizers = [x for x in nodes if isinstance(x, nnx.Optimizer)]

@@ -653,10 +653,20 @@ def start(kind, tx):
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     if kind == "nnx":
         return ((model, optimizer),)
+    if kind == "nnx.split in three":
+        return *nnx.split((model, optimizer), nnx.Param, ...), {"ema": jnp.zeros(3)}
     return nnx.split((model, optimizer))
 
 
-KINDS = ["TrainState", "dictionary", "beside", "further", "nnx", "nnx.split"]
+KINDS = [
+    "TrainState",
+    "dictionary",
+    "beside",
+    "further",
+    "nnx",
+    "nnx.split",
+    "nnx.split in three",
+]
 
 
 def varied(trees, number):
@@ -713,7 +723,7 @@ def test_whole_states_with_another_number_of_workers(tmp_path, kind, numbers):
     one = start(kind, tx)
     saved = before.shard(varied(before.replicate(one), numbers[0]))
     like = after.replicate(one)
-    has_tx = kind in ("TrainState", "nnx", "nnx.split")
+    has_tx = kind == "TrainState" or kind.startswith("nnx")
     with Checkpoints(tmp_path, before) as checkpoints:
         checkpoints.save(3, *saved)
     with Checkpoints(tmp_path, after) as checkpoints:
