@@ -303,7 +303,7 @@ def test_errors_of_the_background_are_raised(tmp_path, monkeypatch, where, when)
     def full(*_, **__):
         raise OSError("disk full")
 
-    saved = Checkpoints(tmp_path, workers)
+    saved = Checkpoints(tmp_path, workers, keep=2)
     saved.save(1, params, opt_state)
     saved.wait()
     with monkeypatch.context() as patched:
@@ -327,10 +327,10 @@ def test_errors_of_the_background_are_raised(tmp_path, monkeypatch, where, when)
     with pytest.raises(RuntimeError, match=r"not saved.*disk full"):
         call()
     if when in ("save", "restore", "wait"):
-        # Said once; then the run may go on.
-        saved.save(2, params, opt_state)
+        # Said once; then the run may go on. The one that failed is not one to keep.
+        saved.save(3, params, opt_state)
         saved.close()
-        assert steps(tmp_path) == ["1", "2.1"]
+        assert steps(tmp_path) == ["1", "3"]
 
 
 def test_the_error_that_ends_a_block_is_raised(tmp_path, monkeypatch, caplog):
