@@ -39,7 +39,8 @@ with Checkpoints(sys.argv[1] if len(sys.argv) > 1 else "run", workers) as checkp
         batch = workers.shard((x, x @ np.arange(3, dtype=np.float32)))
         params, opt_state = step(params, opt_state, batch)
         if (t + 1) % 20 == 0:
-            checkpoints.save(t + 1, params, opt_state, rng.bit_generator.state)
+            position = rng.bit_generator.state
+            checkpoints.save(t + 1, params, opt_state, data=position)
 
 model = workers.gather(workers.spmd(dj.eval_params)(opt_state, params))[0]
 print(f"process {jax.process_index()} of {jax.process_count()}: {model.round(3)}")
