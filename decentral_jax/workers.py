@@ -23,6 +23,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from decentral_jax._watch import calls
 from decentral_jax.collectives import DEVICES, VIRTUAL, AxisName
 from decentral_jax.processes import agree
 from decentral_jax.validation import check_axis_name, check_int, check_leading_axes
@@ -219,16 +220,30 @@ class Workers:
 
         Returns:
           The tree of NumPy arrays; of typed PRNG keys, their `jax.random.key_data`.
+
+        Raises:
+          ValueError: If another process gathers another tree or runs something else.
+          TimeoutError: If another process does not come to this call in time.
         """
+
+        def is_elsewhere(x):
+            return isinstance(x, jax.Array) and not x.is_fully_addressable
 
         def fetch(x):
             if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
                 x = jax.random.key_data(x)
-            if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            if is_elsewhere(x):
                 return multihost_utils.process_allgather(x, tiled=True)
             return np.asarray(x)
 
-        return jax.tree.map(fetch, tree)
+        types = [str(jax.typeof(x)) for x in jax.tree.leaves(tree) if is_elsewhere(x)]
+        if not types:
+            return jax.tree.map(fetch, tree)
+        with calls("gather"):
+            # A process that gathers alone would wait forever.
+            digest = hashlib.sha256(str(types).encode()).hexdigest()[:12]
+            agree("gather", {"arrays": len(types), "digest": digest})
+            return jax.tree.map(fetch, tree)
 
     def spmd(
         self, fn: Callable, donate_argnums: int | Sequence[int] = ()
@@ -298,6 +313,7 @@ def _compared(jitted: Any) -> Callable[..., Any]:
     wait for each other forever.
     """
     seen = set()
+    name = getattr(jitted, "__name__", "function")
 
     @functools.wraps(jitted)
     def run(*args):
@@ -305,10 +321,14 @@ def _compared(jitted: Any) -> Callable[..., Any]:
         key = structure, *(jax.typeof(leaf) for leaf in leaves)
         if key not in seen:
             program = jitted.lower(*args).as_text().encode()
-            name = getattr(jitted, "__name__", "function")
             agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
             seen.add(key)
-        return jitted(*args)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return jitted(*args)
+        with calls(name):
+            results = jitted(*args)
+        calls.returned(results)
+        return results
 
     setattr(run, "lower", jitted.lower)  # noqa: B010
     return run
