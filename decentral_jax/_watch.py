@@ -429,20 +429,18 @@ class Watch:
                 if min(now - self._since[waits], now - self._since[other]) < limit:
                     continue
                 last = f"call {b['count']} ({b['name']})" if b["count"] else "no call"
-                late = f"within {limit:g} seconds to call {a['count']} ({a['name']})"
+                late = (
+                    f"process {other} did not come within {limit:g} seconds to call "
+                    f"{a['count']} ({a['name']}), in which process {waits} waits; "
+                    f"process {other}"
+                )
                 if b["count"] < a["count"] and not b["waiting"]:
                     how = "ended" if b["ended"] else "is elsewhere"
                     if now - self._seen.get(other, now) > self.timeout / 2:
                         how = "no longer answers"
-                    self._tell(
-                        f"process {other} did not come {late}, in which process {waits} "
-                        f"waits; process {other} {how} after {last}"
-                    )
+                    self._tell(f"{late} {how} after {last}")
                 elif b["count"] == a["count"] and b["name"] != a["name"]:
-                    self._tell(
-                        f"process {other} did not come {late}, in which process {waits} "
-                        f"waits; process {other} waits in {last}"
-                    )
+                    self._tell(f"{late} waits in {last}")
 
     def _explain(self) -> None:
         """Says once why this process ends, if another one is the reason."""
@@ -450,7 +448,8 @@ class Watch:
             if self._own_failure or self._explained or not self.reason:
                 return
             self._explained = True
-        text = f"decentral_jax: process {self.rank} ends because {self.reason}.\n"
+        reason = self.reason.removesuffix(".")
+        text = f"decentral_jax: process {self.rank} ends because {reason}.\n"
         # Not through `sys.stderr`, whose lock the main thread may hold.
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
@@ -494,10 +493,12 @@ def _abandon() -> None:
     atexit.unregister(dispatch.wait_for_tokens)
     # Their destructors would wait, too.
     state: Any = global_state
-    for kept in (state.client, state.service, *xla_bridge.backends().values()):
+    parts = state.client, state.service, state.preemption_sync_manager
+    for kept in (*parts, *getattr(xla_bridge, "_backends", {}).values()):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     # If Python's own finalization hangs; works without the interpreter.
-    faulthandler.dump_traceback_later(GRACE, exit=True, file=open(os.devnull, "w"))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    faulthandler.dump_traceback_later(GRACE, exit=True, file=nowhere)
     # glibc passes the exit code to such handlers: `_exit(code)` ends the process before
     # the destructors of C++ libraries, which wait for their threads.
     libc = ctypes.CDLL(None)
