@@ -152,19 +152,20 @@ def _guard() -> Iterator[Callable[[int], None]]:
         # Not ended together with the launcher by the terminal.
         start_new_session=True,
     )
-    assert guard.stdin is not None
+    pipe = guard.stdin
+    assert pipe is not None
 
     def tell(line):
         with contextlib.suppress(BrokenPipeError):
-            guard.stdin.write(f"{line}\n")
-            guard.stdin.flush()
+            pipe.write(f"{line}\n")
+            pipe.flush()
 
     try:
         yield tell
     finally:
         tell("")
         with contextlib.suppress(BrokenPipeError):
-            guard.stdin.close()
+            pipe.close()
         guard.wait()
 
 
@@ -197,8 +198,8 @@ _END = re.compile(r"\n|\r(?!\n|\Z)")
 class _Stream:
     """One member's output or errors: what came, and what is still to be printed."""
 
-    def __init__(self, sink: IO[str], rank: int):
-        self.sink, self.rank = sink, rank
+    def __init__(self, source: IO[bytes], sink: IO[str], rank: int):
+        self.source, self.sink, self.rank = source, sink, rank
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
         self.since = 0.0
@@ -225,7 +226,8 @@ class _Relay(threading.Thread):
 
     def add(self, source: IO[bytes] | None, sink: IO[str], rank: int) -> None:
         assert source is not None
-        self._selector.register(source, selectors.EVENT_READ, _Stream(sink, rank))
+        stream = _Stream(source, sink, rank)
+        self._selector.register(source, selectors.EVENT_READ, stream)
 
     def stop(self) -> None:
         """Prints what is there, and stops even if a stray child keeps a pipe open."""
@@ -233,9 +235,7 @@ class _Relay(threading.Thread):
         if self.is_alive():
             self.join()
         for key in list(self._selector.get_map().values()):
-            assert not isinstance(key.fileobj, int)
-            self._selector.unregister(key.fileobj)
-            key.fileobj.close()
+            self._close(key)
         self._selector.close()
 
     def run(self) -> None:
@@ -272,8 +272,11 @@ class _Relay(threading.Thread):
         if not data:
             if stream.rest:
                 self._print(stream, stream.rest)
-            self._selector.unregister(key.fileobj)
-            key.fileobj.close()
+            self._close(key)
+
+    def _close(self, key: selectors.SelectorKey) -> None:
+        self._selector.unregister(key.fileobj)
+        key.data.source.close()
 
     def _print(self, stream: _Stream, piece: str) -> None:
         sink, text = stream.sink, piece.rstrip("\r\n")

@@ -86,46 +86,47 @@ def initialize(timeout: float | None = None, **options: Any) -> None:
     agree("versions", {"jax": jax.__version__, "decentral_jax": __version__})
 
 
+# What each option of `initialize` is set with, for processes started by hand.
+_BY_HAND = {
+    "coordinator_address": "JAX_COORDINATOR_ADDRESS (host and port of process 0)",
+    "num_processes": NUM_PROCESSES,
+    "process_id": PROCESS_ID,
+}
+
+
 def _found(options: dict[str, Any]) -> dict[str, Any]:
     """Options with the address and the numbers of processes; empty if alone."""
-    # JAX detects them inside `initialize` only, but they are needed before it.
+    # JAX detects them only inside its own `initialize`; the watch needs them before.
     from jax._src.clusters import ClusterEnv
 
-    names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    names = (*_BY_HAND, "local_device_ids")
+    found = {name: options.get(name) for name in names}
+    found["coordinator_address"] = found["coordinator_address"] or os.environ.get(
+        "JAX_COORDINATOR_ADDRESS"
+    )
     method = options.get("cluster_detection_method")
-    values = [options.get(name) for name in names]
-    values[0] = values[0] or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if method != "deactivate" and None in values:
-        values = ClusterEnv.auto_detect_unset_distributed_params(
-            *values, method, options.get("initialization_timeout", round(_timeout()))
-        )
-    found = dict(zip(names, values, strict=True))
-    given = {name: found[name] for name in names[:3] if found[name] is not None}
-    if found["num_processes"] == 1 and "coordinator_address" not in given:
+    if method != "deactivate" and None in found.values():
+        wait: Any = options.get("initialization_timeout", round(_timeout()))
+        detect: Any = ClusterEnv.auto_detect_unset_distributed_params
+        found = dict(zip(names, detect(*found.values(), method, wait), strict=True))
+    given: dict[str, Any] = {
+        name: found[name] for name in _BY_HAND if found[name] is not None
+    }
+    if not given or given == {"num_processes": 1, "process_id": 0}:
         return {}
-    if 0 < len(given) < 3:
-        missing = [
-            {
-                "coordinator_address": "JAX_COORDINATOR_ADDRESS, the host and port of "
-                "process 0",
-                "num_processes": NUM_PROCESSES,
-                "process_id": PROCESS_ID,
-            }[name]
-            for name in names[:3]
-            if name not in given
-        ]
+    missing = [_BY_HAND[name] for name in _BY_HAND if name not in given]
+    if missing:
         said = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
-            f"this process is one of several ({said}), but does not know all that it "
-            f"needs to find them: also set {' and '.join(missing)}, or use python -m "
-            "decentral_jax.launch. To run it alone, unset the rest."
+            f"this process belongs to a job ({said}), but cannot find the other "
+            f"processes: also set {' and '.join(missing)}, or start it by python -m "
+            "decentral_jax.launch. To run it alone, set none of them."
         )
-    if not given:
-        return {}
-    if not 0 <= found["process_id"] < found["num_processes"]:
+    processes, rank = given["num_processes"], given["process_id"]
+    if not 0 <= rank < processes:
         raise ValueError(
-            f"process_id must be from 0 to {found['num_processes'] - 1}, got "
-            f"{found['process_id']}."
+            f"process_id must be from 0 to num_processes - 1 = {processes - 1}, got "
+            f"{rank}."
         )
     return {**options, **found, "cluster_detection_method": "deactivate"}
 

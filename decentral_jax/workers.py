@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import (
     AxisType,
@@ -323,7 +324,7 @@ def _compared(jitted: Any) -> Callable[..., Any]:
             program = jitted.lower(*args).as_text().encode()
             agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
             seen.add(key)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
             return jitted(*args)
         with calls(name):
             results = jitted(*args)
