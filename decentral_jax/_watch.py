@@ -70,9 +70,22 @@ calls = Calls()
 
 
 def meet(
-    address: str, bind: str | None, processes: int, rank: int, timeout: float
+    address: str,
+    bind: str | None,
+    processes: int,
+    rank: int,
+    wait: float,
+    timeout: float,
 ) -> "Watch":
     """Waits for all processes; must precede `jax.distributed.initialize`.
+
+    Args:
+      address: Host and port of process 0.
+      bind: Host and port at which process 0 listens; all its addresses if None.
+      processes: Number of processes.
+      rank: This process's number.
+      wait: Seconds to wait for the others now.
+      timeout: Seconds after which the watch gives a process up.
 
     Raises:
       ValueError: If two processes disagree about how many there are or who is who.
@@ -80,10 +93,10 @@ def meet(
     """
     host, port = _split(address)
     if rank:
-        sockets = {0: _join(host, port, processes, rank, timeout)}
+        sockets = {0: _join(host, port, processes, rank, wait)}
     else:
         bound = _split(bind) if bind else ("::", port)
-        sockets = _collect(*bound, processes, timeout)
+        sockets = _collect(*bound, processes, wait)
         host, port = bound
     for connection in sockets.values():
         connection.settimeout(timeout)
@@ -274,7 +287,8 @@ class Watch:
         sys.excepthook = excepthook
         # A forked child, such as a data loader's, must not hold connections open after
         # this process has died.
-        os.register_at_fork(after_in_child=self._close)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._close)
         if sys.platform == "linux":
             # When process 0 dies, JAX aborts the other processes at once, from a thread
             # of its own. `sleep`, called as a signal handler, holds that thread for 6
@@ -348,8 +362,14 @@ class Watch:
         with selectors.DefaultSelector() as selector:
             for rank, connection in list(self._sockets.items()):
                 selector.register(connection, selectors.EVENT_READ, rank)
-            due = time.monotonic()
+            due = last = time.monotonic()
             while not self.reason:
+                last, before = time.monotonic(), last
+                if last - before > 3 * beat + 1:
+                    # This process was stopped, maybe together with the others, whose
+                    # silence tells nothing then.
+                    self._seen = dict.fromkeys(self._seen, last)
+                    self._since = dict.fromkeys(self._since, last)
                 if time.monotonic() >= due:
                     due = time.monotonic() + beat
                     own = {**calls.state(), "ended": self._ended}
@@ -367,7 +387,7 @@ class Watch:
                         selector.unregister(key.fileobj)
                         self._tell(
                             f"process {rank} ended without an exception, as if it was "
-                            "killed or ran out of memory"
+                            "killed, ran out of memory or called os._exit"
                         )
                         break
                     *lines, rest[rank] = (rest[rank] + data).split(b"\n")

@@ -75,6 +75,7 @@ def initialize(timeout: float | None = None, **options: Any) -> None:
                 processes,
                 rank,
                 options.get("initialization_timeout", seconds),
+                seconds,
             )
         )
     # At the end processes wait for each other, too.
