@@ -301,6 +301,14 @@ run(ring if rank else ring.lazy(0.75), 4)
         r'process 0 has workers: {"workers": 2}, process 1 has workers: '
         r'{"workers": 4}',
     ),
+    "gathered trees": (
+        """
+dj.initialize()
+workers = dj.Workers(2)
+workers.gather((workers.shard(jnp.arange(2.0)),) * (rank + 1))
+""",
+        r'process 0 has gather: {"arrays": 1, .*, process 1 has gather: {"arrays": 2, ',
+    ),
     "versions": (
         "dj.__version__ += '.1' * rank; dj.initialize()",
         r'process 0 has versions: {"decentral_jax": "([\d.]+)", .*, process 1 has '
