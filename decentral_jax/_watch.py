@@ -404,6 +404,9 @@ class Watch:
                         )
                 if self.rank == 0:
                     self._judge()
+                if self._over.is_set():
+                    # From here on, connections close because processes end.
+                    return
         self._obey()
 
     def _await_coordinator(self) -> None:

@@ -184,18 +184,33 @@ def test_a_killed_launcher_leaves_nothing():
 
 
 @pytest.mark.parametrize("own_session", [False, True])
-def test_children_left_behind(own_session):
+def test_children_left_behind(capfd, own_session):
     """They hold the pipes open; those in a session of their own are left alone."""
-    seconds = "4.125" if own_session else "64.125"
     leave = f"""
 import subprocess
-subprocess.Popen(["sleep", "{seconds}"], start_new_session={own_session})
+print(subprocess.Popen(["sleep", "64.125"], start_new_session={own_session}).pid)
 """
     begin = time.monotonic()
     assert launch.run(code(leave), processes=2) == 0
-    assert time.monotonic() - begin < 3.5
-    assert own_session or left(f"sleep {seconds}") == ""
-    assert gone(f"sleep {seconds}")
+    assert time.monotonic() - begin < 40
+    children = [int(line.split()[1]) for line in capfd.readouterr().out.splitlines()]
+    assert len(children) == 2
+    if own_session:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    else:
+        assert left("sleep 64.125") == ""
+
+
+def test_children_that_do_not_listen(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 1.0)
+    leave = """
+import subprocess, time
+subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 65.125"])
+time.sleep(1)
+"""
+    assert launch.run(code(leave), processes=2) == 0
+    assert left("sleep 65.125") == ""
 
 
 def test_output_comes_in_pieces(tmp_path):
@@ -233,8 +248,8 @@ sys.exit(launch.run({code(member)!r}, 1))
         word: next(t for t, data in arrived if word in data)
         for word in (b"10%\r", b"ask: ", b"yes")
     }
-    assert when[b"yes"] - when[b"10%\r"] > 1.5
-    assert when[b"yes"] - when[b"ask: "] > 0.7
+    assert when[b"yes"] - when[b"10%\r"] > 1.0
+    assert when[b"yes"] - when[b"ask: "] > 0.3
 
 
 def test_members_do_not_mix(capfd):
@@ -316,7 +331,7 @@ workers.gather((workers.shard(jnp.arange(2.0)),) * (rank + 1))
     ),
     "a process that comes no more": (
         """
-dj.initialize(timeout=3)
+dj.initialize(timeout=3, initialization_timeout=60)
 if rank:
     time.sleep(15)
 else:
@@ -327,7 +342,7 @@ else:
     ),
     "the first process comes no more": (
         """
-dj.initialize(timeout=3)
+dj.initialize(timeout=3, initialization_timeout=60)
 if rank:
     dj.Workers(2)
 else:
@@ -391,7 +406,7 @@ def test_equal_processes_are_not_stopped(capfd):
 # Failures: every process ends in time, names the process and the reason
 
 
-def started(text, processes=2, timeout=3.0, ranks=None, numbers=None):
+def started(text, processes=2, timeout=4.0, ranks=None, numbers=None):
     """Exit codes and outputs of processes that nobody ends but themselves.
 
     `ranks` are those that start; `numbers` maps them to what they believe.
@@ -414,7 +429,7 @@ def started(text, processes=2, timeout=3.0, ranks=None, numbers=None):
             )
         )
     try:
-        outputs = [member.communicate(timeout=40)[0] for member in members]
+        outputs = [member.communicate(timeout=100)[0] for member in members]
     finally:
         for member in members:
             member.kill()
@@ -426,7 +441,7 @@ TRAIN = """
 import os, signal, sys, time
 import jax, numpy as np
 import decentral_jax as dj
-dj.initialize()
+dj.initialize(initialization_timeout=60)
 rank, n = jax.process_index(), jax.process_count()
 workers = dj.Workers(n)
 def mixed(x):
@@ -439,7 +454,7 @@ for t in range(%d):
         break
 print(workers.gather(x))
 """
-MISSED = "process {0} did not come within 3 seconds to call "
+MISSED = "process {0} did not come within 4 seconds to call "
 FAILURES = {
     "raises": (
         "raise ValueError('bad\\nrecord')",
@@ -474,7 +489,7 @@ def test_a_process_that(name, who):
     what, ends, reason = FAILURES[name]
     begin = time.monotonic()
     codes, outputs = started(TRAIN % (10**9, who, what), processes=3)
-    assert time.monotonic() - begin < 25
+    assert time.monotonic() - begin < 50
     expected = [1, 1, 1]
     expected[who] = ends
     assert codes == expected, outputs
@@ -489,11 +504,11 @@ def test_one_batch_less(who):
     codes, outputs = started(TRAIN % (6, who, "pass"))
     assert codes == [1, 1]
     for output in outputs:
-        assert re.search(r"process \d did not come within 3 seconds", output), output
+        assert re.search(r"process \d did not come within 4 seconds", output), output
 
 
 STOP = """import subprocess
-        wake = "import os, sys, time; time.sleep(8); os.kill(int(sys.argv[1]), 18)"
+        wake = "import os, sys, time; time.sleep(9); os.kill(int(sys.argv[1]), 18)"
         wake = [sys.executable, "-c", wake, str(os.getpid())]
         subprocess.Popen(wake, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.kill(os.getpid(), signal.SIGSTOP)"""
@@ -504,7 +519,7 @@ def test_a_stopped_process():
     text = f"""
 import os, signal, sys, time
 import decentral_jax as dj
-dj.initialize()
+dj.initialize(initialization_timeout=60)
 if os.environ["DECENTRAL_JAX_PROCESS_ID"] == "1":
     if True:
         {STOP}
@@ -529,14 +544,14 @@ def test_the_exit_code_is_passed_on(capfd):
         begin = time.monotonic()
         ended = launch.run(code(TRAIN % (10**9, 1, text)), processes=2)
         assert ended == expected
-        assert time.monotonic() - begin < 25
+        assert time.monotonic() - begin < 50
         assert "process 1 ended with" in capfd.readouterr().err
 
 
 def test_later_than_the_timeout():
     """A process may compute alone for long, if no other waits for it in a program."""
     codes, outputs = started(
-        TRAIN % (6, 9, "pass") + "if rank == 0: time.sleep(5)", timeout=2.0
+        TRAIN % (6, 9, "pass") + "if rank == 0: time.sleep(7)", timeout=3.0
     )
     assert codes == [0, 0], outputs
     assert "ends because" not in "".join(outputs)
@@ -557,8 +572,8 @@ except (TimeoutError, ValueError) as error:
 @pytest.mark.parametrize(
     ("ranks", "numbers", "message"),
     [
-        ([0, 2], {}, "TimeoutError process 1 did not come within 2 seconds"),
-        ([2], {}, "TimeoutError process 0 did not come within 2 seconds"),
+        ([0, 2], {}, "TimeoutError process 1 did not come within 4 seconds"),
+        ([2], {}, "TimeoutError process 0 did not come within 4 seconds"),
         ([0, 1, 2], {2: (3, 1)}, "ValueError two processes have the number 1"),
         (
             [0, 1],
@@ -568,7 +583,7 @@ except (TimeoutError, ValueError) as error:
     ],
 )
 def test_who_is_missing(ranks, numbers, message):
-    codes, outputs = started(MEET, 3, timeout=2.0, ranks=ranks, numbers=numbers)
+    codes, outputs = started(MEET, 3, timeout=4.0, ranks=ranks, numbers=numbers)
     assert codes == [0] * len(ranks), outputs
     for output in outputs:
         assert message in output
