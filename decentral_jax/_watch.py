@@ -364,12 +364,6 @@ class Watch:
                 selector.register(connection, selectors.EVENT_READ, rank)
             due = last = time.monotonic()
             while not self.reason:
-                last, before = time.monotonic(), last
-                if last - before > 3 * beat + 1:
-                    # This process was stopped, maybe together with the others, whose
-                    # silence tells nothing then.
-                    self._seen = dict.fromkeys(self._seen, last)
-                    self._since = dict.fromkeys(self._since, last)
                 if time.monotonic() >= due:
                     due = time.monotonic() + beat
                     own = {**calls.state(), "ended": self._ended}
@@ -395,6 +389,12 @@ class Watch:
                         self._note(rank, json.loads(line))
                 if self._over.is_set():
                     return
+                last, before = time.monotonic(), last
+                if last - before > 3 * beat + 1:
+                    # This process was stopped, maybe together with the others, whose
+                    # silence tells nothing then.
+                    self._seen = dict.fromkeys(self._seen, last)
+                    self._since = dict.fromkeys(self._since, last)
                 for rank, when in self._seen.items():
                     silent = time.monotonic() - when
                     if silent > self.timeout + 2 * beat:
