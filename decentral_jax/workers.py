@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import (
     AxisType,
@@ -24,6 +25,7 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from decentral_jax._watch import calls
 from decentral_jax.collectives import DEVICES, VIRTUAL, AxisName
 from decentral_jax.lockstep import check_lockstep
 from decentral_jax.processes import agree
@@ -234,16 +236,30 @@ class Workers:
 
         Returns:
           The tree of NumPy arrays; of typed PRNG keys, their `jax.random.key_data`.
+
+        Raises:
+          ValueError: If another process gathers another tree or runs something else.
+          TimeoutError: If another process does not come to this call in time.
         """
+
+        def is_elsewhere(x):
+            return isinstance(x, jax.Array) and not x.is_fully_addressable
 
         def fetch(x):
             if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
                 x = jax.random.key_data(x)
-            if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            if is_elsewhere(x):
                 return multihost_utils.process_allgather(x, tiled=True)
             return np.asarray(x)
 
-        return jax.tree.map(fetch, tree)
+        types = [str(jax.typeof(x)) for x in jax.tree.leaves(tree) if is_elsewhere(x)]
+        if not types:
+            return jax.tree.map(fetch, tree)
+        with calls("gather"):
+            # A process that gathers alone would wait forever.
+            digest = hashlib.sha256(str(types).encode()).hexdigest()[:12]
+            agree("gather", {"arrays": len(types), "digest": digest})
+            return jax.tree.map(fetch, tree)
 
     def spmd(
         self, fn: Callable, donate_argnums: int | Sequence[int] = ()
@@ -353,6 +369,7 @@ def _compared(jitted: Any) -> Callable[..., Any]:
     wait for each other forever.
     """
     seen = set()
+    name = getattr(jitted, "__name__", "function")
 
     @functools.wraps(jitted)
     def run(*args, **kwargs):
@@ -360,9 +377,13 @@ def _compared(jitted: Any) -> Callable[..., Any]:
         key = structure, *(jax.typeof(leaf) for leaf in leaves)
         if key not in seen:
             program = jitted.lower(*args, **kwargs).as_text().encode()
-            name = getattr(jitted, "__name__", "function")
             agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
             seen.add(key)
-        return jitted(*args, **kwargs)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return jitted(*args, **kwargs)
+        with calls(name):
+            results = jitted(*args, **kwargs)
+        calls.returned(results)
+        return results
 
     return run

@@ -290,7 +290,8 @@ def test_a_recorded_run_is_replayed(x64):
             yield row
 
     inner = dj.amsgrad(0.1, b2=0.9)
-    run = engine.run(gradient, jnp.asarray(START.tolist()), batches, inner, ticks, num_workers=n)
+    start = jnp.asarray(START.tolist())
+    run = engine.run(gradient, start, batches, inner, ticks, num_workers=n)
     assert run.trace is not None
     assert run.staleness_counts[1:].sum() > 0
     tx = dj.asynchronous(inner, run.trace)

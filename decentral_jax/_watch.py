@@ -1,0 +1,546 @@
+"""Watches the processes of a job, so that no process waits forever for another.
+
+JAX notices a lost process after minutes and then aborts the others without naming it.
+Here each process keeps one TCP connection to process 0. The connections are made on the
+coordinator's own address before JAX takes it over, so no further port is needed, and a
+process that does not start is a `TimeoutError` instead of an abort. Afterward a thread
+in each process sends a few bytes per second: what its process runs and how it ends.
+Process 0 decides whether the job is stuck and tells the others.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from typing import Any
+
+import jax
+
+# Seconds in which the process that failed ends before the others do, so that a launcher
+# sees its exit code first.
+HEAD_START = 1.0
+# Seconds that a process may take to end once the job has failed.
+GRACE = 10.0
+# Seconds after which a process that has ended can no longer be on its way.
+ENDED = 30.0
+
+
+class Calls:
+    """The calls that all processes make together, counted in this process."""
+
+    def __init__(self):
+        self.count = 0
+        self.name = ""
+        self._depth = 0
+        self._last: Any = lambda: None
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        """Counts one call, which lasts until the block ends."""
+        self.count, self.name, self._depth = self.count + 1, name, self._depth + 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def returned(self, results: Any) -> None:
+        """Remembers results, which JAX may still be computing."""
+        leaves = jax.tree.leaves(results)
+        if leaves and isinstance(leaves[-1], jax.Array):
+            self._last = weakref.ref(leaves[-1])
+
+    def state(self) -> dict[str, Any]:
+        last = self._last()
+        with contextlib.suppress(RuntimeError):  # Deleted, as donated arrays are.
+            waiting = self._depth > 0 or not (last is None or last.is_ready())
+            return {"count": self.count, "name": self.name, "waiting": waiting}
+        return {"count": self.count, "name": self.name, "waiting": False}
+
+
+calls = Calls()
+
+
+def meet(
+    address: str,
+    bind: str | None,
+    processes: int,
+    rank: int,
+    wait: float,
+    timeout: float,
+) -> "Watch":
+    """Waits for all processes; must precede `jax.distributed.initialize`.
+
+    Args:
+      address: Host and port of process 0.
+      bind: Host and port at which process 0 listens; all its addresses if None.
+      processes: Number of processes.
+      rank: This process's number.
+      wait: Seconds to wait for the others now.
+      timeout: Seconds after which the watch gives a process up.
+
+    Raises:
+      ValueError: If two processes disagree about how many there are or who is who.
+      TimeoutError: If a process does not come.
+    """
+    host, port = _split(address)
+    if rank:
+        sockets = {0: _join(host, port, processes, rank, wait)}
+    else:
+        bound = _split(bind) if bind else ("::", port)
+        sockets = _collect(*bound, processes, wait)
+        host, port = bound
+    for connection in sockets.values():
+        connection.settimeout(timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Watch(rank, processes, sockets, timeout, (host, port))
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _collect(
+    host: str, port: int, processes: int, timeout: float
+) -> dict[int, socket.socket]:
+    """Process 0: one connection per other process."""
+    deadline = time.monotonic() + timeout
+    found: dict[int, socket.socket] = {}
+    try:
+        with _server(host, port, processes) as server:
+            while len(found) < processes - 1:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    missing = sorted({*range(1, processes)} - found.keys())
+                    raise TimeoutError(
+                        f"{_listed(missing)} did not come within {timeout:g} seconds; "
+                        f"process 0 of {processes} waits at port {port}. See why it is "
+                        "late or gone, or pass a longer timeout."
+                    ) from None
+                # Whoever says something else, such as a port scanner, is turned away.
+                hello = _first_line(connection, 5.0)
+                if "rank" not in hello:
+                    connection.close()
+                    continue
+                rank = hello["rank"]
+                before = found.get(rank)
+                found[rank] = connection
+                if hello["processes"] != processes:
+                    raise ValueError(
+                        f"process 0 counts {processes} processes, process {rank} "
+                        f"counts {hello['processes']}: pass the same number to all."
+                    )
+                if before is not None and not _closed(before):
+                    found[-1] = before
+                    raise ValueError(
+                        f"two processes have the number {rank}: give each of the "
+                        f"{processes} processes its own, from 0 to {processes - 1}."
+                    )
+    except (TimeoutError, ValueError) as error:
+        for connection in found.values():
+            refusal = {"error": type(error).__name__, "message": str(error)}
+            with contextlib.suppress(OSError):
+                connection.sendall(_line(refusal))
+            connection.close()
+        raise
+    return found
+
+
+def _join(
+    host: str, port: int, processes: int, rank: int, timeout: float
+) -> socket.socket:
+    """Another process: its connection to process 0, once all processes are there."""
+    deadline = time.monotonic() + timeout
+    while True:
+        reason = "it closed the connection"
+        try:
+            connection = socket.create_connection((host, port), timeout=timeout)
+            connection.sendall(_line({"rank": rank, "processes": processes}))
+            # Process 0 waits for the others as long, and then says who is missing.
+            left = deadline - time.monotonic() + timeout + 5
+            answer = _first_line(connection, left)
+            if "go" in answer:
+                return connection
+            connection.close()
+            if "message" in answer:
+                kinds = {"TimeoutError": TimeoutError, "ValueError": ValueError}
+                raise kinds[answer["error"]](answer["message"])
+            if "other" in answer:
+                reason = "another program answers there"
+        except OSError as error:
+            if isinstance(error, TimeoutError) and "did not come" in str(error):
+                raise
+            reason = str(error)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"process 0 did not come within {timeout:g} seconds; process {rank} of "
+                f"{processes} looks for it at {host}:{port} ({reason}). See whether it "
+                "runs and the address is right, or pass a longer timeout."
+            )
+        time.sleep(0.05)
+
+
+def _server(host: str, port: int, processes: int) -> socket.socket:
+    if host in ("", "::"):
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("::", port),
+                family=socket.AF_INET6,
+                dualstack_ipv6=True,
+                backlog=processes,
+            )
+        host = "0.0.0.0"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=processes)
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _first_line(connection: socket.socket, timeout: float) -> dict[str, Any]:
+    """One message, byte by byte since more may follow; empty if there is none."""
+    deadline, line = time.monotonic() + timeout, b""
+    try:
+        while not line.endswith(b"\n") and len(line) < 4096:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            byte = connection.recv(1)
+            if not byte:
+                break
+            line += byte
+        message = json.loads(line)
+        return message if isinstance(message, dict) else {"other": True}
+    except OSError:
+        return {}
+    except ValueError:
+        return {"other": True} if line else {}
+
+
+def _closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.setblocking(True)
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + ", ..." * (len(ranks) > 8)
+    return f"process{'es' * (len(ranks) > 1)} {shown}"
+
+
+class Watch:
+    """One process's view of the others."""
+
+    def __init__(
+        self,
+        rank: int,
+        processes: int,
+        sockets: dict[int, socket.socket],
+        timeout: float,
+        coordinator: tuple[str, int],
+    ):
+        self.rank, self.processes = rank, processes
+        self.timeout = timeout
+        self._sockets = sockets
+        self._coordinator = coordinator
+        self._lock = threading.Lock()
+        # What each process last said, and since when it says so.
+        self._said: dict[int, dict[str, Any]] = {}
+        self._since: dict[int, float] = {}
+        # When each last sent anything, to tell one that is stopped or cut off.
+        self._seen: dict[int, float] = {}
+        self._ended = False
+        self._over = threading.Event()
+        self._heard = threading.Event()
+        self._own_failure = self._explained = False
+        self.reason = ""
+        self._thread = threading.Thread(
+            target=self._run, name="decentral_jax watch", daemon=True
+        )
+
+    def start(self) -> None:
+        hook = sys.excepthook
+
+        def excepthook(kind, error, trace):
+            # At a prompt, the process goes on after an exception.
+            if not hasattr(sys, "ps1"):
+                self.fail(kind, error)
+            hook(kind, error, trace)
+            self._explain()
+
+        sys.excepthook = excepthook
+        # A forked child, such as a data loader's, must not hold connections open after
+        # this process has died.
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._close)
+        if sys.platform == "linux":
+            # When process 0 dies, JAX aborts the other processes at once, from a thread
+            # of its own. `sleep`, called as a signal handler, holds that thread for 6
+            # seconds (SIGABRT's number), in which the watch names what happened.
+            libc = ctypes.CDLL(None)
+            libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+            libc.signal.restype = ctypes.c_void_p
+            sleep = ctypes.cast(libc.sleep, ctypes.c_void_p)
+            libc.signal(int(signal.SIGABRT), sleep)
+        self._thread.start()
+
+    def fail(self, kind: type[BaseException], error: BaseException | None) -> None:
+        """Tells the others that this process raises."""
+        text = " ".join(str(error).split())
+        text = text if len(text) < 500 else text[:500] + "..."
+        # An exception such as "Gloo: connection closed by peer" follows from another
+        # process's end, of which the watch hears in a moment.
+        self._heard.wait(0.5)
+        self._own_failure = not self.reason
+        self._tell(
+            f"process {self.rank} raised {kind.__name__}{': ' * bool(text)}{text}"
+        )
+
+    def leave(self) -> None:
+        """At exit: waits until all processes end, or the job has failed."""
+        failed = True
+        try:
+            if not self.reason and self._thread.is_alive():
+                self._ended = True
+                if self.rank:
+                    self._send(0, {**calls.state(), "ended": True})
+                self._over.wait()
+            failed = bool(self.reason)
+            self._explain()
+            if failed and self.rank == 0:
+                # The others end first: the coordinator's end would abort them.
+                deadline = time.monotonic() + 3 * HEAD_START
+                while self._sockets and time.monotonic() < deadline:
+                    for rank, connection in list(self._sockets.items()):
+                        if _drained(connection):
+                            del self._sockets[rank]
+                    time.sleep(0.05)
+        finally:
+            if failed:
+                _abandon()
+
+    def _close(self) -> None:
+        for connection in self._sockets.values():
+            connection.close()
+        self._sockets = {}
+
+    def _send(self, rank: int, message: dict[str, Any]) -> None:
+        with self._lock, contextlib.suppress(OSError, KeyError):
+            self._sockets[rank].sendall(_line(message))
+
+    def _tell(self, reason: str) -> None:
+        """The job has failed: the first reason counts."""
+        if self.reason:
+            return
+        self.reason = reason
+        self._heard.set()
+        for rank in list(self._sockets):
+            self._send(rank, {"failed": reason})
+
+    def _run(self) -> None:
+        if self.rank == 0:
+            self._await_coordinator()
+        beat = min(1.0, self.timeout / 5)
+        self._seen = dict.fromkeys(self._sockets, time.monotonic())
+        rest = dict.fromkeys(self._sockets, b"")
+        with selectors.DefaultSelector() as selector:
+            for rank, connection in list(self._sockets.items()):
+                selector.register(connection, selectors.EVENT_READ, rank)
+            due = last = time.monotonic()
+            while not self.reason:
+                if time.monotonic() >= due:
+                    due = time.monotonic() + beat
+                    own = {**calls.state(), "ended": self._ended}
+                    self._note(self.rank, own)
+                    for rank in list(self._sockets):
+                        self._send(rank, own)
+                for key, _ in selector.select(min(beat, 0.2)):
+                    rank = key.data
+                    self._seen[rank] = time.monotonic()
+                    try:
+                        data = self._sockets[rank].recv(65536)
+                    except (OSError, KeyError):
+                        data = b""
+                    if not data:
+                        selector.unregister(key.fileobj)
+                        self._tell(
+                            f"process {rank} ended without an exception, as if it was "
+                            "killed, ran out of memory or called os._exit"
+                        )
+                        break
+                    *lines, rest[rank] = (rest[rank] + data).split(b"\n")
+                    for line in lines:
+                        self._note(rank, json.loads(line))
+                if self._over.is_set():
+                    return
+                last, before = time.monotonic(), last
+                if last - before > 3 * beat + 1:
+                    # This process was stopped, maybe together with the others, whose
+                    # silence tells nothing then.
+                    self._seen = dict.fromkeys(self._seen, last)
+                    self._since = dict.fromkeys(self._since, last)
+                for rank, when in self._seen.items():
+                    silent = time.monotonic() - when
+                    if silent > self.timeout + 2 * beat:
+                        self._tell(
+                            f"process {rank} has not been heard from for {silent:.0f} "
+                            "seconds: it is stopped, or the network to it is down"
+                        )
+                if self.rank == 0:
+                    self._judge()
+                if self._over.is_set():
+                    # From here on, connections close because processes end.
+                    return
+        self._obey()
+
+    def _await_coordinator(self) -> None:
+        """Process 0 lets the others go on once JAX listens, to spare them a retry."""
+        host, port = self._coordinator
+        host = {"::": "localhost", "0.0.0.0": "127.0.0.1", "": "localhost"}.get(
+            host, host
+        )
+        deadline = time.monotonic() + min(10.0, self.timeout)
+        while time.monotonic() < deadline and not self.reason:
+            with contextlib.suppress(OSError):
+                socket.create_connection((host, port), timeout=1).close()
+                break
+            time.sleep(0.01)
+        for rank in list(self._sockets):
+            self._send(rank, {"go": True})
+
+    def _note(self, rank: int, message: dict[str, Any]) -> None:
+        if "failed" in message:
+            if self.rank == 0:
+                self._tell(message["failed"])
+            self.reason = self.reason or message["failed"]
+            self._heard.set()
+        elif "over" in message:
+            self._over.set()
+        elif self._said.get(rank) != message:
+            self._said[rank] = message
+            self._since[rank] = time.monotonic()
+
+    def _judge(self) -> None:
+        """Process 0: whether all have ended, or one waits for another in vain."""
+        said, now = dict(self._said), time.monotonic()
+        if len(said) == self.processes and all(s["ended"] for s in said.values()):
+            for rank in list(self._sockets):
+                self._send(rank, {"over": True})
+            self._over.set()
+            return
+        for waits, a in said.items():
+            if not a["waiting"]:
+                continue
+            for other, b in said.items():
+                limit = min(self.timeout, ENDED) if b["ended"] else self.timeout
+                if min(now - self._since[waits], now - self._since[other]) < limit:
+                    continue
+                last = f"call {b['count']} ({b['name']})" if b["count"] else "no call"
+                late = (
+                    f"process {other} did not come within {limit:g} seconds to call "
+                    f"{a['count']} ({a['name']}), in which process {waits} waits; "
+                    f"process {other}"
+                )
+                if b["count"] < a["count"] and not b["waiting"]:
+                    how = "ended" if b["ended"] else "is elsewhere"
+                    if now - self._seen.get(other, now) > self.timeout / 2:
+                        how = "no longer answers"
+                    self._tell(f"{late} {how} after {last}")
+                elif b["count"] == a["count"] and b["name"] != a["name"]:
+                    self._tell(f"{late} waits in {last}")
+
+    def _explain(self) -> None:
+        """Says once why this process ends, if another one is the reason."""
+        with self._lock:
+            if self._own_failure or self._explained or not self.reason:
+                return
+            self._explained = True
+        reason = self.reason.removesuffix(".")
+        text = f"decentral_jax: process {self.rank} ends because {reason}.\n"
+        # Not through `sys.stderr`, whose lock the main thread may hold.
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
+
+    def _obey(self) -> None:
+        """Ends this process, since the job has failed."""
+        if self._own_failure:
+            time.sleep(GRACE)
+            os._exit(1)
+        # Process 0 ends last, since the coordinator's end would abort the others.
+        time.sleep(0.0 if self._ended else HEAD_START * (1 + 0.5 * (self.rank == 0)))
+        self._explain()
+        if self._ended:
+            # The main thread is at its end and keeps its own exit code.
+            self._over.set()
+            time.sleep(GRACE)
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(1)
+
+
+def _drained(connection: socket.socket) -> bool:
+    """Whether the other side has closed, whatever it sent before."""
+    connection.setblocking(False)
+    try:
+        while connection.recv(65536):
+            pass
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _abandon() -> None:
+    """Lets this process exit without JAX's barrier, which waits for all processes."""
+    from jax._src import api, dispatch, xla_bridge
+    from jax._src.distributed import global_state
+
+    atexit.unregister(api.clean_up)
+    atexit.unregister(dispatch.wait_for_tokens)
+    # Their destructors would wait, too.
+    state: Any = global_state
+    parts = state.client, state.service, state.preemption_sync_manager
+    for kept in (*parts, *getattr(xla_bridge, "_backends", {}).values()):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    # If Python's own finalization hangs; works without the interpreter.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    faulthandler.dump_traceback_later(GRACE, exit=True, file=nowhere)
+    # glibc passes the exit code to such handlers: `_exit(code)` ends the process before
+    # the destructors of C++ libraries, which wait for their threads.
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "on_exit"):
+        libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
+
+
+_watch: Watch | None = None
+
+
+def begin(watch: Watch) -> None:
+    """Starts the one watch of this process."""
+    global _watch
+    _watch = watch
+    watch.start()
+
+
+@atexit.register
+def _leave() -> None:
+    # Registered after JAX's own handler, by the import above, so called before it.
+    if _watch is not None:
+        _watch.leave()
