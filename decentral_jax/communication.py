@@ -206,9 +206,9 @@ def _first(x: Any, dims: int) -> Any:
 
 def _canonical(x: Any) -> Any:
     """A leaf in the dtype that JAX gives it, without a warning."""
-    dtype = getattr(x, "dtype", None)
     if not isinstance(x, (np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return x
+    dtype = x.dtype
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return x
     canonical = jax.dtypes.canonicalize_dtype(dtype)
