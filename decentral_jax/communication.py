@@ -49,6 +49,22 @@ KINDS = {
 UNCHANGED = ("pmax", "pmin", "pvary", "optimization_barrier")
 
 
+# Name an axis, but send nothing along it.
+SENDS_NOTHING = (
+    "axis_index",
+    "pvary",
+    "pcast",
+    "reshard",
+    "core_call",
+    "xla_pmap",
+    "vary_unreduced_cast",
+    "reduced_vary_cast",
+)
+
+# Parameters in which primitives name their axes.
+AXIS_PARAMS = ("axes", "axis_name", "axis_names", "named_axes")
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """Collectives of one kind over one axis.
@@ -88,10 +104,13 @@ class CommunicationCost:
       collectives: One entry a kind and axis.
       is_exact: False if a `while` loop or a branch depends on values that are not known
         before running; then a loop is counted once and the heavier branch is taken.
+        Also False if there are collectives in `unlisted`.
+      unlisted: Names of collectives whose cost is not known. They count as 0 bytes.
     """
 
     collectives: tuple[Collective, ...]
     is_exact: bool
+    unlisted: tuple[str, ...] = ()
 
     @property
     def bytes_sent(self) -> float:
@@ -111,6 +130,8 @@ class CommunicationCost:
         ]
         total = f"{'total':<32}{self.count:>7}{self.bytes_sent:>16,.0f}"
         note = [] if self.is_exact else ["(an upper branch, or a loop counted once)"]
+        if self.unlisted:
+            note = [f"(not exact; not counted: {', '.join(self.unlisted)})"]
         return "\n".join([head, *rows, total, *note])
 
 
@@ -158,7 +179,8 @@ def communication_cost(
         args = jax.tree.map(lambda x: _first(x, dims), args)
     if axis_sizes:
         fn = on_abstract_devices(fn, axis_sizes)
-    jaxpr = jax.make_jaxpr(fn)(*args)
+    # As types that JAX has: it would warn of int64 arrays, which a call takes silently.
+    jaxpr = jax.make_jaxpr(fn)(*jax.tree.map(_canonical, args))
     walk = _Walk()
     known = [_known_integer(leaf) for leaf in jax.tree.leaves(args)]
     found = list(walk(jaxpr.jaxpr, jaxpr.consts, known, {}))
@@ -167,7 +189,8 @@ def communication_cost(
         key = new.kind, new.axis
         merged[key] = merged[key].plus(new) if key in merged else new
     entries = tuple(entry for _, entry in sorted(merged.items()))
-    return CommunicationCost(entries, walk.is_exact)
+    unlisted = tuple(sorted(walk.unlisted))
+    return CommunicationCost(entries, walk.is_exact and not unlisted, unlisted)
 
 
 def _first(x: Any, dims: int) -> Any:
@@ -179,6 +202,21 @@ def _first(x: Any, dims: int) -> Any:
     if concrete and not shape and _is_discrete(x.dtype):
         return np.asarray(x)[(0,) * dims]
     return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+def _canonical(x: Any) -> Any:
+    """A leaf in the dtype that JAX gives it, without a warning."""
+    if not isinstance(x, (np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        return x
+    dtype = x.dtype
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return x
+    canonical = jax.dtypes.canonicalize_dtype(dtype)
+    if canonical == dtype:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, canonical, sharding=x.sharding)
+    return np.asarray(x).astype(canonical)
 
 
 def on_abstract_devices(fn: Callable, axis_sizes: Mapping[str, int]) -> Callable:
@@ -214,6 +252,7 @@ class _Walk:
 
     def __init__(self):
         self.is_exact = True
+        self.unlisted: set[str] = set()  # collectives of unknown cost
 
     def __call__(self, jaxpr, consts, args, sizes) -> Walked:
         known = dict(zip(jaxpr.constvars, map(_known_integer, consts), strict=True))
@@ -249,6 +288,8 @@ class _Walk:
                 self.is_exact = self.is_exact and not found
                 yield from found
             elif name not in KINDS:
+                if is_unlisted(eqn, sizes):
+                    self.unlisted.add(name)
                 inner_sizes = sizes
                 if "mesh" in eqn.params:
                     inner_sizes = {**sizes, **eqn.params["mesh"].shape}
@@ -296,6 +337,26 @@ def _sent(eqn, sizes) -> Iterator[Collective]:
     for atom in eqn.invars:
         sent = SENT[kind](atom.aval.size * atom.aval.dtype.itemsize, n)
         yield Collective(kind, ",".join(axes), 1, sent, pairs)
+
+
+def is_unlisted(eqn, sizes) -> bool:
+    """Whether an equation that is not listed uses a mesh axis by name, and sends."""
+    if eqn.primitive.name in SENDS_NOTHING or "mesh" in eqn.params:
+        return False
+    if any(True for _ in inner_programs(eqn)):
+        return False  # what it calls is walked
+    named = {
+        axis
+        for key in AXIS_PARAMS
+        for value in [eqn.params.get(key, ())]
+        for axis in (value if isinstance(value, (tuple, list)) else (value,))
+        if isinstance(axis, str)
+    }
+    # Primitives that name their axis otherwise tell it by their effects.
+    for effect in eqn.effects:
+        if isinstance(name := getattr(effect, "name", None), str):
+            named.add(name)
+    return any(sizes.get(axis, 1) > 1 for axis in named)
 
 
 def inner_programs(eqn) -> Iterator[tuple[Any, Any]]:

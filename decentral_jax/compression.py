@@ -70,6 +70,8 @@ class RandomBlock(Selection):
 
     def compress(self, key, x):
         """The block."""
+        if not x.size:
+            return x.reshape(-1)
         start, size = self._block(key, x)
         flat = x.reshape(-1)
         if 2 * size > flat.size:
@@ -79,6 +81,8 @@ class RandomBlock(Selection):
 
     def replace(self, key, x, payload):
         """`x` with another block."""
+        if not x.size:
+            return x
         start, size = self._block(key, x)
         # All that reads `x` comes first: then it need not be copied.
         flat, payload = lax.optimization_barrier((x.reshape(-1), payload))
@@ -94,10 +98,14 @@ class RandomBlock(Selection):
 
     def mask(self, key, x):
         """Whether an entry lies in the block."""
+        if not x.size:
+            return jnp.zeros(x.shape, bool)
         return self._position(key, x) < _share(x.size, self.ratio)
 
     def decompress(self, key, payload, like):
         """The block, zero elsewhere; one pass, fused with what uses it."""
+        if not math.prod(like.shape):
+            return jnp.zeros(like.shape, like.dtype)
         position = self._position(key, like)
         entries = payload[jnp.minimum(position, payload.size - 1)]
         return jnp.where(position < payload.size, entries, jnp.zeros_like(entries))
@@ -170,6 +178,8 @@ class RandomK(Selection):
 
     def _positions(self, key, x):
         size = _share(x.size, self.ratio)
+        if not size:
+            return jnp.zeros(0, jnp.int32)
         return jax.random.choice(key, x.size, (size,), replace=False)
 
 
@@ -186,6 +196,8 @@ class TopK(Compressor):
         """Values and their positions."""
         del key
         k = self.k if self.k is not None else _share(x.size, self.ratio)
+        if not x.size:
+            k = 0
         if k > x.size:
             raise ValueError(
                 f"k={k} must be at most the leaf's size, got a leaf of shape {x.shape} "
@@ -213,7 +225,9 @@ class Sign(Compressor):
     def compress(self, key, x):
         """Bits, eight to a byte, and the scale."""
         del key
-        return jnp.packbits(x.reshape(-1) >= 0), jnp.mean(jnp.abs(x))
+        # The scale of a leaf without entries is zero, not NaN.
+        scale = jnp.mean(jnp.abs(x)) if x.size else jnp.zeros([], x.dtype)
+        return jnp.packbits(x.reshape(-1) >= 0), scale
 
     def decompress(self, key, payload, like):
         """Plus or minus the scale."""
@@ -233,7 +247,7 @@ class Quantize(Compressor):
 
     def compress(self, key, x):
         """Bit planes, eight entries to a byte, and the scale."""
-        scale = jnp.max(jnp.abs(x))
+        scale = jnp.max(jnp.abs(x), initial=0)
         top = 2**self.bits - 1
         wide = widened(x.dtype)
         safe = jnp.where(scale > 0, scale, 1).astype(wide)
@@ -528,6 +542,6 @@ def _ratio(ratio: Any) -> float:
 
 
 def _share(size: int, ratio: float | None) -> int:
-    """Entries that travel out of `size`: at least one."""
+    """Entries that travel out of `size`: at least one, unless there is none."""
     assert ratio is not None
     return math.ceil(size / ratio)

@@ -87,8 +87,10 @@ def guard_gradients() -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del params, extra_args
-        finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(updates)])
-        good = finite.all()
+        leaves = jax.tree.leaves(updates)
+        if not leaves:  # nothing to refuse, as where optax.masked leaves all out
+            return updates, state
+        good = jnp.stack([jnp.isfinite(g).all() for g in leaves]).all()
         updates = jax.tree.map(lambda g: jnp.where(good, g, jnp.zeros_like(g)), updates)
         refused = jnp.where(good, state.refused, optax.safe_increment(state.refused))
         return updates, GuardState(refused)

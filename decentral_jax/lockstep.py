@@ -21,6 +21,7 @@ from decentral_jax.collectives import equal_on_all_workers
 from decentral_jax.communication import (
     KINDS,
     inner_programs,
+    is_unlisted,
     on_abstract_devices,
 )
 
@@ -111,7 +112,7 @@ def check_lockstep(
     except Exception:
         # The function's own error comes, with less around it, when it is compiled.
         return
-    reader = _Reader(tuple(name for name, size in sizes.items() if size > 1))
+    reader = _Reader(sizes)
     origins = [
         _Origin(False, *[frozenset([] if leaf.shape else [i])] * 2)
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool
@@ -138,8 +139,9 @@ class _Reader:
       deciding: The counters that decide about collectives, by their position.
     """
 
-    def __init__(self, axes: tuple[str, ...]):
-        self._axes = axes
+    def __init__(self, sizes: Mapping[str, int]):
+        self._sizes = sizes
+        self._axes = tuple(name for name, size in sizes.items() if size > 1)
         self.deciding: set[int] = set()
 
     def __call__(self, jaxpr: Any, args: list[_Origin]) -> list[_Origin]:
@@ -256,6 +258,7 @@ class _Reader:
 
         return any(
             (equation.primitive.name in KINDS and set(axes(equation)) & set(self._axes))
+            or is_unlisted(equation, self._sizes)
             or any(self._communicates(inner) for inner, _ in inner_programs(equation))
             for equation in jaxpr.eqns
         )

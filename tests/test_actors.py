@@ -6,7 +6,10 @@ All of it talks over loopback. `DECENTRAL_JAX_KILLS=20` kills in twenty runs.
 import collections
 import itertools
 import os
+import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +36,12 @@ def ray():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield ray
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def no_cluster(ray):
+    """Ray is started by the engine; these tests come before those of the cluster."""
+    assert not ray.is_initialized()
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +128,121 @@ def test_failures(tmp_path):
     assert_replayed(result)
     assert sorted(worker for worker, _ in result.replaced) == [1, 2]
     assert result.trace.staleness.max() <= 4
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_generator_that_raises(tmp_path):
+    """It is made anew in its process: no batch is lost."""
+
+    def batches(worker):
+        for index in range(10):
+            if (worker, index) == (1, 3) and not (tmp_path / "raised").exists():
+                (tmp_path / "raised").touch()
+                raise OSError("no disk")
+            yield target(worker, index)
+
+    result = engine.run(
+        gradient,
+        np.zeros(3, np.float32),
+        batches,
+        optax.sgd(RATE),
+        20,
+        num_workers=2,
+        actors={"num_cpus": 0.5},
+    )
+    assert [worker for worker, _ in result.replaced] == [1]
+    np.testing.assert_array_equal(np.bincount(result.trace.workers), [10, 10])
+    assert_replayed(result)
+
+
+def listening(pid):
+    """Addresses on which a process and its descendants accept TCP connections."""
+    ps = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True)
+    parents = dict(map(int, line.split()) for line in ps.stdout.splitlines())
+    family = {pid}
+    while more := {p for p, parent in parents.items() if parent in family} - family:
+        family |= more
+    ss = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True)
+    return {
+        line.split()[3]: line.split()[-1]
+        for line in ss.stdout.splitlines()
+        if family & {int(p) for p in re.findall(r"pid=(\d+)", line)}
+    }
+
+
+@pytest.mark.usefixtures("no_cluster")
+@pytest.mark.skipif(not shutil.which("ss"), reason="needs ss of iproute2")
+def test_loopback_only_and_an_interrupt():
+    """No process of Ray listens elsewhere, and Ctrl-C does not wait for a busy one."""
+
+    def batches(worker):
+        for index in itertools.count():
+            if (worker, index) == (1, 2):
+                time.sleep(300)
+            yield target(worker, index)
+
+    found, began = {}, []
+
+    def on_progress(progress):
+        if progress.applied == 10:
+            found.update(listening(os.getpid()))
+            began.append(time.monotonic())
+            timer = threading.Timer(
+                0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)
+            )
+            timer.start()
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(
+            gradient,
+            np.zeros(3, np.float32),
+            batches,
+            optax.sgd(RATE),
+            10**8,
+            num_workers=2,
+            actors={"num_cpus": 0.1},
+            on_progress=on_progress,
+        )
+    assert time.monotonic() - began[0] < 10  # Ray's own shutdown included
+    addresses = [address.rsplit(":", 1)[0] for address in found]
+    assert {"gcs_server", "raylet"} <= {
+        name for user in found.values() for name in re.findall(r'"([^"]+)"', user)
+    }
+    assert set(addresses) <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}, found
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_ray_elsewhere_is_stopped(ray, monkeypatch):
+    """Should Ray not start on loopback, it does not stay."""
+    monkeypatch.setattr(
+        "ray._private.services.resolve_ip_for_localhost", lambda _: "127.0.0.2"
+    )
+    with pytest.raises(RuntimeError, match=r"started on 127.0.0.2 instead"):
+        engine.run(
+            gradient,
+            np.zeros(3),
+            target,
+            optax.sgd(RATE),
+            9,
+            num_workers=1,
+            actors={},
+        )
+    assert not ray.is_initialized()
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_ray_is_stopped_after_bad_options(ray):
+    with pytest.raises(ValueError, match="no_such_option"):
+        engine.run(
+            gradient,
+            np.zeros(3),
+            target,
+            optax.sgd(RATE),
+            9,
+            num_workers=1,
+            actors={"no_such_option": 1},
+        )
+    assert not ray.is_initialized()
 
 
 def test_two_nodes(ray, cluster, tmp_path):

@@ -1,6 +1,7 @@
 """Traffic read off the traced program equals the formulas in the docstrings."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -345,3 +346,67 @@ def test_the_table(capsys):
     print(cost(heavy_or_light, jax.ShapeDtypeStruct((), jnp.int32), X))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "(an upper branch, or a loop counted once)"
+
+
+def _primitive(name):
+    primitive = jax.extend.core.Primitive(name)
+    primitive.def_abstract_eval(lambda x, **params: x)
+    return primitive
+
+
+def _ragged(x):
+    zero, one = jnp.array([0, 1], jnp.int32), jnp.ones(2, jnp.int32)
+    return jax.lax.ragged_all_to_all(
+        x, jnp.zeros(2), zero, one, zero, one, axis_name="workers"
+    )
+
+
+UNLISTED = {"ragged_all_to_all": _ragged} | {
+    f"by_{key}": lambda x, key=key, axes=axes: _primitive(f"by_{key}").bind(
+        x, **{key: axes}
+    )
+    for key, axes in {"axis_name": "workers", "axes": ("workers",)}.items()
+}
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_unlisted_collectives_are_named(name):
+    """Of unknown cost: the answer is not exact, and says why."""
+
+    def step(x):
+        return jax.lax.fori_loop(0, 2, lambda _, x: UNLISTED[name](x), x)
+
+    for fn in (UNLISTED[name], step):
+        cost = dj.communication_cost(fn, jnp.zeros(2), axis_sizes={"workers": 2})
+        assert not cost.is_exact
+        assert cost.unlisted == (name,)
+        assert f"not counted: {name}" in str(cost)
+        alone = dj.communication_cost(fn, jnp.zeros(2), axis_sizes={"workers": 1})
+        assert alone.is_exact
+
+
+def test_what_sends_nothing_is_exact():
+    def step(x):
+        return x + jax.lax.axis_index("workers").astype(x.dtype) + x.sum(0)
+
+    cost = dj.communication_cost(step, jnp.zeros(2), axis_sizes={"workers": 2})
+    assert (cost.is_exact, cost.count, cost.unlisted) == (True, 0, ())
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
+def test_wide_arguments_are_taken_silently(dtype):
+    """As a call takes them: warnings are errors here."""
+    workers = dj.Workers(4)
+    step = workers.spmd(lambda y: dj.average(y.astype(jnp.float32)))
+    labels = np.zeros((4, 6), dtype)
+    assert dj.communication_cost(step, labels).bytes_sent == 2 * 24 * 3 / 4
+    counts = np.zeros(4, dtype)
+    assert dj.communication_cost(step, counts).bytes_sent == 2 * 4 * 3 / 4
+
+    def alone(y):
+        return dj.average(y.astype(jnp.float32))
+
+    shape = jax.ShapeDtypeStruct((6,), dtype)
+    for arg in (labels[0], shape, dtype(3)):
+        cost = dj.communication_cost(alone, arg, axis_sizes={"workers": 4})
+        assert cost.bytes_sent == 2 * 4 * np.size(arg) * 3 / 4

@@ -436,3 +436,29 @@ def test_another_seed_selects_other_entries():
 
     np.testing.assert_array_equal(sent(3), sent(3))
     assert not np.array_equal(sent(3), sent(4))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        dj.compression.random_block(4),
+        dj.compression.random_k(4),
+        dj.compression.top_k(ratio=4),
+        dj.compression.top_k(k=1),
+        dj.compression.sign(),
+        dj.compression.quantize(4),
+        dj.compression.cast("bfloat16"),
+        dj.compression.identity(),
+    ],
+    ids=repr,
+)
+def test_leaves_without_entries(compressor, shape):
+    x, key = jnp.zeros(shape), jax.random.key(0)
+    payload = compressor.compress(key, x)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(payload))
+    back = compressor.decompress(key, payload, x)
+    assert (back.shape, back.dtype) == (x.shape, x.dtype)
+    if hasattr(compressor, "mask"):
+        assert compressor.mask(key, x).shape == shape
+        assert compressor.replace(key, x, payload).shape == shape

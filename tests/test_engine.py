@@ -317,8 +317,62 @@ def test_an_exiting_worker():
         yield target(worker, 0)
         raise SystemExit
 
-    with pytest.raises(ValueError, match="after 2 were applied"):
+    with pytest.raises(RuntimeError, match="failed with SystemExit after max_failures"):
         start(batches=batches, num_gradients=9, num_workers=2)
+
+
+@pytest.mark.parametrize("draw", [0, 3])
+@pytest.mark.parametrize("wrap", [iter, functools.partial(map, np.copy)])
+def test_a_generator_that_raises(draw, wrap):
+    """It is made anew: the batch that raised is retried, and none is lost."""
+    raised = []
+
+    def batches(worker):
+        for index in range(20):
+            if worker == 1 and index == draw and len(raised) < 2:
+                raised.append(index)
+                raise OSError("no disk")
+            yield target(worker, index)
+
+    result = start(
+        batches=lambda worker: wrap(batches(worker)),
+        num_gradients=40,
+        num_workers=2,
+    )
+    assert [worker for worker, _ in result.replaced] == [1, 1]
+    for worker in range(2):
+        drawn = result.batch_indices[result.trace.workers == worker]
+        np.testing.assert_array_equal(drawn, np.arange(20))
+    np.testing.assert_allclose(result.params, replayed(result), rtol=1e-5)
+
+
+def test_a_generator_that_cannot_be_made_anew():
+    """A finished generator is reported; it is no end of the data."""
+
+    def batches(worker):
+        yield target(worker, 0)
+        raise OSError("no disk")
+
+    generators = [batches(0), endless(1)]
+    with pytest.raises(RuntimeError, match="worker 0 failed") as caught:
+        start(batches=generators.__getitem__, num_gradients=10**6, num_workers=2)
+    assert "return a new iterator" in str(caught.value.__cause__)
+
+
+def test_batches_that_are_shorter_when_made_anew():
+    calls = []
+
+    def batches(worker):
+        calls.append(worker)
+        if len(calls) > 1:
+            return
+        for index in range(3):
+            yield target(worker, index)
+        raise OSError("no disk")
+
+    with pytest.raises(RuntimeError, match="worker 0 failed") as caught:
+        start(batches=batches, num_gradients=10, num_workers=1)
+    assert "but 3 had been drawn" in str(caught.value.__cause__)
 
 
 def test_gradients_that_are_not_finite(caplog):
@@ -483,6 +537,32 @@ def test_interrupt():
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_does_not_wait_for_busy_workers(error):
+    """The caller gets it within about a second, whatever the timeout."""
+    wake = threading.Event()
+
+    def batches(worker):
+        yield target(worker, 0)
+        while worker == 0 or wake.wait(30):
+            yield target(worker, 1)
+
+    def on_progress(progress):
+        if progress.applied == 5:
+            began.append(time.monotonic())
+            raise error
+
+    began = []
+    with pytest.raises(error):
+        start(
+            batches=batches, num_gradients=10**6, num_workers=2, on_progress=on_progress
+        )
+    assert time.monotonic() - began[0] < 3
+    wake.set()
+    for thread in threads():
+        thread.join(5)
 
 
 def test_busy_workers_are_joined():

@@ -316,3 +316,14 @@ def test_an_order_of_all_workers_needs_all():
 
     with pytest.raises(ValueError, match="d_grab cannot leave workers out"):
         jax.eval_shape(jax.vmap(worker, axis_name="workers"), jnp.ones((2, 2, 3)))
+
+
+def test_guard_gradients_of_no_leaves():
+    """As where `optax.masked` leaves all of them out."""
+    tx = dj.guard_gradients()
+    gradients = {"a": jnp.ones(2)}
+    masked = optax.masked(tx, {"a": False})
+    updates, _ = masked.update(gradients, masked.init(gradients))
+    np.testing.assert_array_equal(updates["a"], 1)
+    state = tx.init({})
+    assert tx.update({}, state) == ({}, state)

@@ -318,6 +318,43 @@ def test_from_matrix_accepts_float32_lists_and_tables(as_array):
     assert topology.is_symmetric
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "topology",
+    [T.ring(2), T.ring(4), T.star(9), T.exponential(6), T.erdos_renyi(40, 0.2, 0)],
+    ids=repr,
+)
+def test_near_sums_are_corrected(topology, dtype):
+    """Else the mean would drift: by 9.7 % in 1e5 rounds at the tolerance."""
+    exact = topology.matrix
+    noise = np.random.default_rng(0).uniform(-1e-7, 1e-7, exact.shape)
+    for scale in (1, 1 + 9e-7, 1 + (noise + noise.T), 1 + noise):
+        found = T.from_matrix((exact * scale).astype(dtype))
+        rounding = 2.0**-52 * max(4, len(exact))
+        assert abs(found.matrix.sum(0) - 1).max() <= rounding
+        assert abs(found.matrix.sum(1) - 1).max() <= rounding
+        assert ((found.matrix != 0) == (exact != 0)).all()
+        assert (found.matrix >= 0).all()
+        np.testing.assert_allclose(found.matrix, exact, atol=1e-6)
+        if topology.is_symmetric:
+            np.testing.assert_array_equal(found.matrix, found.matrix.T)
+
+
+def test_near_sums_of_one_side_are_corrected():
+    matrix = np.array([[0.5, 0.2, 0.5], [0.5, 0.4, 0.0], [0.0, 0.4, 0.5]])
+    for near, axis in ((matrix, 0), (matrix.T, 1)):
+        found = T.from_matrix(near * (1 - 9e-7)).matrix
+        np.testing.assert_allclose(found.sum(axis), 1, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(found, near, rtol=1e-6)
+
+
+def test_near_sums_that_no_weights_on_the_edges_correct():
+    """No permutation has the small weight and edges besides."""
+    matrix = np.array([[4e-7, 1, 0], [0, 0, 1], [1, 0, 0]])
+    with pytest.raises(ValueError, match="no weights on its edges"):
+        T.from_matrix(matrix)
+
+
 def test_repr_names_what_matters():
     assert repr(T.ring(8)) == (
         "Topology(ring(8): 8 workers, degree 2, spectral gap 0.195)"

@@ -1,6 +1,7 @@
 """Workers as Ray actors: processes of their own, on this or other hosts."""
 
 import contextlib
+import os
 import queue
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,6 +10,8 @@ import jax
 
 from decentral_jax.engine.programs import Gradients, shapes
 from decentral_jax.engine.worker import Ended, Failed, Gradient, Report, Worker
+
+LOOPBACK = "127.0.0.1"
 
 # The caller's, for the actors' processes.
 SETTINGS = (
@@ -113,20 +116,23 @@ class Actors:
         self._ray = ray
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            # For this machine alone; who has a cluster connects to it before.
-            ray.init(include_dashboard=False, _node_ip_address="127.0.0.1")
+            _start_ray(ray)
         settings = {name: getattr(jax.config, name) for name in SETTINGS}
-        actor = ray.remote(Actor).options(**options)
         params = shapes(params)
+        self._master = master
+        self._actors = {}
+        self._drawn: dict[int, int] = {}
+        self._pending = {}
+        try:
+            actor = ray.remote(Actor).options(**options)
+        except BaseException:
+            self.stop(0)
+            raise
 
         def create(worker, drawn):
             return actor.remote(worker, gradient, batches, params, drawn, settings)
 
         self._create = create
-        self._master = master
-        self._actors = {}
-        self._drawn: dict[int, int] = {}
-        self._pending = {}
 
     def start(self, worker: int) -> None:
         """Starts a worker, again after a failure; it draws a batch."""
@@ -165,3 +171,33 @@ class Actors:
             self._ray.kill(actor)
         if self._started_ray:
             self._ray.shutdown()
+
+
+def _start_ray(ray: Any) -> None:
+    """Starts Ray for this machine alone: all its processes listen on loopback only.
+
+    Whoever reaches a port of Ray can run code. A caller who has a cluster connects to
+    it beforehand, or names it in `RAY_ADDRESS`.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init()
+        return
+    import ray._private.ray_constants as constants  # pyright: ignore[reportMissingImports]
+
+    # Ray's servers listen on 127.0.0.1 if that is the node's address, else on all
+    # addresses. `init` replaces it by a network card's unless clusters are disabled,
+    # as they are on macOS and Windows.
+    enabled = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        ray.init("local", include_dashboard=False, _node_ip_address=LOOPBACK)
+    finally:
+        constants.ENABLE_RAY_CLUSTER = enabled
+    address = ray.util.get_node_ip_address()
+    if address != LOOPBACK:
+        ray.shutdown()
+        raise RuntimeError(
+            f"Ray {ray.__version__} started on {address} instead of {LOOPBACK}, where "
+            "other machines reach it, and was stopped: start Ray yourself and call "
+            "ray.init() before engine.run."
+        )

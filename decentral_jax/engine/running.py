@@ -137,8 +137,10 @@ def run(
         master = Master(params, optimizer, workers, options)
         master.prepare(lambda worker, batch: _check(gradient, params, worker, batch))
         return master.train()
-    except TimeoutError:
-        patience = min(patience, 1.0)  # they were waited for already
+    except BaseException:
+        patience = min(
+            patience, 1.0
+        )  # the caller waits for the error, or pressed Ctrl-C
         raise
     finally:
         workers.stop(patience)

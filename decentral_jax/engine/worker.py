@@ -89,6 +89,8 @@ class Worker:
         self._gradient = gradient
         self._master = master
         self._iterator: Iterator | None = None
+        self._position = 0  # batches taken from the iterator
+        self._error: BaseException | None = None  # raised by the iterator's last draw
         self._ahead = []  # at most one batch
 
     def start(self) -> Ready | Ended:
@@ -107,14 +109,48 @@ class Worker:
         return Gradient(self._index, grads, bool(finite), self.drawn - 1)
 
     def _draw(self):
+        error = self._error
         if self._iterator is None:
-            self._iterator = iter(self._batches(self._index))
-            for _ in range(self.drawn):
-                next(self._iterator, None)
+            self._begin()
+        same = False
+        if self._advance():
+            return True
+        if error is not None:
+            # A generator that raised is finished, which looks like the end of the data:
+            # make the iterator anew. An iterator that continues after an error stays.
+            same = not self._begin()
+            if self._advance():
+                return True
+        if same or self._position < self.drawn:
+            raise RuntimeError(
+                f"batches({self._index}) ended after {self._position} batches when it "
+                f"was called again after a failure, but {self.drawn} had been drawn: "
+                "return a new iterator over all batches from each call."
+            ) from error
+        return False
+
+    def _begin(self) -> bool:
+        """Asks for the iterator; returns False if it is the one at hand."""
+        iterator = iter(self._batches(self._index))
+        if iterator is self._iterator:
+            return False
+        self._iterator, self._position = iterator, 0
+        return True
+
+    def _advance(self) -> bool:
+        """Draws one batch, past those drawn before; returns False at the end."""
+        assert self._iterator is not None
         try:
-            self._ahead.append(next(self._iterator))
+            while self._position <= self.drawn:
+                batch = next(self._iterator)
+                self._position += 1
         except StopIteration:
             return False
+        except BaseException as error:
+            self._error = error
+            raise
+        self._error = None
+        self._ahead.append(batch)
         self.drawn += 1
         return True
 

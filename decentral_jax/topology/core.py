@@ -16,7 +16,11 @@ import numpy as np
 from decentral_jax.validation import check_interval
 
 # Weights are compared in float64; matrices typed by hand or computed in float32 pass.
+# Their sums are then corrected to float64 rounding.
 TOLERANCE = 1e-6
+
+# Scalings of a nearly doubly stochastic matrix before it is refused.
+SCALINGS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -28,7 +32,8 @@ class Topology:
 
     Attributes:
       matrix: The mixing matrix `W`, float64 of shape `[n, n]`, read-only. Row `i` holds
-        what worker `i` gives to each worker's value.
+        what worker `i` gives to each worker's value. Sums of rows or columns that are
+        one within 1e-6 are corrected to one in float64 rounding.
       name: What `repr`, tables and plots call it.
 
     Raises:
@@ -406,5 +411,55 @@ def _as_mixing_matrix(matrix: Any) -> np.ndarray:
             "matrix must be stochastic: rows or columns must sum to 1, got row sums "
             f"from {rows.min():.6g} to {rows.max():.6g}: divide each row by its sum."
         )
+    array = _normalized(array)
     array.setflags(write=False)
     return array
+
+
+def _normalized(matrix: np.ndarray) -> np.ndarray:
+    """Corrects sums that are one within the tolerance to one in float64 rounding.
+
+    Else the mean over workers would grow or shrink by their error in every round. Zeros
+    stay zero, weights stay nonnegative, and a symmetric matrix stays symmetric.
+    """
+
+    def is_one(sums, tolerance=TOLERANCE):
+        return bool((np.abs(sums - 1) <= tolerance).all())
+
+    rounding = 2.0**-52 * max(4, len(matrix))
+    by_rows, by_columns = is_one(matrix.sum(1)), is_one(matrix.sum(0))
+    if (not by_rows or is_one(matrix.sum(1), rounding)) and (
+        not by_columns or is_one(matrix.sum(0), rounding)
+    ):
+        return matrix
+    if not (by_rows and by_columns):
+        # The diagonal takes no correction here: it may be zero.
+        return matrix / matrix.sum(1 if by_rows else 0, keepdims=True)
+    symmetric = np.allclose(matrix, matrix.T, rtol=0, atol=TOLERANCE)
+    if symmetric:
+        # Entries that are zero on one side only are zero.
+        both = (matrix != 0) & (matrix.T != 0)
+        matrix = np.where(both, (matrix + matrix.T) / 2, 0)
+    # Scale rows and columns (Sinkhorn & Knopp, 1967), or both at once to keep symmetry.
+    for _ in range(SCALINGS):
+        rows, columns = matrix.sum(1), matrix.sum(0)
+        if is_one(rows, rounding) and is_one(columns, rounding):
+            return matrix
+        if symmetric:
+            scale = 1 / np.sqrt(rows)
+            matrix = matrix * np.multiply.outer(scale, scale)
+        else:
+            matrix = matrix / rows[:, None]
+            matrix = matrix / matrix.sum(0)
+    # Where scaling is slow, the diagonal takes the rest if it can.
+    rest = 1 - matrix.sum(1)
+    diagonal = np.diag(matrix) + rest
+    if symmetric and ((diagonal > 0) | (rest == 0)).all():
+        matrix = matrix + np.diag(rest)
+        if is_one(matrix.sum(1), rounding):
+            return matrix
+    raise ValueError(
+        "matrix must be stochastic, but its rows and columns sum to 1 only within "
+        f"{TOLERANCE:g} and no weights on its edges make them sum to 1: pass weights "
+        "that are doubly stochastic in float64."
+    )

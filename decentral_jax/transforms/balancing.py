@@ -61,7 +61,11 @@ def _signs(gram: jax.Array, start: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _sign(product: jax.Array, counts: jax.Array) -> jax.Array:
-    """1 where the product with the running sum is not positive, else -1; or 0."""
+    """1 where the product with the running sum is not positive, else -1; or 0.
+
+    Where the exact product is 0 and rounding makes it positive, the sign is -1. A
+    tolerance would not change that: the running sum itself may be nothing but rounding.
+    """
     return jnp.where(counts, jnp.where(product <= 0, 1, -1), 0).astype(product.dtype)
 
 
