@@ -330,7 +330,11 @@ def check(case):
     assert path.dtype == jnp.dtype(case.dtype)
     wanted = expected(case, topology)
     error = np.abs(path.astype(np.float64) - wanted).max()
-    assert error <= TOLERANCES[case.dtype] * max(1, np.abs(wanted).max())
+    tolerance = TOLERANCES[case.dtype]
+    if case.multi_steps:
+        # optax's running mean rounds to float32, whatever the gradients' dtype.
+        tolerance = max(tolerance, 1e-7)
+    assert error <= tolerance * max(1, np.abs(wanted).max())
 
 
 @settings(
