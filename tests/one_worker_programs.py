@@ -4,11 +4,12 @@ Each program takes one worker's `data` and the name of the worker axis, and retu
 tree of arrays. None of them mentions a layout, so each must give the same numbers in
 all of them. test_one_worker_programs.py compares them.
 
-All programs on two processes: `PYTHONPATH=. python -m decentral_jax.launch
---processes 2 --devices 2 tests/one_worker_programs.py`.
+All programs, or those named, on two processes: `PYTHONPATH=. python -m
+decentral_jax.launch --processes 2 --devices 2 tests/one_worker_programs.py [NAME ...]`.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -490,7 +491,7 @@ def linen_batch_norm(data, axis):
 
 @program
 def linen_convolution(data, axis):
-    model = nn.Sequential([nn.Conv(2, (3,)), nn.relu, nn.LayerNorm(), nn.Dense(1)])
+    model = nn.Sequential([nn.Conv(4, (3,)), nn.tanh, nn.LayerNorm(0.1), nn.Dense(1)])
     params = model.init(jax.random.key(0), data["sequence"])
     return jax.grad(lambda p: model.apply(p, data["sequence"]).sum())(params)
 
@@ -813,13 +814,13 @@ def differences(found, wanted):
     return told
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     dj.initialize(timeout=120)
     workers = dj.Workers(N)
     assert workers.num_devices == jax.device_count()
     data = dataset(typed_keys=False)
-    names = [name for name in PROGRAMS if name not in ONE_PROCESS]
+    names = names or [name for name in PROGRAMS if name not in ONE_PROCESS]
     step = workers.spmd(lambda data: run_all(data, "workers", names))
     found = workers.gather(step(workers.shard(data)))
     told = differences(found, expected(data, names))
@@ -831,4 +832,4 @@ def main() -> None:
 ONE_PROCESS = {"typed_keys": "`Workers.shard` takes no typed keys of all processes"}
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
