@@ -36,6 +36,8 @@ def dense(compressor, of_step=lambda key: key, seed=0, leaves=LEAVES):
         worker = 0 if compressor.linear else i
         sent = [
             apply(compressor, part, drawn(t, worker, leaf, part.size))
+            if part.size
+            else part
             for leaf, part in enumerate(np.split(v, ends))
         ]
         return np.concatenate(sent)
