@@ -12,10 +12,10 @@ import numpy as np
 from decentral_jax import compression as library
 from tests.reference import compression
 
-LEAVES = (4, 6)  # sizes of the leaves that the reference's vector is made of
+LEAVES = (4, 6)  # default sizes of the leaves that make up the reference's vector
 
 
-def dense(compressor, of_step=lambda key: key, seed=0):
+def dense(compressor, of_step=lambda key: key, seed=0, leaves=LEAVES):
     """`compress(t, i, v)` for a reference; `of_step` picks among a step's keys."""
 
     @functools.cache
@@ -23,7 +23,7 @@ def dense(compressor, of_step=lambda key: key, seed=0):
         key = of_step(jax.random.fold_in(jax.random.key(seed), t))
         if not compressor.linear:
             key = jax.random.fold_in(key, i)
-        return jax.random.split(key, 1 if compressor.whole_model else len(LEAVES))
+        return jax.random.split(key, 1 if compressor.whole_model else len(leaves))
 
     draw, apply = KINDS[type(compressor)]
 
@@ -32,10 +32,12 @@ def dense(compressor, of_step=lambda key: key, seed=0):
         return draw(compressor, keys(t, i)[leaf], size)
 
     def compress(t, i, v):
-        ends = () if compressor.whole_model else np.cumsum(LEAVES)[:-1]
+        ends = () if compressor.whole_model else np.cumsum(leaves)[:-1]
         worker = 0 if compressor.linear else i
         sent = [
             apply(compressor, part, drawn(t, worker, leaf, part.size))
+            if part.size
+            else part
             for leaf, part in enumerate(np.split(v, ends))
         ]
         return np.concatenate(sent)
