@@ -390,3 +390,10 @@ def test_slowmo_with_injected_schedule_equals_direct_schedule():
     np.testing.assert_allclose(found, direct, rtol=1e-5)
     constant = train(dj.slowmo(None, 4, base=optax.sgd(schedule, 0.9)))
     assert not np.allclose(constant, direct, rtol=1e-2)
+
+
+def test_multisteps_itself_is_refused_with_the_way_to_pass_it():
+    wrapped = optax.MultiSteps(optax.sgd(0.1), 2)
+    with pytest.raises(TypeError, match=r"base .*gradient_transformation\(\)"):
+        dj.local_sgd(None, 2, base=wrapped)  # pyright: ignore
+    dj.local_sgd(None, 2, base=wrapped.gradient_transformation())
