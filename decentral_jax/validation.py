@@ -98,6 +98,11 @@ def check_axis_name(axis_name: Any) -> None:
 
 def check_optimizer(name: str, value: Any) -> None:
     """Checks that a value is an optax optimizer, not the function that makes one."""
+    if isinstance(value, optax.MultiSteps):
+        raise TypeError(
+            f"{name} must be an optax optimizer, got optax.MultiSteps: pass "
+            f"{name}=optax.MultiSteps(...).gradient_transformation()."
+        )
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"{name} must be an optax optimizer, got {value!r}: call the constructor, "

@@ -367,3 +367,33 @@ def test_defaults_of_the_papers():
     found = run(dj.qg_dsgdm(0.1, ring), dtype=jnp.float32)
     expected = run(dj.qg_dsgdm(0.1, ring, 0.9), dtype=jnp.float32)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_slowmo_with_injected_schedule_equals_direct_schedule():
+    schedule = optax.exponential_decay(0.2, 1, 0.7)
+    injected = optax.inject_hyperparams(dj.slowmo, static_args=("period",))
+    targets = jnp.arange(4.0)
+
+    def train(tx):
+        def run(target):
+            p = jnp.zeros(2)
+            state = tx.init(p)
+            for _ in range(12):
+                updates, state = tx.update(p - target, state, p)
+                p = optax.apply_updates(p, updates)
+            return p
+
+        return jax.vmap(run, axis_name="workers")(targets)
+
+    direct = train(dj.slowmo(schedule, 4))
+    found = train(injected(learning_rate=schedule, period=4))
+    np.testing.assert_allclose(found, direct, rtol=1e-5)
+    constant = train(dj.slowmo(None, 4, base=optax.sgd(schedule, 0.9)))
+    assert not np.allclose(constant, direct, rtol=1e-2)
+
+
+def test_multisteps_itself_is_refused_with_the_way_to_pass_it():
+    wrapped = optax.MultiSteps(optax.sgd(0.1), 2)
+    with pytest.raises(TypeError, match=r"base .*gradient_transformation\(\)"):
+        dj.local_sgd(None, 2, base=wrapped)  # pyright: ignore
+    dj.local_sgd(None, 2, base=wrapped.gradient_transformation())

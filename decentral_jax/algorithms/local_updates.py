@@ -1,6 +1,7 @@
 """Algorithms that exchange seldom, or on directed graphs, by their papers' names."""
 
-from typing import Any
+import numbers
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,10 @@ def slowmo(
        u \leftarrow \beta u + (z - \bar x) / \bar\gamma, \qquad
        z \leftarrow z - \alpha \bar\gamma u.
 
-    With a constant rate, and with `base`, :math:`\bar\gamma` cancels.
+    The mean is of the rates used in the period, one per call of `update`, for a
+    schedule and for a rate injected by `optax.inject_hyperparams` alike. With a
+    constant rate :math:`\bar\gamma` cancels. A schedule inside `base` is not visible
+    here: :math:`\bar\gamma` is taken as constant, and cancels too.
     See `dj.average_parameters`.
 
     Args:
@@ -86,19 +90,13 @@ def slowmo(
     check_learning_rate(slow_rate, "slow_rate")
     period = check_int("period", period, minimum=1)
     outer = optax.sgd(slow_rate, slow_momentum)
-    if callable(learning_rate):
-        mean = _mean_over_periods(learning_rate, period)
-
-        def inverse(t):
-            rate = jnp.asarray(mean(t))
-            # A period without steps leads nowhere, and must not be divided by its rate.
-            return 1 / jnp.where(rate > 0, rate, jnp.ones_like(rate))
-
-        outer = optax.chain(
-            optax.scale_by_schedule(inverse), outer, optax.scale_by_schedule(mean)
-        )
     local = local_optimizer(learning_rate, base, momentum)
-    return optax.chain(local, average_parameters(period, outer, axis_name=axis_name))
+    # `optax.inject_hyperparams` passes this iteration's rate as an array.
+    if learning_rate is None or isinstance(learning_rate, numbers.Real):
+        averaging = average_parameters(period, outer, axis_name=axis_name)
+    else:
+        averaging = _average_by_mean_rate(learning_rate, period, outer, axis_name)
+    return optax.chain(local, averaging)
 
 
 def diloco(
@@ -280,11 +278,47 @@ def qg_dsgdm(
     return quasi_global_momentum(learning_rate, topology, momentum, factor, axis_name)
 
 
-def _mean_over_periods(schedule: optax.Schedule, period: int) -> optax.Schedule:
-    """The mean of a schedule over each period, as a schedule over periods."""
+class _MeanRateState(NamedTuple):
+    """State of the outer optimizer that works in units of the mean rate."""
 
-    def mean(t):
-        steps = t * period + jnp.arange(period, dtype=jnp.int32)
-        return jnp.mean(jax.vmap(schedule)(steps))
+    rate: jax.typing.ArrayLike  # shape=(), float: mean rate of the period so far
+    outer: Any
 
-    return mean
+
+def _average_by_mean_rate(
+    learning_rate: Any,
+    period: int,
+    outer: optax.GradientTransformation,
+    axis_name: AxisName,
+) -> optax.GradientTransformationExtraArgs:
+    """`average_parameters` whose outer step is scaled by the period's mean rate.
+
+    The mean is of the rates used, one per call of `update`, so a schedule and the same
+    schedule under `optax.inject_hyperparams` give the same steps.
+    """
+
+    def init_outer(params):
+        return _MeanRateState(jnp.zeros([], jnp.float32), outer.init(params))
+
+    def update_outer(updates, state, params=None):
+        # A period whose rates are all zero does not move; do not divide by its rate.
+        rate = jnp.where(state.rate > 0, state.rate, jnp.ones_like(state.rate))
+        updates = jax.tree.map(lambda u: u / rate.astype(u.dtype), updates)
+        updates, inner = outer.update(updates, state.outer, params)
+        updates = jax.tree.map(lambda u: u * state.rate.astype(u.dtype), updates)
+        return updates, _MeanRateState(state.rate, inner)
+
+    scaled = optax.GradientTransformation(init_outer, update_outer)
+    averaging = average_parameters(period, scaled, axis_name=axis_name)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        rate = learning_rate
+        if callable(learning_rate):
+            rate = learning_rate(state.count)
+        (mean,) = state.outer
+        step = (state.count % period).astype(jnp.float32)
+        rate = (mean.rate * step + jnp.asarray(rate, jnp.float32)) / (step + 1)
+        state = state._replace(outer=(mean._replace(rate=rate),))
+        return averaging.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(averaging.init, update_fn)
