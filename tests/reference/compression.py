@@ -79,7 +79,7 @@ class DetachedRun(NamedTuple):
 
     params: np.ndarray  # y_i, shape=(steps + 1, n, d)
     shared: np.ndarray  # x, shape=(steps + 1, d)
-    errors: np.ndarray  # e_i, shape=(steps + 1, n, d)
+    errors: np.ndarray  # e_i, and what came since the exchange, shape=(steps + 1, n, d)
 
 
 class AveragedRun(NamedTuple):
@@ -172,7 +172,8 @@ def pef_sgd(
             E, S = P - C, np.zeros_like(S)
             x = x - C.mean(0)
             Y = x - detach * E
-        run.append((Y, x, E))
+        pending = E if (t + 1) % period == 0 else feedback * E + S
+        run.append((Y, x, pending))
     return DetachedRun(*map(np.array, zip(*run, strict=True)))
 
 

@@ -217,7 +217,7 @@ def test_hand_worked_error_feedback():
     run = compression.def_sgd(*args, 0.25, period=2)
     np.testing.assert_array_equal(run.shared, [[0, 0], [0, 0], [-4, 0]])
     np.testing.assert_array_equal(run.errors[1:], [[[1, 2], [3, 4]], [[0, 4], [0, 8]]])
-    np.testing.assert_array_equal(run.params[1], [[-0.25, -0.5], [-0.75, -1]])
+    np.testing.assert_array_equal(run.params[1], [[-1, -2], [-3, -4]])
 
 
 @pytest.mark.parametrize("period", [1, 3])
@@ -233,15 +233,19 @@ def test_sent_and_kept_are_what_was_given(compress, feedback, period):
     when = [t for t in range(STEPS) if t % period == period - 1]
     assert record.calls == [(t, i) for t in when for i in range(WORKERS)]
     given, sent = record.stacks()
-    all_given = feedback * run.errors[:-1] + updates(run)
+    # Feedback weighs what an exchange kept back, once.
+    weight = np.where(np.arange(STEPS) % period == 0, feedback, 1.0)
+    all_given = weight[:, None, None] * run.errors[:-1] + updates(run)
     np.testing.assert_allclose(given, all_given[when], **CLOSE)
     all_sent = np.zeros_like(all_given)
     all_sent[when] = sent
     np.testing.assert_allclose(run.errors[1:] + all_sent, all_given, **CLOSE)
     np.testing.assert_allclose(np.diff(run.shared, axis=0), -all_sent.mean(1), **CLOSE)
-    np.testing.assert_array_equal(
-        run.params, run.shared[:, None] - 0.3 * np.asarray(run.errors)
-    )
+    back = run.shared[:, None] - 0.3 * np.asarray(run.errors)
+    alone = run.params[:-1] - updates(run)
+    for t in range(STEPS):
+        after = back[t + 1] if t in when else alone[t]
+        np.testing.assert_allclose(run.params[t + 1], after, **CLOSE)
 
 
 @pytest.mark.parametrize("period", [1, 3])
