@@ -8,6 +8,17 @@ Optimizer = optax.GradientTransformationExtraArgs
 LearningRate = optax.ScalarOrSchedule | None
 
 
+def at_calls(rate: optax.ScalarOrSchedule, calls: int) -> optax.ScalarOrSchedule:
+    """A rate of an optimizer that steps in every `calls`-th call of `update` only.
+
+    A schedule counts calls, as one does that `optax.inject_hyperparams` evaluates: the
+    rate is that of the call in which the step is taken.
+    """
+    if not callable(rate):
+        return rate
+    return lambda step: rate(calls * (step + 1) - 1)
+
+
 def local_optimizer(
     learning_rate: LearningRate,
     base: optax.GradientTransformation | None,

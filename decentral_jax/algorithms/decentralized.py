@@ -2,9 +2,19 @@
 
 import optax
 
-from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer
+from decentral_jax.algorithms.base import (
+    LearningRate,
+    Optimizer,
+    at_calls,
+    local_optimizer,
+)
 from decentral_jax.collectives import AxisName
-from decentral_jax.topology import AnyTopology, Topology
+from decentral_jax.topology import (
+    AnyTopology,
+    Topology,
+    check_topology,
+    exact_factors,
+)
 from decentral_jax.transforms.averaging import average_gradients
 from decentral_jax.transforms.gossip import exact_diffusion, gossip
 from decentral_jax.transforms.tracking import (
@@ -12,7 +22,7 @@ from decentral_jax.transforms.tracking import (
     exact_phases,
     track_gradients,
 )
-from decentral_jax.validation import check_interval
+from decentral_jax.validation import check_int, check_interval
 
 
 def all_reduce_sgd(
@@ -151,8 +161,8 @@ def detag(
     rounds on parameters and tracker. See `dj.accelerated_tracking`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or a schedule over phases; None with
-        `base`.
+      learning_rate: :math:`\gamma`, a number, or a schedule over iterations, of which
+        the phase's last one counts; None with `base`, whose schedules count phases.
       topology: Static, symmetric, doubly stochastic.
       rounds: :math:`R`, iterations and gossip rounds a phase. The paper's choice grows
         like :math:`\log(n) / (2 \sqrt{1 - \lambda})`.
@@ -178,7 +188,8 @@ def detag(
                 f"momentum={momentum} has no meaning beside base: give base its own, "
                 "such as base=optax.sgd(0.1, momentum=0.9)."
             )
-    inner = local_optimizer(learning_rate, base, momentum)
+    rounds = check_int("rounds", rounds, minimum=1)
+    inner = local_optimizer(at_calls(learning_rate, rounds), base, momentum)
     return accelerated_tracking(inner, topology, rounds, when, axis_name)
 
 
@@ -195,8 +206,8 @@ def defacto(
     for proofs and baselines. See `dj.exact_phases`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or a schedule over phases; None with
-        `base`.
+      learning_rate: :math:`\gamma`, a number, or a schedule over iterations, of which
+        the phase's last one counts; None with `base`, whose schedules count phases.
       topology: Static and connected.
       rounds: Gradient iterations a phase; as many as averaging takes if None.
       base: Any optax optimizer in plain SGD's place.
@@ -209,6 +220,8 @@ def defacto(
       Lu & De Sa, "Optimal Complexity in Decentralized Training", ICML 2021,
       Algorithm 1.
     """
-    return exact_phases(
-        local_optimizer(learning_rate, base), topology, rounds, axis_name
-    )
+    check_topology(topology, doubly_stochastic=False, static=True)
+    averaging = len(exact_factors(topology))
+    rounds = averaging if rounds is None else check_int("rounds", rounds, minimum=1)
+    rate = at_calls(learning_rate, rounds + averaging)
+    return exact_phases(local_optimizer(rate, base), topology, rounds, axis_name)

@@ -74,7 +74,7 @@ def slowmo(
       learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
       period: Local steps in a period.
       slow_momentum: :math:`\beta`, in [0, 1).
-      slow_rate: :math:`\alpha`.
+      slow_rate: :math:`\alpha`, a number or a schedule over iterations.
       momentum: Of the local step; its buffers are kept. Without effect beside `base`.
       base: Any optax optimizer in momentum SGD's place.
       axis_name: The worker axis.
@@ -89,7 +89,7 @@ def slowmo(
     check_interval("slow_momentum", slow_momentum, 0.0, 1.0, closed="left")
     check_learning_rate(slow_rate, "slow_rate")
     period = check_int("period", period, minimum=1)
-    outer = optax.sgd(slow_rate, slow_momentum)
+    outer = _outer_sgd(slow_rate, slow_momentum)
     local = local_optimizer(learning_rate, base, momentum)
     # `optax.inject_hyperparams` passes this iteration's rate as an array.
     if learning_rate is None or isinstance(learning_rate, numbers.Real):
@@ -116,7 +116,7 @@ def diloco(
     Args:
       learning_rate: AdamW's, a number or schedule; None with `base`.
       period: Local steps from one exchange to the next, some hundreds.
-      outer_rate: The outer learning rate.
+      outer_rate: The outer learning rate, a number or a schedule over iterations.
       outer_momentum: The outer momentum, in [0, 1).
       fragments: Parts that are exchanged in turns.
       base: Any optax optimizer in AdamW's place.
@@ -136,7 +136,7 @@ def diloco(
         check_learning_rate(learning_rate)
         base, learning_rate = optax.adamw(learning_rate), None
     local = local_optimizer(learning_rate, base)
-    outer = optax.sgd(outer_rate, outer_momentum, nesterov=True)
+    outer = _outer_sgd(outer_rate, outer_momentum, nesterov=True)
     return optax.chain(local, average_parameters(period, outer, fragments, axis_name))
 
 
@@ -159,8 +159,8 @@ def mll_sgd(
     hubs. Nobody waits for slow workers. See `dj.multi_level` and `dj.operating_rates`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or a schedule over a worker's own steps;
-        None with `base`.
+      learning_rate: :math:`\gamma`, a number or a schedule over ticks; None with
+        `base`, whose schedules count a worker's own steps.
       hub_topology: A doubly stochastic topology or schedule of the hubs.
       tau: :math:`\tau`, ticks from one average inside hubs to the next.
       q: Averages inside hubs from one exchange between hubs to the next.
@@ -185,8 +185,12 @@ def mll_sgd(
       >>> tx = dj.mll_sgd(0.1, dj.topology.ring(4), tau=8, q=4, rates=slow_and_fast)
     """
     axes = (hub_axis, worker_axis)
-    local = operating_rates(local_optimizer(learning_rate, base), rates, seed, axes)
-    return optax.chain(local, multi_level(hub_topology, tau, q, shares, *axes))
+    local = local_optimizer(1.0 if callable(learning_rate) else learning_rate, base)
+    parts = [operating_rates(local, rates, seed, axes)]
+    if callable(learning_rate):
+        # Outside: inside, the schedule would count a worker's own steps.
+        parts.append(optax.scale_by_schedule(learning_rate))
+    return optax.chain(*parts, multi_level(hub_topology, tau, q, shares, *axes))
 
 
 def hl_sgd(
@@ -285,6 +289,25 @@ class _MeanRateState(NamedTuple):
     outer: Any
 
 
+def _outer_sgd(
+    rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool = False
+) -> optax.GradientTransformation:
+    """SGD for `average_parameters`, whose schedule counts iterations."""
+    if not callable(rate):
+        return optax.sgd(rate, momentum, nesterov)
+
+    def scale(updates, state, params=None, *, step: Any, **extra_args: Any) -> Any:
+        del params, extra_args
+        factor = jnp.asarray(rate(step))
+        scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
+        return scaled, state
+
+    by_step = optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), scale
+    )
+    return optax.chain(optax.sgd(1.0, momentum, nesterov), by_step)
+
+
 def _average_by_mean_rate(
     learning_rate: Any,
     period: int,
@@ -298,17 +321,18 @@ def _average_by_mean_rate(
     """
 
     def init_outer(params):
-        return _MeanRateState(jnp.zeros([], jnp.float32), outer.init(params))
+        return _MeanRateState(jnp.zeros([]), outer.init(params))
 
-    def update_outer(updates, state, params=None):
+    def update_outer(updates, state, params=None, **extra_args):
         # A period whose rates are all zero does not move; do not divide by its rate.
         rate = jnp.where(state.rate > 0, state.rate, jnp.ones_like(state.rate))
         updates = jax.tree.map(lambda u: u / rate.astype(u.dtype), updates)
-        updates, inner = outer.update(updates, state.outer, params)
+        updates, inner = inner_outer.update(updates, state.outer, params, **extra_args)
         updates = jax.tree.map(lambda u: u * state.rate.astype(u.dtype), updates)
         return updates, _MeanRateState(state.rate, inner)
 
-    scaled = optax.GradientTransformation(init_outer, update_outer)
+    inner_outer = optax.with_extra_args_support(outer)
+    scaled = optax.GradientTransformationExtraArgs(init_outer, update_outer)
     averaging = average_parameters(period, scaled, axis_name=axis_name)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -316,8 +340,8 @@ def _average_by_mean_rate(
         if callable(learning_rate):
             rate = learning_rate(state.count)
         (mean,) = state.outer
-        step = (state.count % period).astype(jnp.float32)
-        rate = (mean.rate * step + jnp.asarray(rate, jnp.float32)) / (step + 1)
+        step = (state.count % period).astype(mean.rate.dtype)
+        rate = (mean.rate * step + jnp.asarray(rate, step.dtype)) / (step + 1)
         state = state._replace(outer=(mean._replace(rate=rate),))
         return averaging.update(updates, state, params, **extra_args)
 

@@ -99,7 +99,8 @@ def average_parameters(
 
     Args:
       period: :math:`H`, steps from one exchange to the next.
-      outer: Any optax optimizer for the averaged difference.
+      outer: Any optax optimizer for the averaged difference. Its own schedules count
+        exchanges; its `update` gets the keyword `step`, the number of the iteration.
       fragments: :math:`P`, at most `period` and at most the number of leaves.
       axis_name: The worker axis.
 
@@ -134,6 +135,7 @@ def average_parameters(
     period = check_int("period", period, minimum=1)
     if outer is not None:
         check_optimizer("outer", outer)
+        with_step = optax.with_extra_args_support(outer)
     fragments = check_int("fragments", fragments, minimum=1)
     if fragments > period:
         raise ValueError(
@@ -154,18 +156,20 @@ def average_parameters(
         ]
         return PeriodicAveragingState(jnp.zeros([], jnp.int32), start, tuple(states))
 
-    def exchange(updates, params, start, state):
+    def exchange(updates, params, start, state, count):
         mean = average(optax.apply_updates(params, updates), axis_name)
         if outer is not None:
             way = jax.tree.map(lambda z, x: z - wide(x), start, mean)
-            step, state = outer.update(way, state, start)
+            # Where in the run the exchange is, for rates that follow a schedule.
+            step, state = with_step.update(way, state, start, step=count - 1)
             start = mean = optax.apply_updates(start, step)
         updates = jax.tree.map(
             lambda x, p: (wide(x) - wide(p)).astype(p.dtype), mean, params
         )
         return updates, start, state
 
-    def wait(updates, params, start, state):
+    def wait(updates, params, start, state, count):
+        del count
         updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
         return updates, start, state
 
@@ -184,7 +188,7 @@ def average_parameters(
             new, start, outer_state = every(
                 *(period, count - p * period // fragments, axis_name),
                 *(exchange, wait),
-                *(*mine, start, outer_state),
+                *(*mine, start, outer_state, count),
             )
             for i, leaf in zip(part, new, strict=True):
                 us[i] = leaf

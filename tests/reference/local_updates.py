@@ -58,12 +58,12 @@ def multi_level(
     """Multi-Level Local SGD, Castiglia, Das and Patterson, ICLR 2021, Algorithm 1.
 
     Tick t, for each worker i = d N + k (worker k of hub d) that operates:
-      m_i <- momentum m_i + g_i(x_i),  x_i <- x_i - gamma_{s_i} m_i,  s_i <- s_i + 1.
+      m_i <- momentum m_i + g_i(x_i),  x_i <- x_i - gamma_t m_i.
     After each tau ticks, for each hub d, with v_dk = share_dk / sum_l share_dl:
       z_d = sum_k v_dk x_dk, and after each q tau ticks, z_d <- sum_j H_dj z_j;
       x_dk <- z_d for each k.
-    The paper has no momentum; m_i stays with its worker. The step size follows the
-    worker's own steps; the paper's is constant.
+    The paper has no momentum; m_i stays with its worker. The step size follows
+    the ticks; the paper's is constant.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
@@ -72,7 +72,7 @@ def multi_level(
       shares: share of all data of worker k of hub d, of sum 1, [D, N]; a share may
         be 0, a hub's sum may not.
       operates: (t, i) -> whether worker i takes a step in tick t.
-      learning_rate: gamma, a float or a callable of the worker's own steps s_i.
+      learning_rate: gamma, a float or a callable of t.
       steps: number of ticks.
       tau: ticks from average to average within a hub.
       q: averages within a hub for each average between hubs.
@@ -85,15 +85,13 @@ def multi_level(
     hubs, workers_of_hub = shares.shape
     X = same_start(x0, hubs * workers_of_hub)
     M = np.zeros_like(X)
-    steps_taken = [0] * len(X)
     trajectory = [X]
     for t in range(steps):
         X = X.copy()
         for i in range(len(X)):
             if operates(t, i):
                 M[i] = momentum * M[i] + grad_fn(t, i, X[i].copy())
-                X[i] = X[i] - rate(learning_rate, steps_taken[i]) * M[i]
-                steps_taken[i] += 1
+                X[i] = X[i] - rate(learning_rate, t) * M[i]
         if (t + 1) % tau == 0:
             Z = np.zeros((hubs, X.shape[1]))
             for d in range(hubs):

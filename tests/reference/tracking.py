@@ -104,7 +104,7 @@ def detag_phases(grad_fn, x0, W, learning_rate, phases, rounds, momentum=0.0):
       gbar_k  = (1/R) sum_{r<R} g(x_k; iteration kR + r)
       xt, yt  = AG_R(x_k), AG_R(y_k)
       v_k     = momentum v_{k-1} + yt
-      x_{k+1} = xt - gamma_k v_k
+      x_{k+1} = xt - gamma_t v_k, t the last iteration of the phase
       y_{k+1} = yt + gbar_k - gbar_{k-1}
 
     Args as in `detag`, with `phases` in place of `steps`.
@@ -121,7 +121,7 @@ def detag_phases(grad_fn, x0, W, learning_rate, phases, rounds, momentum=0.0):
         X_mixed = accelerated_gossip(W, X, rounds)
         Y_mixed = accelerated_gossip(W, Y, rounds)
         V = momentum * V + Y_mixed
-        X = X_mixed - rate(learning_rate, k) * V
+        X = X_mixed - rate(learning_rate, (k + 1) * rounds - 1) * V
         Y = Y_mixed + G - G_previous
         G_previous = G
         Xs.append(X)
@@ -137,7 +137,7 @@ def detag(grad_fn, x0, W, learning_rate, steps, rounds, momentum=0.0):
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
       x0: common start, [d].
       W: symmetric doubly stochastic matrix, [n, n].
-      learning_rate: gamma, a float or a callable of the phase k.
+      learning_rate: gamma, a float or a callable of the iteration that ends a phase.
       steps: number of iterations; an unfinished phase changes no parameters.
       rounds: iterations a phase R.
       momentum: heavy-ball coefficient on the mixed tracker (DeTAGM).
@@ -154,14 +154,14 @@ def defacto(grad_fn, x0, factors, learning_rate, steps, rounds):
 
     Phase k: `rounds` iterations average the gradients at x_k, len(factors) more
     apply one factor each to that average (their gradients are not used), then
-    x_{k+1} = x_k - gamma_k (averaged gradient).
+    x_{k+1} = x_k - gamma_t (averaged gradient), t the last iteration of the phase.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
       x0: common start, [d].
       factors: matrices that respect the graph, [n, n] each, applied first to last;
         factors[-1] @ ... @ factors[0] = 1 1^T / n.
-      learning_rate: gamma, a float or a callable of the phase k.
+      learning_rate: gamma, a float or a callable of the iteration that ends a phase.
       steps: number of iterations; an unfinished phase changes no parameters.
       rounds: gradient iterations a phase.
 
@@ -172,7 +172,7 @@ def defacto(grad_fn, x0, factors, learning_rate, steps, rounds):
     A = np.zeros_like(X)
     trajectory = [X]
     for t in range(steps):
-        k, r = divmod(t, rounds + len(factors))
+        r = t % (rounds + len(factors))
         if r == 0:
             A = np.zeros_like(X)
         if r < rounds:
@@ -180,6 +180,6 @@ def defacto(grad_fn, x0, factors, learning_rate, steps, rounds):
         else:
             A = mix(factors[r - rounds], A)
         if r == rounds + len(factors) - 1:
-            X = X - rate(learning_rate, k) * A
+            X = X - rate(learning_rate, t) * A
         trajectory.append(X)
     return np.array(trajectory)
