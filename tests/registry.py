@@ -229,9 +229,13 @@ def _slowmo(period, momentum, slow_rate, slow_momentum):
     )
 
 
-def _standard(learning_rate, period, fragments, axis_name="workers"):
+def diloco(learning_rate, period, outer_rate=0.7, fragments=1, axis_name="workers"):
     """DiLoCo, whose AdamW of optax does not run under strict promotion."""
-    tx = dj.diloco(learning_rate, period, fragments=fragments, axis_name=axis_name)
+    tx = dj.diloco(
+        *(learning_rate, period, outer_rate),
+        fragments=fragments,
+        axis_name=axis_name,
+    )
 
     def update(*args, **extra_args):
         with jax.numpy_dtype_promotion("standard"):
@@ -244,7 +248,7 @@ def _diloco(period, fragments):
     # The kernel is the larger of the two leaves: it is dealt first.
     parts = {1: [np.arange(10)], 2: [np.arange(4, 10), np.arange(4)]}[fragments]
     return _algorithm(
-        _standard,
+        diloco,
         lambda g, x, lr, steps: local_updates.diloco(
             g, x, 8, lr, steps, period, 0.7, 0.9, parts
         ),

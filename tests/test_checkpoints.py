@@ -784,7 +784,7 @@ def test_the_hidden_model_of_whole_states(tmp_path, kind):
 
     def apart(path, x):
         # The parameters move away from the shared model, which is kept.
-        hidden = "kept" in jax.tree_util.keystr(path)
+        hidden = "shared" in jax.tree_util.keystr(path)
         return x + 1 if hidden else x
 
     saved = jax.tree_util.tree_map_with_path(
@@ -807,13 +807,13 @@ def test_the_hidden_model_of_whole_states(tmp_path, kind):
     )
     compared = 0
     for path, x in old.items():
-        if "kept" not in path:
+        if "shared" not in path:
             continue
-        name = words(path)[words(path).index("kept") + 1 :]
+        name = words(path)[words(path).index("shared") + 1 :]
         others = [
             p
             for p in new
-            if words(p)[-len(name) :] == name and not {"kept", "ema"} & {*words(p)}
+            if words(p)[-len(name) :] == name and not {"shared", "ema"} & {*words(p)}
         ]
         assert others
         for p in (path, *others):

@@ -12,7 +12,7 @@ from jax import lax
 
 import decentral_jax as dj
 from tests.layouts import named, nested_vmap, primitives
-from tests.registry import ALGORITHMS
+from tests.registry import ALGORITHMS, diloco
 
 WORKERS = 8
 # Each worker's optimum; their mean is the optimum of the mean loss.
@@ -151,6 +151,40 @@ def test_inject_hyperparams(name):
     injected = inject(learning_rate=0.1, **algorithm.arguments)
     found = path(injected, algorithm, on_one_device(algorithm))
     np.testing.assert_allclose(found, plain(name), atol=1e-6)
+
+
+def falling(count):
+    return 0.1 / (1 + 0.3 * jnp.asarray(count, jnp.float32))
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_an_injected_schedule_is_the_direct_one(name):
+    """Injection evaluates it in every call: so must those who call it seldom."""
+    algorithm = COMMON[name]
+    inject = optax.inject_hyperparams(algorithm.build, static_args=algorithm.static)
+    workers = on_one_device(algorithm)
+    injected = inject(learning_rate=falling, **algorithm.arguments)
+    direct = algorithm.make(falling)
+    found, expected = (path(tx, algorithm, workers, 13) for tx in (injected, direct))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "rate", "arguments"),
+    [
+        (dj.slowmo, "slow_rate", {"period": 3}),
+        (diloco, "outer_rate", {"period": 4, "fragments": 1}),
+        (diloco, "outer_rate", {"period": 5, "fragments": 2}),
+    ],
+)
+def test_an_injected_outer_schedule_is_the_direct_one(build, rate, arguments):
+    algorithm = COMMON["local_sgd"]
+    workers = on_one_device(algorithm)
+    inject = optax.inject_hyperparams(build, static_args=tuple(arguments))
+    injected = inject(learning_rate=0.1, **{rate: falling}, **arguments)
+    direct = build(0.1, **{rate: falling}, **arguments)
+    found, expected = (path(tx, algorithm, workers, 13) for tx in (injected, direct))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", COMMON)

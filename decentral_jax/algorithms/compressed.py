@@ -229,9 +229,9 @@ def powersgd(
 ) -> Optimizer:
     r"""PowerSGD: low-rank gradients with error feedback, momentum after averaging.
 
-    The momentum is the heavy ball of `optax.sgd`; the paper steps by gradient plus
-    momentum, which is what `nesterov=True` does there. See `dj.compression.low_rank`
-    and `dj.error_feedback`.
+    The momentum is the heavy ball of `optax.sgd`, which steps by the momentum :math:`m`.
+    The authors' program steps by :math:`g + m`; optax's `nesterov=True` would step by
+    :math:`g + \mu m`. See `dj.compression.low_rank` and `dj.error_feedback`.
 
     Args:
       learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
