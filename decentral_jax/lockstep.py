@@ -25,7 +25,7 @@ from decentral_jax.communication import (
     on_abstract_devices,
 )
 
-MARKER = equal_on_all_workers.__name__
+MARKER = getattr(equal_on_all_workers, "__name__")  # noqa: B009
 REMEDY = (
     "Skip a step on all workers or on none: make the condition equal, for example "
     "dj.average(is_finite.astype(jnp.float32)) == 1. To leave out one worker's "
@@ -121,8 +121,8 @@ def check_lockstep(
     ]
     results = reader(program.jaxpr, origins)
     for name, value, origin in zip(out, program.jaxpr.outvars, results, strict=True):
-        dtype = value.aval.dtype
-        is_counter = not value.aval.shape and jnp.issubdtype(dtype, jnp.integer)
+        aval: Any = value.aval
+        is_counter = not aval.shape and jnp.issubdtype(aval.dtype, jnp.integer)
         if is_counter and origin.own and origin.is_later & reader.deciding:
             raise ValueError(
                 f"the step counter that the function returns at {name} must be equal "

@@ -8,7 +8,7 @@ Optimizer = optax.GradientTransformationExtraArgs
 LearningRate = optax.ScalarOrSchedule | None
 
 
-def at_calls(rate: optax.ScalarOrSchedule, calls: int) -> optax.ScalarOrSchedule:
+def at_calls(rate: LearningRate, calls: int) -> LearningRate:
     """A rate of an optimizer that steps in every `calls`-th call of `update` only.
 
     A schedule counts calls, as one does that `optax.inject_hyperparams` evaluates: the

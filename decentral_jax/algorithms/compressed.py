@@ -229,7 +229,7 @@ def powersgd(
 ) -> Optimizer:
     r"""PowerSGD: low-rank gradients with error feedback, momentum after averaging.
 
-    The momentum is the heavy ball of `optax.sgd`, which steps by the momentum :math:`m`.
+    The momentum is the heavy ball of `optax.sgd`, which steps by :math:`m` alone.
     The authors' program steps by :math:`g + m`; optax's `nesterov=True` would step by
     :math:`g + \mu m`. See `dj.compression.low_rank` and `dj.error_feedback`.
 

@@ -186,6 +186,7 @@ def mll_sgd(
     """
     axes = (hub_axis, worker_axis)
     local = local_optimizer(1.0 if callable(learning_rate) else learning_rate, base)
+    parts: list[optax.GradientTransformation]
     parts = [operating_rates(local, rates, seed, axes)]
     if callable(learning_rate):
         # Outside: inside, the schedule would count a worker's own steps.
@@ -296,9 +297,9 @@ def _outer_sgd(
     if not callable(rate):
         return optax.sgd(rate, momentum, nesterov)
 
-    def scale(updates, state, params=None, *, step: Any, **extra_args: Any) -> Any:
-        del params, extra_args
-        factor = jnp.asarray(rate(step))
+    def scale(updates, state, params=None, **extra_args: Any) -> Any:
+        del params
+        factor = jnp.asarray(rate(extra_args["step"]))
         scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return scaled, state
 

@@ -236,6 +236,7 @@ def error_feedback(
             return cast(moved), shared, residual, memory
 
         def select(key, us, shared, residual, params):
+            assert isinstance(compressor, Selection)
             us, structure = jax.tree.flatten(us)
             keys = leaf_keys(compressor, key, us, axis_name)
             kept = jax.tree.leaves(shared if detached else residual)

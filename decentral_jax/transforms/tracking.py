@@ -105,8 +105,9 @@ def track_gradients(
         del params, extra_args
 
         def mixed(tracker):
+            count = jnp.asarray(state.count)
             change = mix_differences(
-                tracker, topology, axis_name, state.count, active, like=updates
+                tracker, topology, axis_name, count, active, like=updates
             )
             return jax.tree.map(jnp.add, tracker, change)
 
