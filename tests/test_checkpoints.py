@@ -813,7 +813,8 @@ def test_the_hidden_model_of_whole_states(tmp_path, kind):
         others = [
             p
             for p in new
-            if words(p)[-len(name) :] == name and not {"shared", "ema"} & {*words(p)}
+            if words(p)[-len(name) :] == name
+            and not {"shared", "residual", "ema"} & {*words(p)}
         ]
         assert others
         for p in (path, *others):
