@@ -164,9 +164,8 @@ def mean(x: jax.Array, axis_name: AxisName) -> jax.Array:
     loss scaling would overflow where their mean does not.
     """
     axis = bound_axis(axis_name)
-    wide = widened(x.dtype)
-    first = wide != x.dtype
-    y = x.astype(wide) / axis.size if first else x
+    first = widened(x.dtype) != x.dtype
+    y = wide(x) / axis.size if first else x
     if axis.virtual:
         y = lax.psum(y, axis.virtual)
     y = y.astype(x.dtype)
@@ -375,7 +374,7 @@ def combine(
     plans = [cached_plan(matrix, axis.num_devices) for matrix in matrices]
     worker = worker_index(axis_name)
     block = jax.tree.map(lambda x: _gather_virtual(x, axis), x)
-    t = 0 if len(plans) == 1 else agreed(jnp.asarray(step), axis_name) % len(plans)
+    t = _round(len(plans), step, axis_name)
     like = jax.eval_shape(decode, x)
 
     def weigh(rows, source, t: Any = 0):
@@ -426,6 +425,11 @@ def combine(
     return narrow(plus(y, weigh(received, _stack([r.source for r in rounds]), t)))
 
 
+def _round(count: int, step: Any, axis_name: AxisName) -> Any:
+    """Which of `count` rounds step `step` uses, equal on all workers."""
+    return 0 if count == 1 else agreed(jnp.asarray(step), axis_name) % count
+
+
 def dense_differences(
     x: jax.Array,
     matrices: Sequence[np.ndarray],
@@ -440,11 +444,7 @@ def dense_differences(
     axis, worker = bound_axis(axis_name), worker_index(axis_name)
     rows = _gather_virtual(x, axis)
     rows = rows - rows.mean(0)
-    t = (
-        0
-        if len(matrices) == 1
-        else agreed(jnp.asarray(step), axis_name) % len(matrices)
-    )
+    t = _round(len(matrices), step, axis_name)
     weights = jnp.asarray(np.stack(matrices), x.dtype)[t, worker]
     return varying(_dense_row(weights, rows) - rows[worker], axis_name)
 

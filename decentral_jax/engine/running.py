@@ -138,9 +138,8 @@ def run(
         master.prepare(lambda worker, batch: _check(gradient, params, worker, batch))
         return master.train()
     except BaseException:
-        patience = min(
-            patience, 1.0
-        )  # the caller waits for the error, or pressed Ctrl-C
+        # The caller waits for the error, or pressed Ctrl-C.
+        patience = min(patience, 1.0)
         raise
     finally:
         workers.stop(patience)

@@ -195,10 +195,6 @@ def error_feedback(
         def cast(tree):
             return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, own_dtypes)
 
-        def gather_in(residual, us):
-            """What is to be sent, p."""
-            return jax.tree.map(lambda e, u: feedback * e + u, residual, us)
-
         def alone(us, shared, residual, params):
             del params
             # With `feedback`, only what an exchange keeps back is weighed less.
@@ -212,10 +208,9 @@ def error_feedback(
                 return select(key, us, shared, residual, params)
             if _none(residual):
                 residual = _between(shared, params, detach)
-            if period > 1:
-                p = jax.tree.map(jnp.add, residual, us)
-            else:
-                p = gather_in(residual, us)
+            # With a period, the last exchange has weighed what it kept back.
+            weight = feedback if period == 1 else 1.0
+            p = jax.tree.map(lambda e, u: weight * e + u, residual, us)
             # The residual also takes what the cast to the parameters' dtype loses.
             own, mean, memory = average_compressed(
                 *(compressor, key, cast_like(p, own_dtypes)),
