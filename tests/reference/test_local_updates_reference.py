@@ -175,15 +175,26 @@ def test_the_weighted_mean_moves_by_the_weighted_gradients():
 
 
 def test_a_worker_that_operates_every_third_tick_is_its_slowed_self():
-    """Its step sizes and its momentum know only its own steps; no averages here."""
-    slowed, expected = (
-        local.multi_level(
-            exact_grad_fn, X0, HUB, SHARES[:, :2], operates, gamma, STEPS, 99, 1, 0.6
+    """Its momentum knows only its own steps, its step sizes the ticks; no averages."""
+
+    def run(operates, learning_rate):
+        return local.multi_level(
+            exact_grad_fn,
+            X0,
+            HUB,
+            SHARES[:, :2],
+            operates,
+            learning_rate,
+            STEPS,
+            99,
+            1,
+            0.6,
         )
-        for operates in (lambda t, i: i != 2 or t % 3 == 1, always)
-    )
+
+    slowed = run(lambda t, i: i != 2 or t % 3 == 1, gamma)
+    expected = run(always, gamma)
     steps_taken = [(t + 1) // 3 for t in range(STEPS + 1)]
-    expected[:, 2] = expected[steps_taken, 2]
+    expected[:, 2] = run(always, lambda step: gamma(3 * step + 1))[steps_taken, 2]
     np.testing.assert_array_equal(slowed, expected)
 
 

@@ -236,7 +236,7 @@ def test_detag_phases_are_a_linear_recursion():
     root = np.sqrt(8 / 9)
     eta = (1 - root) / (1 + root)
     P = (1 + eta) ** 2 * W @ W - eta * (1 + eta) * W - eta * np.eye(4)
-    run = tracking.detag_phases(grad_fn, X0, W, lambda k: 0.3 / (k + 1), 5, 2)
+    run = tracking.detag_phases(grad_fn, X0, W, lambda t: 0.3 / (t + 1), 5, 2)
     G = [np.zeros((4, DIMENSION))]
     for k in range(5):
         G.append(
@@ -248,7 +248,7 @@ def test_detag_phases_are_a_linear_recursion():
             )
         )
         np.testing.assert_allclose(run.G[k], G[k + 1], rtol=1e-13)
-        X = P @ run.X[k] - 0.3 / (k + 1) * P @ run.Y[k]
+        X = P @ run.X[k] - 0.3 / (2 * k + 2) * P @ run.Y[k]
         np.testing.assert_allclose(run.X[k + 1], X, rtol=0, atol=1e-14)
         Y = P @ run.Y[k] + G[k + 1] - G[k]
         np.testing.assert_allclose(run.Y[k + 1], Y, rtol=0, atol=1e-14)
@@ -296,7 +296,7 @@ def test_defacto_is_minibatch_sgd():
     np.testing.assert_array_equal(send @ collect, complete(3))
     grad_fn, _ = quadratics(3, noise=1.0)
     trajectory = tracking.defacto(
-        grad_fn, X0, [collect, send], lambda k: 0.3 / (k + 1), 15, 2
+        grad_fn, X0, [collect, send], lambda t: 0.3 / (t + 1), 15, 2
     )
     assert trajectory.shape == (16, 3, DIMENSION)
     x = X0
@@ -304,6 +304,6 @@ def test_defacto_is_minibatch_sgd():
         held = trajectory[4 * k : 4 * k + 4]
         expected = np.broadcast_to(x, (4, 3, DIMENSION))
         np.testing.assert_allclose(held, expected, rtol=0, atol=1e-14)
-        x = x - 0.3 / (k + 1) * np.mean(
+        x = x - 0.3 / (4 * k + 4) * np.mean(
             [grad_fn(4 * k + r, i, x) for r in range(2) for i in range(3)], axis=0
         )
