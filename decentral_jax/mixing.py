@@ -287,32 +287,50 @@ def accelerated_mix(
       ValueError: If the topology has no spectral gap, or as in `mix`.
     """
     rounds = check_int("rounds", rounds, 1)
-    step = accelerated_round(topology, axis_name)
+    check_dtypes("tree", tree, jnp.inexact)
+    wide = jax.tree.map(collectives.wide, tree)
+    mixed = accelerated_rounds(wide, topology, rounds, axis_name, active, like=tree)
+    return collectives.cast_like(mixed, tree)
+
+
+def accelerated_rounds(
+    tree: Any,
+    topology: Topology,
+    rounds: int,
+    axis_name: AxisName,
+    active: Any = None,
+    like: Any = None,
+) -> Any:
+    """`accelerated_mix` of a tree of at least float32, which travels as `like`."""
+    one_round = accelerated_round(topology, axis_name)
 
     def body(_, carry):
         now, before = carry
-        return step(now, before, active), now
+        return one_round(now, before, active, like), now
 
-    tree = jax.tree.map(lambda x: collectives.varying(x, axis_name), tree)
-    return lax.fori_loop(0, rounds, body, (tree, tree))[0]
+    start = jax.tree.map(lambda x: collectives.varying(x, axis_name), tree)
+    return lax.fori_loop(0, rounds, body, (start, start))[0]
 
 
 def accelerated_round(topology: Topology, axis_name: AxisName) -> Callable:
-    """One round of `accelerated_mix`, `(z_r, z_{r-1}, active) -> z_{r+1}`."""
+    """One round of `accelerated_mix`, `(z_r, z_{r-1}, active, like) -> z_{r+1}`.
+
+    Trees are at least float32 and travel in the dtypes of `like`. Written as what the
+    round adds, so that rounding leaves the mean alone; see `mix_differences`.
+    """
     check_accelerable(topology)
     eta = momentum(topology)
 
-    def step(now, before, active=None):
-        mixed = mix(now, topology, axis_name, active=active)
+    def one_round(now, before, active=None, like=None):
+        change = mix_differences(now, topology, axis_name, active=active, like=like)
 
-        def extrapolate(m, b):
-            wide = collectives.widened(m.dtype)
-            one, e = jnp.asarray(1 + eta, wide), jnp.asarray(eta, wide)
-            return (one * m.astype(wide) - e * b.astype(wide)).astype(m.dtype)
+        def extrapolate(z, c, b):
+            one, e = jnp.asarray(1 + eta, z.dtype), jnp.asarray(eta, z.dtype)
+            return z + (one * c + e * (z - b))
 
-        return jax.tree.map(extrapolate, mixed, before)
+        return jax.tree.map(extrapolate, now, change, before)
 
-    return step
+    return one_round
 
 
 def momentum(topology: Topology) -> float:

@@ -230,7 +230,7 @@ def test_the_one_before_lives_until_the_next_is_complete(tmp_path, monkeypatch):
     """And another process that reads meanwhile changes nothing."""
     workers = dj.Workers(2)
     params, opt_state = state(workers)
-    gate, hashing, digest = threading.Event(), threading.Event(), module._digest
+    gate, hashing, digest = threading.Event(), threading.Event(), module.digest_of
 
     def slow(file, sync=False):
         if sync:
@@ -241,7 +241,7 @@ def test_the_one_before_lives_until_the_next_is_complete(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, workers, keep=1) as checkpoints:
         checkpoints.save(1, *jax.tree.map(lambda x: x, (params, opt_state)))
         checkpoints.wait()
-        monkeypatch.setattr(module, "_digest", slow)
+        monkeypatch.setattr(module, "digest_of", slow)
         moved = jax.tree.map(lambda x: x + 2, params)
         checkpoints.save(2, moved, opt_state)
         assert hashing.wait(60)
@@ -262,7 +262,7 @@ import jax.numpy as jnp, optax
 import decentral_jax as dj
 from decentral_jax import checkpoints
 workers = dj.Workers(2)
-digest, count = checkpoints._digest, 0
+digest, count = checkpoints.digest_of, 0
 def kill(file, sync=False):
     global count
     count += 1
@@ -272,7 +272,7 @@ def kill(file, sync=False):
 with checkpoints.Checkpoints(sys.argv[1], workers, keep=1) as saved:
     saved.save(1, workers.replicate(jnp.ones(3)))
     saved.wait()
-    checkpoints._digest = kill
+    checkpoints.digest_of = kill
     saved.save(2, workers.replicate(jnp.zeros(3)))
     saved.wait()
 """
@@ -314,7 +314,7 @@ def test_errors_of_the_background_are_raised(tmp_path, monkeypatch, where, when)
                 lambda *_: patched.setattr(saved._orbax, "wait_until_finished", full),
             )
         else:
-            patched.setattr(module, "_digest", full)
+            patched.setattr(module, "digest_of", full)
         saved.save(2, params, opt_state)
         saved._sealing.join()
     call = {
@@ -339,7 +339,7 @@ def test_the_error_that_ends_a_block_is_raised(tmp_path, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "_digest", full)
+    monkeypatch.setattr(module, "digest_of", full)
 
     def block():
         with Checkpoints(tmp_path, workers) as checkpoints:
@@ -455,7 +455,7 @@ def test_another_format(tmp_path, caplog):
     notes = json.loads((tmp_path / "1" / NOTES).read_text())
     (tmp_path / "1" / NOTES).write_text(json.dumps(notes | {"format": 2}))
     seals = json.loads((tmp_path / "1" / DIGESTS).read_text())
-    seals[NOTES] = module._digest(tmp_path / "1" / NOTES)
+    seals[NOTES] = module.digest_of(tmp_path / "1" / NOTES)
     (tmp_path / "1" / DIGESTS).write_text(json.dumps(seals))
     assert restored(tmp_path, workers) is None
     assert "its format is 2, this version reads 1" in caplog.text
