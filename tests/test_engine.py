@@ -353,9 +353,14 @@ def test_a_generator_that_cannot_be_made_anew():
         yield target(worker, 0)
         raise OSError("no disk")
 
-    generators = [batches(0), endless(1)]
+    generators = [batches(0), endless(1, 0.001)]
     with pytest.raises(RuntimeError, match="worker 0 failed") as caught:
-        start(batches=generators.__getitem__, num_gradients=10**6, num_workers=2)
+        start(
+            batches=generators.__getitem__,
+            num_gradients=2000,
+            num_workers=2,
+            max_failures=2,
+        )
     assert "return a new iterator" in str(caught.value.__cause__)
 
 

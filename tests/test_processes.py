@@ -338,7 +338,7 @@ else:
     dj.Workers(2)
 """,
         r"\[0\] TimeoutError: process 1 did not come within 3 seconds; process 0 waits "
-        r'for it with its workers: {"workers": 2}',
+        r'for it with workers: {"workers": 2}',
     ),
     "the first process comes no more": (
         """
