@@ -380,6 +380,21 @@ def test_batches_that_are_shorter_when_made_anew():
     assert "but 3 had been drawn" in str(caught.value.__cause__)
 
 
+def test_an_end_after_an_error_is_an_end():
+    """Of an iterator that has gone on: nothing is made anew, nobody fails again."""
+
+    class Short(Source):
+        def __next__(self):
+            if self.index == 5:
+                raise StopIteration
+            return super().__next__()
+
+    sources = [Short(0, fails=lambda draw: draw == 2), Source(1)]
+    result = start(batches=sources.__getitem__, num_gradients=60, num_workers=2)
+    assert [worker for worker, _ in result.replaced] == [0]
+    assert np.bincount(result.trace.workers)[0] == 5
+
+
 def test_gradients_that_are_not_finite(caplog):
     def batch(worker, index):
         bad = {0: np.nan, 1: np.inf}.get(index % 4, 0)
