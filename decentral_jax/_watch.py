@@ -331,7 +331,7 @@ class Watch:
 
     def _outlast(self) -> None:
         """Process 0: lets the others end first, since its end would abort them."""
-        deadline = time.monotonic() + 3 * HEAD_START
+        deadline = time.monotonic() + GRACE / 2
         while self.rank == 0 and self._sockets and time.monotonic() < deadline:
             for rank, connection in list(self._sockets.items()):
                 if _drained(connection):

@@ -95,6 +95,34 @@ def test_small_steps_add_up(name):
     np.testing.assert_allclose(narrow, wide, atol=0.02)
 
 
+@pytest.mark.parametrize("detach", [0.0, 0.3])
+def test_what_is_not_sent_adds_up(detach):
+    """Small entries behind a large one, which alone is sent."""
+    tx = dj.error_feedback(dj.compression.top_k(k=1), detach)
+    update = jnp.tile(jnp.array([1000.0, 1.0, 1.0], jnp.bfloat16), (8, 1))
+
+    def body(state, _):
+        _, state = jax.vmap(tx.update, axis_name="workers")(update, state, update)
+        return state, None
+
+    state, _ = jax.lax.scan(body, jax.vmap(tx.init)(update), length=900)
+    np.testing.assert_array_equal(state.residual[:, 1:], 900)
+
+
+def test_moments_add_up():
+    """Of a gradient that stays the same, the moments come near to its powers."""
+    tx, steps = dj.amsgrad(0.1, b2=0.999), 4000
+    gradient = jnp.full(3, 1.5, jnp.bfloat16)
+    state = jax.lax.scan(
+        lambda state, _: (tx.update(gradient, state, gradient)[1], None),
+        tx.init(gradient),
+        length=steps,
+    )[0][0]
+    np.testing.assert_allclose(state.mean, 1.5, rtol=1e-3)
+    for square in (state.square, state.largest):
+        np.testing.assert_allclose(square, 2.25 * (1 - 0.999**steps), rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["detag", "defacto"])
 def test_long_phases_add_up(name):
     """A phase's mean gradient is right, though each one is a small part of it."""

@@ -546,7 +546,7 @@ def test_all_processes_stopped():
 def test_the_exit_code_is_passed_on(capfd, monkeypatch, end, expected):
     """Also of a process that takes seconds to end: the others end after it."""
     monkeypatch.setenv("DECENTRAL_JAX_TIMEOUT", "4")
-    slowly = "import atexit, time; atexit.register(time.sleep, 2.5)\n"
+    slowly = "import atexit, time; atexit.register(time.sleep, 2)\n"
     begin = time.monotonic()
     ended = launch.run(code(slowly + TRAIN % (10**9, 1, end)), processes=2)
     assert ended == expected
