@@ -96,6 +96,12 @@ def wide(x: jax.typing.ArrayLike) -> jax.Array:
     return x.astype(widened(x.dtype))
 
 
+def is_narrow(tree: Any) -> bool:
+    """Whether any array of a tree has fewer digits than the dtype to accumulate in."""
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
+    return any(widened(dtype) != dtype for dtype in dtypes)
+
+
 def cast_like(tree: Any, like: Any) -> Any:
     """A tree in the dtypes of another one, which all who use it see rounded alike.
 

@@ -1,10 +1,12 @@
 """Checkpoints: whole or not at all, on any layout, after `kill -9`.
 
-`DECENTRAL_JAX_KILLS=20` kills twenty runs of two processes, over all algorithms here.
+`DECENTRAL_JAX_KILLS=20` kills twenty runs of three or four processes instead of two of
+two processes, over all algorithms here.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +36,7 @@ HERE = Path(__file__).parent
 KILLS = int(os.environ.get("DECENTRAL_JAX_KILLS", "2"))
 KILLED = ["def_sgd_block", "detagm", "choco_sgd_top_k", "powersgd", "d2", "diloco"]
 KILLED += ["slowmo", "mll_sgd_two_hubs", "cser", "sgp", "apam_delayed", "d_grab"]
+PROCESSES = (3, 4) if "DECENTRAL_JAX_KILLS" in os.environ else (2,)
 
 
 def state(workers, tx=None):
@@ -1008,12 +1011,16 @@ def test_killed_and_started_again(tmp_path, monkeypatch, capfd, seed):
     monkeypatch.setattr(launch, "GRACE", 0.5)
     rng = np.random.default_rng(seed)
     name = KILLED[seed % len(KILLED)]
-    victim, at = rng.integers(2), rng.integers(1, STEPS + 1)
+    # Each algorithm with another number when its turn comes again.
+    processes = PROCESSES[(seed + seed // len(KILLED)) % len(PROCESSES)]
+    victim, at = rng.integers(processes), rng.integers(1, STEPS + 1)
 
     def run(folder, result, *killed):
         command = [sys.executable, str(HERE / "checkpointed.py"), name]
         command += [str(tmp_path / folder), str(tmp_path / result), *map(str, killed)]
-        return launch.run(command, processes=2, devices=4)
+        # Eight workers on the first eight devices: three processes hold 3, 3 and 2.
+        devices = math.ceil(8 / processes)
+        return launch.run(command, processes=processes, devices=devices)
 
     assert run("never", "never.npz") == 0
     assert run("killed", "killed.npz", victim, at) == 137

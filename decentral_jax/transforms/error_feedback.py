@@ -17,6 +17,7 @@ from decentral_jax.collectives import (
     advance,
     cast_like,
     every,
+    is_narrow,
     wide,
     wide_copy,
     wide_zeros,
@@ -166,9 +167,6 @@ def error_feedback(
     check_axis_name(axis_name)
     detached = detach > 0
     model = _Model(float(detach), evaluate)
-
-    def is_narrow(params):
-        return any(wide(x).dtype != jnp.result_type(x) for x in jax.tree.leaves(params))
 
     def init_fn(params):
         params = require_params(params, "error_feedback")
