@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer
-from decentral_jax.collectives import AxisName
+from decentral_jax.collectives import AxisName, wide
 from decentral_jax.topology import AnyTopology, complete
 from decentral_jax.transforms.averaging import average_parameters
 from decentral_jax.transforms.multi_level import multi_level
@@ -299,6 +299,8 @@ def _outer_sgd(
 ) -> optax.GradientTransformation:
     """SGD for `average_parameters`, whose schedule counts iterations."""
     if not callable(rate):
+        # Models are averaged at least in float32, and an injected rate meets them.
+        rate = wide(rate) if isinstance(rate, jax.Array) else rate
         return optax.sgd(rate, momentum, nesterov)
 
     def scale(updates, state, params=None, **extra_args: Any) -> Any:

@@ -71,11 +71,30 @@ def amsgrad(
         optax.scale_by_learning_rate(learning_rate),
     ]
     if weight_decay is not None:
-        check_interval("weight_decay", weight_decay, 0.0, float("inf"))
-        parts.insert(0, optax.add_decayed_weights(weight_decay))
+        decay = check_interval("weight_decay", weight_decay, 0.0, float("inf"))
+        parts.insert(0, _add_decayed_weights(decay))
     if projection is not None:
         parts.append(project(projection))
     return optax.chain(*parts)
+
+
+def _add_decayed_weights(
+    decay: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
+    """As optax's, for a master's iterate in a wider dtype than a number injected."""
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "amsgrad with weight_decay")
+
+        def add(g: jax.Array, x: jax.Array) -> jax.Array:
+            return g + (fitted(decay, x) * x).astype(g.dtype)
+
+        return jax.tree.map(add, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update_fn
+    )
 
 
 def _scale_by_amsgrad(
