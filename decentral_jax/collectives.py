@@ -102,6 +102,15 @@ def is_narrow(tree: Any) -> bool:
     return any(widened(dtype) != dtype for dtype in dtypes)
 
 
+def fitted(value: float | jax.Array, x: jax.Array) -> float | jax.Array:
+    """A hyperparameter for use with `x`: a float as it is, an array in its dtype.
+
+    An injected hyperparameter has a dtype of its own, which must not change that of
+    the state.
+    """
+    return value.astype(x.dtype) if isinstance(value, jax.Array) else value
+
+
 def cast_like(tree: Any, like: Any) -> Any:
     """A tree in the dtypes of another one, which all who use it see rounded alike.
 

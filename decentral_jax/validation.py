@@ -16,13 +16,26 @@ import optax
 from jax.core import Tracer
 
 
+def check_static(name: str, value: Any, kind: str, arrays: Any = jax.Array) -> None:
+    """Checks that a value which shapes the program is not an injected array.
+
+    Args:
+      name: The argument's name, for the message.
+      value: The value.
+      kind: What the argument must be, for the message.
+      arrays: The types refused; `Tracer` where arrays with known entries may pass.
+    """
+    if isinstance(value, arrays):
+        raise TypeError(
+            f"{name} must be {kind} known before tracing, got the array {value}: with "
+            f"optax.inject_hyperparams, pass static_args=({name!r},) and all other "
+            "arguments that shape the program."
+        )
+
+
 def check_int(name: str, value: Any, minimum: int) -> int:
     """Returns `value` as an int, or says that it is no integer >= `minimum`."""
-    if isinstance(value, (Tracer, jax.Array)):
-        raise TypeError(
-            f"{name} must be a Python integer known before tracing, got the array "
-            f"{value}: under optax.inject_hyperparams name it in static_args."
-        )
+    check_static(name, value, "a Python integer")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"{name} must be an integer, got {value!r} of type "
@@ -37,10 +50,12 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 def check_interval(
     name: str, value: Any, low: float, high: float, closed: str = "both"
-) -> None:
-    """Checks that a number lies between `low` and `high`.
+) -> float | jax.Array:
+    """Returns a number between `low` and `high`, or says that it is none.
 
-    Traced values pass: they are not known yet.
+    A value that `optax.inject_hyperparams` has made an array stays one, at least
+    float32; `collectives.fitted` gives it the dtype of what it meets. Traced values
+    pass unchecked: they are not known yet.
 
     Args:
       name: The argument's name, for the message.
@@ -48,11 +63,14 @@ def check_interval(
       low: The lower end.
       high: The upper end.
       closed: Which ends are allowed: "both", "left", "right" or "neither".
+
+    Returns:
+      A float, or an array of shape `()` if `value` is a JAX array.
     """
-    if isinstance(value, Tracer):
-        return
     if isinstance(value, (bool, str)) or np.ndim(value) != 0:
         raise TypeError(f"{name} must be a number, got {value!r}: pass a float.")
+    if isinstance(value, Tracer):
+        return _as_wide_float(value)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -69,6 +87,14 @@ def check_interval(
             f"{name} must lie in {left}{low}, {high}{right}, got {number}: pass a "
             "number in that range."
         )
+    return _as_wide_float(value) if isinstance(value, jax.Array) else number
+
+
+def _as_wide_float(value: jax.Array) -> jax.Array:
+    """Integers as floats, half precision as float32."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return value.astype(jnp.result_type(float))
+    return value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
 
 
 def check_learning_rate(value: Any, name: str = "learning_rate") -> None:
@@ -115,6 +141,7 @@ def as_table(name: str, value: Any, fill: float) -> np.ndarray:
 
     Rows of differing lengths are hubs of differing size.
     """
+    check_static(name, value, "numbers", Tracer)
     try:
         if not (np.iterable(value) and all(map(np.iterable, value))):
             return np.asarray(value, np.float64)

@@ -148,7 +148,7 @@ def sgd_ia(
       Xu & Huang, "Detached Error Feedback for Distributed SGD with Random
       Sparsification", ICML 2022, Section 4.
     """
-    check_interval("ratio", ratio, 1.0, math.inf, closed="left")
+    ratio = check_interval("ratio", ratio, 1.0, math.inf, closed="left")
     return optax.chain(
         average_gradients(axis_name),
         local_optimizer(learning_rate, base, momentum),
