@@ -296,6 +296,12 @@ def equal_on_all_workers(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
+@jax.jit
+def value_equal_on_all_workers(x: jax.Array) -> jax.Array:
+    """Marks, likewise, the loss that an optimizer reads where models stay equal."""
+    return lax.optimization_barrier(x)
+
+
 LARGEST_COUNT = 2**31 - 2
 
 

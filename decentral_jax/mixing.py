@@ -24,7 +24,7 @@ from decentral_jax.topology import (
     exact_factors,
     reweighted,
 )
-from decentral_jax.validation import check_dtypes, check_int
+from decentral_jax.validation import check_arrays, check_dtypes, check_int
 
 # A leaf of at least this many bytes travels alone: packing it would cost a copy, and
 # saves no message worth the name. Smaller ones share buckets by dtype. An all-reduce
@@ -70,7 +70,8 @@ def mix(
       except that an all-reduce between devices adds half precision as such.
 
     Raises:
-      TypeError: If `topology` is none, or a leaf is no floating-point array.
+      TypeError: If `topology` is none, or a leaf is no floating-point array: convert
+        integers before they are mixed.
       ValueError: If the axis is not bound or has another size than the topology, a
         schedule gets no `step`, or workers may be missing on a topology that is not
         symmetric.
@@ -86,6 +87,7 @@ def mix(
     _check_axis(topology.num_workers, f"{topology!r}", axis_name)
     if active is not None:
         return _mix_present(tree, topology, axis_name, step, jnp.asarray(active))
+    check_dtypes("tree", tree, jnp.inexact)
     if isinstance(topology, Topology):
         if topology.averages_exactly:
             return average(tree, axis_name)
@@ -204,18 +206,40 @@ def average(tree: Any, axis_name: AxisName = "workers") -> Any:
     """The exact mean over all workers by all-reduce, the same on each.
 
     Args:
-      tree: This worker's pytree of floating-point arrays.
+      tree: This worker's pytree of arrays, such as gradients or metrics.
       axis_name: The worker axis.
 
     Returns:
-      The mean, of the same shapes and dtypes.
+      The mean, of the same shapes. Floating-point and complex dtypes are kept; the mean
+      of integers or booleans is float32, or float64 under `jax_enable_x64`.
+
+    Raises:
+      TypeError: If a leaf is not an array of numbers or booleans.
+      ValueError: If the axis is not bound.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> def accuracy(labels, predictions):
+      ...     return dj.average((labels == predictions).mean())
+      >>> accuracy = jax.vmap(accuracy, axis_name="workers")
+      >>> accuracy(jnp.array([[1, 2], [3, 4]]), jnp.array([[1, 2], [3, 0]]))
+      Array([0.75, 0.75], dtype=float32)
     """
+    check_arrays("tree", tree)
     return _by_bucket(
         lambda x: collectives.mean(x, axis_name),
-        tree,
+        jax.tree.map(_as_inexact, tree),
         axis_name,
         ALL_REDUCE_BUCKET_BYTES,
     )
+
+
+def _as_inexact(x: Any) -> Any:
+    """An array as it is, but integers and booleans as floats, which have a mean."""
+    dtype = jnp.result_type(x)
+    if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.asarray(x, jnp.result_type(float))
+    return x
 
 
 def average_every(
@@ -247,6 +271,7 @@ def average_every(
       (Array([1., 3.], dtype=float32), Array([2., 2.], dtype=float32))
     """
     period = check_int("period", period, minimum=1)
+    check_dtypes("tree", tree, jnp.inexact)  # both branches return the same dtypes
     return collectives.every(
         *(period, jnp.asarray(step) + 1, axis_name),
         *(lambda tree: average(tree, axis_name), lambda tree: tree),

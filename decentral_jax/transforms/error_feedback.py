@@ -191,6 +191,8 @@ def error_feedback(
             params = require_params(params, "error_feedback with detach or period")
         like = state.residual if _none(state.shared) else state.shared
         check_trees("updates", updates, like)
+        if params is not None:
+            check_trees("params", params, like)
         own_dtypes = updates if params is None else params
         us = jax.tree.map(wide, updates)
 

@@ -110,6 +110,7 @@ def error_reset(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "error_reset")
         params = require_params(params, "error_reset")
+        check_trees("params", params, state.shared)
         check_trees("updates", updates, state.shared)
         key = step_key(seed, state.count, axis_name)
         keys = jax.random.split(key)

@@ -28,6 +28,7 @@ from decentral_jax.topology import (
 )
 from decentral_jax.transforms.gossip import ORDERS
 from decentral_jax.validation import (
+    check_arrays,
     check_axis_name,
     check_choice,
     check_int,
@@ -94,6 +95,7 @@ def track_gradients(
     check_axis_name(axis_name)
 
     def init_fn(params):
+        check_arrays("params", params)
         return TrackGradientsState(
             count=jnp.zeros([], jnp.int32),
             tracker=_wide_zeros(params),
@@ -104,6 +106,7 @@ def track_gradients(
         updates, state, params=None, *, active: Any = None, **extra_args: Any
     ) -> Any:
         del params, extra_args
+        check_arrays("updates", updates)
 
         def mixed(tracker):
             count = jnp.asarray(state.count)
