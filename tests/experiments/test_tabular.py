@@ -1,4 +1,4 @@
-"""Tests of experiments/tables.py: both formats, broken files, windows, sMAPE."""
+"""Tests of experiments/tabular.py: both formats, broken files, windows, sMAPE."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import tables
+from experiments import tabular
 from experiments.files import read_file
 from tests.experiments.files import write_files
 
@@ -23,7 +23,7 @@ A9A = {
 @pytest.mark.parametrize("sub_folder", [".", "libsvm"])
 def test_a9a_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
     write_files(tmp_path / sub_folder, A9A, zipped)
-    table = tables.load_a9a(tmp_path)
+    table = tabular.load_a9a(tmp_path)
     x_train, x_test = np.zeros((3, 123)), np.zeros((1, 123))
     x_train[[0, 0, 1, 1, 2], [2, 10, 0, 122, 1]] = 1, 1, 1, 0.5, 1
     x_test[0, 121] = 1
@@ -46,9 +46,9 @@ def test_the_folder_itself_and_the_first_name_win(tmp_path: Path):
 def test_a9a_missing_file_is_named(tmp_path: Path):
     write_files(tmp_path, {"a9a": A9A["a9a"]})
     with pytest.raises(FileNotFoundError, match=r"holds no a9a\.t .* libsvm: put it"):
-        tables.load_a9a(tmp_path)
+        tabular.load_a9a(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere' holds no a9a "):
-        tables.load_a9a(tmp_path / "nowhere")
+        tabular.load_a9a(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a9a_missing_file_is_named(tmp_path: Path):
 def test_a9a_broken_file_is_named(tmp_path: Path, content: str, message: str):
     write_files(tmp_path, A9A | {"a9a.t": content})
     with pytest.raises(ValueError, match=rf"a9a\.t ({message})"):
-        tables.load_a9a(tmp_path)
+        tabular.load_a9a(tmp_path)
 
 
 def test_broken_gzip_is_named(tmp_path: Path):
@@ -73,7 +73,7 @@ def test_broken_gzip_is_named(tmp_path: Path):
     path = tmp_path / "a9a.gz"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a9a\.gz cannot be read .*fetch it again"):
-        tables.load_a9a(tmp_path)
+        tabular.load_a9a(tmp_path)
 
 
 # M4
@@ -112,7 +112,7 @@ def test_m4_windows_and_tests_hold_the_series(
     tmp_path: Path, zipped: bool, sub_folder: str
 ):
     write_files(tmp_path / sub_folder, m4(TRAIN, TEST), zipped)
-    windows = tables.load_m4_weekly(tmp_path)
+    windows = tabular.load_m4_weekly(tmp_path)
     assert windows.x_train.shape == (1 + 11, 20)
     assert windows.y_train.shape == (1 + 11, 6)
     assert windows.x_test.shape == (2, 20)
@@ -132,8 +132,8 @@ def test_m4_windows_and_tests_hold_the_series(
 )
 def test_m4_windows_may_be_fewer(tmp_path: Path, windows: int, kept):
     write_files(tmp_path, m4(TRAIN, TEST))
-    every = tables.load_m4_weekly(tmp_path)
-    some = tables.load_m4_weekly(tmp_path, windows)
+    every = tabular.load_m4_weekly(tmp_path)
+    some = tabular.load_m4_weekly(tmp_path, windows)
     rows = [0, *(1 + i for i in kept)]
     np.testing.assert_array_equal(some.x_train, every.x_train[rows])
     np.testing.assert_array_equal(some.y_train, every.y_train[rows])
@@ -143,7 +143,7 @@ def test_m4_windows_may_be_fewer(tmp_path: Path, windows: int, kept):
 def test_m4_missing_file_is_named(tmp_path: Path):
     write_files(tmp_path, {"Weekly-train.csv": m4(TRAIN, TEST)["Weekly-train.csv"]})
     with pytest.raises(FileNotFoundError, match=r"no Weekly-test\.csv .* m4: put it"):
-        tables.load_m4_weekly(tmp_path)
+        tabular.load_m4_weekly(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -163,22 +163,22 @@ def test_m4_missing_file_is_named(tmp_path: Path):
 def test_m4_broken_file_is_named(tmp_path: Path, files: dict[str, str], message: str):
     write_files(tmp_path, files)
     with pytest.raises(ValueError, match=message) as caught:
-        tables.load_m4_weekly(tmp_path)
+        tabular.load_m4_weekly(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_m4_refuses_bad_arguments(tmp_path: Path):
     with pytest.raises(ValueError, match="windows_per_series=0: pass at least 1"):
-        tables.load_m4_weekly(tmp_path, 0)
+        tabular.load_m4_weekly(tmp_path, 0)
 
 
 def test_smape_is_m4s():
     forecast = np.array([[1.0, 3.0], [0.0, -2.0]])
     actual = np.array([[3.0, 1.0], [5.0, -2.0]])
-    np.testing.assert_allclose(tables.smape(forecast, actual), (100 + 100 + 200) / 4)
+    np.testing.assert_allclose(tabular.smape(forecast, actual), (100 + 100 + 200) / 4)
     # Scales that differ by row cancel, even if the values do not.
     scale = np.array([[7.0], [0.1]])
-    np.testing.assert_allclose(tables.smape(scale * forecast, scale * actual), 100)
+    np.testing.assert_allclose(tabular.smape(scale * forecast, scale * actual), 100)
 
 
 # Real files
@@ -190,15 +190,15 @@ def test_smape_is_m4s():
 )
 def test_real_files_are_read():
     folder = os.environ["DECENTRAL_JAX_DATA"]
-    a9a = tables.load_a9a(folder)
+    a9a = tabular.load_a9a(folder)
     assert a9a.x_train.shape == (32561, 123)
     assert a9a.x_test.shape == (16281, 123)
     np.testing.assert_allclose(a9a.y_train.mean(), 0.2408, atol=1e-4)
     assert set(np.unique(a9a.x_train)) == {0.0, 1.0}
 
-    windows = tables.load_m4_weekly(folder, windows_per_series=4)
+    windows = tabular.load_m4_weekly(folder, windows_per_series=4)
     assert windows.x_train.shape == (359 * 4, 20)
     assert windows.x_test.shape == (359, 20)
     last = np.repeat(windows.x_test[:, -1:], 6, axis=1)
-    error = tables.smape(np.exp(last), np.exp(windows.y_test))
+    error = tabular.smape(np.exp(last), np.exp(windows.y_test))
     np.testing.assert_allclose(error, 7.56, atol=0.01)
