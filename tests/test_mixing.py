@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax.mixing import momentum
+from decentral_jax.mixing import mix_differences, momentum
 from decentral_jax.topology import Topology
 from tests.layouts import LAYOUTS, primitives
 
@@ -280,3 +280,34 @@ def test_what_is_not_finite_reaches_neighbors_only(num_devices, bad):
         np.testing.assert_allclose(
             found[~reached, 1], (topology.matrix @ good)[~reached, 1], atol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("layout", "n"),
+    [("vmap", 8), ("folded_2", 8), ("shard_map", 8), ("vmap", 32), ("folded_4", 32)],
+)
+def test_workers_give_what_others_take(layout, n):
+    """The sum of all differences is 0 to their own rounding, not to the values'."""
+    topologies = [dj.topology.ring(n), dj.topology.star(n)]
+    topologies.append(dj.topology.erdos_renyi(n, 0.4, seed=2))
+    sent_as = [jnp.float32, jnp.bfloat16]
+
+    def differences(x):
+        return [
+            mix_differences(x, topology, like=x.astype(dtype))
+            for topology in topologies
+            for dtype in sent_as
+        ]
+
+    x = 1000 + 20 * np.random.default_rng(3).normal(size=(n, 5)).astype(np.float32)
+    found = iter(LAYOUTS[layout](differences, n)(x))
+    for topology in topologies:
+        for dtype in sent_as:
+            change = np.asarray(next(found), np.float64)
+            # On one device nothing is sent, and many neighbors are one product.
+            whole = layout == "vmap" and topology.max_degree > 24
+            sent = np.asarray(x if whole else x.astype(dtype), np.float64)
+            expected = topology.matrix @ sent - sent
+            np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-5)
+            rounding = np.finfo(np.float32).eps * np.abs(expected).max()
+            assert np.abs(change.sum(0)).max() < 8 * rounding
