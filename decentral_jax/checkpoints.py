@@ -32,12 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.experimental import multihost_utils
 
 from decentral_jax.evaluation import eval_params
 from decentral_jax.mixing import average
 from decentral_jax.validation import check_int, check_leading_axes
-from decentral_jax.workers import Workers
+from decentral_jax.workers import Workers, as_before, as_numbers, is_key
 
 logger = logging.getLogger(__name__)
 
@@ -483,7 +484,7 @@ class Checkpoints:
         first = x[(0,) * axes]
         if (values == values[(0,) * axes]).all():
             return self._workers.replicate(first)
-        if not _is_key(x):
+        if not is_key(x):
             raise ValueError(
                 f"the workers of the checkpoint have different integers at {path}, "
                 "which another number of workers cannot share: keep only what is equal "
@@ -615,26 +616,41 @@ def _part(state: Any, name: str, position: int) -> Any:
     return part
 
 
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(_dtype(x), jax.dtypes.prng_key)
-
-
 def _dtype(x: Any) -> Any:
     return jnp.result_type(x)
 
 
 def _plain(x: Any) -> Any:
-    """An array that can be written: PRNG keys as the numbers they are made of."""
-    if _is_key(x):
-        return jax.random.key_data(x)
+    """An array that can be written: PRNG keys as the numbers they are made of.
+
+    Of dtypes of 8 bits or less, TensorStore knows few: their bits are written.
+    """
+    x = as_numbers(x)
+    if _is_packed(x):
+        bits = lax.bitcast_convert_type(jnp.asarray(x), _bits(x))
+        return bits.astype(jnp.uint8)
     return x if isinstance(x, jax.Array) else np.array(x, _dtype(x))
 
 
 def _as_before(x: jax.Array, like: Any) -> jax.Array:
     """The inverse of `_plain`."""
-    if not _is_key(like):
-        return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+    if _is_packed(like):
+        return lax.bitcast_convert_type(x.astype(_bits(like)), _dtype(like))
+    return as_before(x, like)
+
+
+def _is_packed(x: Any) -> bool:
+    """Whether the dtype is int2, int4, float8 or the like, of any variant."""
+    dtype = _dtype(x)
+    return dtype.itemsize == 1 and dtype.name not in ("bool", "int8", "uint8")
+
+
+def _bits(x: Any) -> Any:
+    """The unsigned integers that are as wide."""
+    dtype = _dtype(x)
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    bits = (jnp.iinfo if is_integer else jnp.finfo)(dtype).bits
+    return jnp.dtype(f"uint{bits}")
 
 
 def _describe(state: Any, axes: int) -> list:
