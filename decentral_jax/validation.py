@@ -163,6 +163,7 @@ def require_params(params: Any, who: str) -> Any:
         raise ValueError(
             f"{who} needs params, got None: call update(grads, state, params)."
         )
+    check_arrays("params", params)
     return params
 
 
@@ -176,15 +177,34 @@ def check_nobody_missing(extra_args: Mapping[str, Any], who: str) -> None:
         )
 
 
+def check_arrays(name: str, tree: Any) -> None:
+    """Checks that all leaves are arrays or numbers, not functions or words."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        is_array = hasattr(leaf, "dtype") or hasattr(leaf, "__jax_array__")
+        if not is_array and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"{name} must hold arrays, got {leaf!r} of type "
+                f"{type(leaf).__name__} at {_where(path)}: split the tree and pass the "
+                "arrays alone, in Equinox with params, static = "
+                "eqx.partition(model, eqx.is_inexact_array), and put the model "
+                "together in the loss with eqx.combine(params, static)."
+            )
+
+
+def _where(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the top"
+
+
 def check_dtypes(name: str, tree: Any, kind: Any) -> None:
     """Checks that all leaves are of a kind: `jnp.floating`, or `jnp.inexact`."""
+    check_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, kind):
             raise TypeError(
                 f"{name} must hold floating-point arrays, got dtype {dtype} at "
-                f"{jax.tree_util.keystr(path) or 'the top'}: leave it out, for example "
-                "with optax.masked."
+                f"{_where(path)}: convert it, for example with .astype(jnp.float32), "
+                "or leave it out, for example with optax.masked."
             )
 
 
@@ -199,7 +219,7 @@ def check_trees(name: str, tree: Any, like: Any = None) -> None:
         if of(tree) != of(like):
             raise ValueError(
                 f"{name} must have the {what} that init saw, {of(like)}, got "
-                f"{of(tree)}: pass gradients of the parameters given to init."
+                f"{of(tree)}: pass the parameters given to init, and their gradients."
             )
 
 
@@ -208,12 +228,12 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def check_leading_axes(name: str, tree: Any, shape: tuple[int, ...]) -> None:
-    """Checks that every leaf starts with the workers' axes."""
+    """Checks that every leaf is an array that starts with the workers' axes."""
+    check_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         if np.shape(leaf)[: len(shape)] != shape:
             raise ValueError(
                 f"{name} must have the leading axes {shape}, one entry a worker, got "
-                f"shape {np.shape(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'the top'}: stack the workers' "
+                f"shape {np.shape(leaf)} at {_where(path)}: stack the workers' "
                 "values, or use .replicate for a value that all share."
             )

@@ -8,9 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
-from experiments import data, delays, models, real_time, resuming, tables
+from experiments import data, delays, models, real_time, report, resuming, tabular
 from experiments.settings import check_evaluations, check_positive
 
 
@@ -59,8 +57,10 @@ def main(options: Apam) -> None:
         raise ValueError(f"delays must be at least 0, got {options.delays}.")
     options.timing.check()
     dataset = _load(options)
+    output = report.Output(options)
     for model in options.models:
-        _run(model, dataset, options, Console())
+        _run(model, dataset, options, output)
+    output.close()
 
 
 def _load(options: Apam) -> data.Dataset:
@@ -73,12 +73,14 @@ def _load(options: Apam) -> data.Dataset:
         )
     if options.data_dir is None:
         raise ValueError("dataset=a9a is read from files: pass data_dir with them.")
-    return data.Dataset(*tables.load_a9a(options.data_dir), num_classes=2)
+    return data.Dataset(*tabular.load_a9a(options.data_dir), num_classes=2)
 
 
-def _run(name: str, dataset: data.Dataset, options: Apam, console: Console) -> None:
+def _run(
+    name: str, dataset: data.Dataset, options: Apam, output: report.Output
+) -> None:
     model = models.get_model(name, dataset.num_classes)
-    title, file = f"{name}, {options.dataset}", f"{name}_{options.dataset}.png"
+    title, file = f"{name}, {options.dataset}", f"{name}_{options.dataset}"
     memory = resuming.memory(options)
     if "delay" in options.parts:
         found = {}
@@ -99,14 +101,13 @@ def _run(name: str, dataset: data.Dataset, options: Apam, console: Console) -> N
                     )
                 }
 
-            with console.status(what):
+            with output.console.status(what):
                 found[delay] = memory.recall(what, accuracies)["accuracies"]
-        path = options.out / f"delay_{file}"
-        delays.show(found, options.iterations, title, path, console)
+        delays.show(found, options.iterations, title, f"delay_{file}", output)
     trainer = real_time.Trainer(
         model, dataset, options.batch_size, options.timing, memory
     )
     for part, run in (("time", real_time.compare), ("speedup", real_time.speedup)):
         if part in options.parts:
-            path = options.out / f"{part}_{file}"
-            run(trainer, options.timing, options.seeds, title, path, console)
+            file_name = f"{part}_{file}"
+            run(trainer, options.timing, options.seeds, title, file_name, output)

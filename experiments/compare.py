@@ -3,10 +3,9 @@
 import dataclasses
 
 import matplotlib.pyplot as plt
-from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, resuming, settings
+from experiments import report, results, resuming, settings
 
 
 @dataclasses.dataclass
@@ -26,8 +25,8 @@ class Compare(settings.Options):
 
 
 def main(options: Compare) -> None:
-    """Trains, prints the table, writes `compare.png` and `compare.csv`."""
-    console = Console()
+    """Trains, prints the table, writes `compare.png`, `.csv` and `.md`."""
+    output = report.Output(options)
     setting = options.setting(options.shuffled)
     topology = dj.topology.ring(options.workers).lazy(options.kappa)
     network = options.network
@@ -40,28 +39,27 @@ def main(options: Compare) -> None:
         )
     if options.algorithms:
         entries = {name: entries[name] for name in options.algorithms}
-    console.print(
+    output.console.print(
         f"{options.dataset}, {options.shuffled:g}% shuffled, {options.model}, "
         f"{topology}, DeTAG R={options.rounds}; {len(options.rates)} rates x "
         f"{options.seeds} seeds in one program an algorithm"
     )
-    results = report.run_all(
-        entries, setting, console, "compare", resuming.memory(options), network
+    found = results.run_all(
+        entries, setting, output.console, "compare", resuming.memory(options), network
     )
-    report.print_table(
-        results, console, f"After {setting.iterations} iterations, at the best rate"
-    )
-    report.write_csv(options.out / "compare.csv", report.rows(results))
+    title = f"After {setting.iterations} iterations, at the best rate"
+    output.table("compare", report.comparison(found, title))
+    output.csv("compare", results.rows(found))
     figure = plt.figure(figsize=(14, 7), layout="constrained")
     axes = figure.subplots(2, 3)
     for row, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
         for ax, against in zip(row, report.AGAINST, strict=True):
-            report.plot_curves(ax, results, against, name)
+            report.plot_curves(ax, found, against, name)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, loc="outside right center")
     figure.suptitle(
         f"{options.dataset}, {options.shuffled:g}% shuffled, {topology.name}, "
         f"{options.seeds} seeds, tuned rates"
     )
-    report.save(figure, options.out / "compare.png")
-    console.print(f"Wrote {options.out / 'compare.png'} and compare.csv beside it.")
+    output.figure("compare", figure)
+    output.close()

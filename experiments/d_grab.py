@@ -10,10 +10,7 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from experiments import herding as herding_test
 from experiments import ordered, report, resuming
@@ -65,7 +62,7 @@ def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
       For task, workers, method: the losses at each method's best rate, shape
       `[seeds, epochs + 1]`.
     """
-    console, found = Console(), {}
+    output, found = report.Output(options), {}
     options.herding.check()
     check_positive(options, "workers", "epochs", "seeds", "examples", "rates")
     chosen = []
@@ -78,9 +75,10 @@ def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
         chosen = [_load(name, options) for name in options.tasks]
     if "herding" in options.parts:
         memory = resuming.memory(options)
-        herding_test.main(options.herding, options.out, console, memory)
+        herding_test.main(options.herding, output, memory)
     for task in chosen:
-        found |= _train(task, options, console)
+        found |= _train(task, options, output)
+    output.close()
     return found
 
 
@@ -97,13 +95,13 @@ def _load(name: str, options: DGraB) -> Task:
 
 
 def _train(
-    task: Task, options: DGraB, console: Console
+    task: Task, options: DGraB, output: report.Output
 ) -> dict[tuple[str, int, str], np.ndarray]:
     """All methods, with each number of workers, at the rate that is best on seed 0."""
     seeds = tuple(range(options.seeds))
     memory = resuming.memory(options)
     found, rates = {}, {}
-    with Progress(console=console) as bar:
+    with Progress(console=output.console) as bar:
         for m in options.workers:
             for name, order in ordered.methods(len(task.x) // m, m).items():
                 title = f"{task.name}: {name}, {m} workers"
@@ -127,7 +125,7 @@ def _train(
                 recalled = memory.recall(title, tuned)
                 rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
                 bar.remove_task(line)
-    _report(task, found, rates, options, console)
+    _report(task, found, rates, options, output)
     return found
 
 
@@ -136,25 +134,23 @@ def _report(
     found: dict[tuple[str, int, str], np.ndarray],
     rates: dict[tuple[str, int, str], float],
     options: DGraB,
-    console: Console,
+    output: report.Output,
 ) -> None:
-    table = Table(title=task.name, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("workers", "method", "rate", "train loss", "less than D-RR"):
-        table.add_column(column, justify="left" if column == "method" else "right")
     figure = plt.figure(figsize=(3.6 * len(options.workers), 3.2), layout="constrained")
     axes = figure.subplots(1, len(options.workers), squeeze=False, sharey=True)[0]
     at = dict(zip(options.workers, axes, strict=True))
-    rows = []
+    rows, lines = [], []
     for (_, m, name), losses in found.items():
         key = task.name, m, name
         random = found[task.name, m, "D-RR"]
         final, gap = losses[:, -1], random[:, -1] - losses[:, -1]
-        table.add_row(
-            str(m),
-            name,
-            f"{rates[key]:g}",
-            f"{final.mean():.5f} ± {final.std():.5f}",
-            "" if name == "D-RR" else f"{gap.mean():+.5f} ± {gap.std():.5f}",
+        lines.append(
+            (
+                f"{name}, {m} workers",
+                report.spread(final, 5),
+                "" if name == "D-RR" else report.spread(gap, 5),
+                report.rate(task.rates, task.rates.index(rates[key])),
+            )
         )
         report.plot_seeds(at[m], np.arange(losses.shape[1]), losses, name)
         rows += [
@@ -175,8 +171,8 @@ def _report(
         ax.set_yscale("log")
     axes[0].set_ylabel("train loss")
     axes[-1].legend(fontsize=8)
-    console.print(table)
     name = task.name.replace(", ", "_")
-    report.save(figure, options.out / f"{name}.png")
-    report.write_csv(options.out / f"{name}.csv", rows)
-    console.print(f"Wrote {name}.png and {name}.csv to {options.out}.")
+    columns = "method", "train loss", "less than D-RR, seed by seed", "best rate"
+    output.table(name, report.Table(task.name, columns, lines))
+    output.figure(name, figure)
+    output.csv(name, rows)

@@ -4,8 +4,6 @@ As in the APAM paper's study: each gradient is taken at one of the last D iterat
 far does the accuracy fall behind, and does it catch up?
 """
 
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from jax import lax
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 import decentral_jax as dj
 from experiments import data, report
@@ -76,8 +71,8 @@ def show(
     found: dict[int, np.ndarray],
     iterations: int,
     title: str,
-    path: Path,
-    console: Console,
+    name: str,
+    output: report.Output,
 ) -> None:
     """Prints a table, writes a figure and numbers.
 
@@ -85,40 +80,37 @@ def show(
       found: From a delay to what `accuracies` returns.
       iterations: Of the whole runs.
       title: What was trained.
-      path: Of the figure and, with `.csv`, the numbers.
-      console: Where to print.
+      name: Of the files.
+      output: Where to show it.
     """
     evaluations = next(iter(found.values())).shape[1]
     early, each = max(1, evaluations // 10), iterations // evaluations
     at = np.arange(1, evaluations + 1) * each
-    table = Table(
-        title=f"{title}: test accuracy %", title_justify="left", box=SIMPLE_HEAD
-    )
-    table.add_column("largest delay", justify="right")
-    table.add_column(f"after {early * each} gradients", justify="right")
-    table.add_column(f"after {iterations}", justify="right")
-    table.add_column("less than no delay", justify="right")
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    rows = []
+    rows, lines = [], []
     for delay, of_delay in found.items():
         shown = [of_delay[:, early - 1], of_delay[:, -1]]
         if 0 in found and delay:
             shown.append(found[0][:, -1] - of_delay[:, -1])
-        table.add_row(
-            str(delay), *(f"{100 * x.mean():.1f} ± {100 * x.std():.1f}" for x in shown)
-        )
+        cells = [report.spread(100 * x, 1) for x in shown]
+        lines.append((str(delay), *cells, *[""] * (3 - len(cells))))
         report.plot_seeds(ax, at, 100 * of_delay, f"D = {delay}")
         rows += [
             {"delay": delay, "seed": seed, "gradients": k, "test_accuracy": accuracy}
             for seed, of_seed in enumerate(of_delay)
             for k, accuracy in zip(at, of_seed, strict=True)
         ]
-    console.print(table)
+    columns = (
+        "largest delay",
+        f"after {early * each} gradients",
+        f"after {iterations}",
+        "less than no delay, seed by seed",
+    )
+    output.table(name, report.Table(f"{title}: test accuracy %", columns, lines))
     ax.set_title(title, fontsize=9)
     ax.set_xlabel("gradients applied")
     ax.set_ylabel("test accuracy %")
     ax.legend(fontsize=8)
-    report.save(figure, path)
-    report.write_csv(path.with_suffix(".csv"), rows)
-    console.print(f"Wrote {path.name} and .csv to {path.parent}.")
+    output.figure(name, figure)
+    output.csv(name, rows)

@@ -8,10 +8,9 @@ import dataclasses
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, resuming, settings
+from experiments import report, results, resuming, settings
 
 
 @dataclasses.dataclass
@@ -30,7 +29,7 @@ class DeTAG(settings.Options):
 
 def main(options: DeTAG) -> None:
     """Trains, prints tables, writes `fractions.png`, `kappas.png` and CSV files."""
-    console = Console()
+    output = report.Output(options)
     figures = {
         "fractions": [(options.kappas[0], f) for f in options.fractions],
         "kappas": [(kappa, options.fractions[0]) for kappa in options.kappas],
@@ -39,38 +38,51 @@ def main(options: DeTAG) -> None:
     for figure_name, cells in figures.items():
         for cell in cells:
             if cell not in done:
-                done[cell] = _run(options, *cell, console)
+                done[cell] = _run(options, *cell, output)
         rows = [
             row
             for kappa, fraction in cells
-            for row in report.rows(
+            for row in results.rows(
                 done[kappa, fraction], kappa=kappa, shuffled=fraction
             )
         ]
-        report.write_csv(options.out / f"{figure_name}.csv", rows)
+        output.csv(figure_name, rows)
         figure = plt.figure(figsize=(3.4 * len(cells), 3.6), layout="constrained")
         axes = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
         for ax, (kappa, fraction) in zip(axes, cells, strict=True):
             report.plot_curves(ax, done[kappa, fraction], "iterations", "train_loss")
             ax.set_title(f"kappa {kappa:g}, {fraction:g}% shuffled", fontsize=9)
         axes[0].legend(fontsize=8)
-        report.save(figure, options.out / f"{figure_name}.png")
-    console.print(f"Wrote figures and CSV files to {options.out}.")
+        output.figure(figure_name, figure)
+    cells = {
+        f"{fraction:g}% shuffled, kappa {kappa:g}, R = {_rounds(options, kappa)}": found
+        for (kappa, fraction), found in done.items()
+    }
+    output.table("summary", report.summary(cells, options.dataset))
+    output.close()
 
 
 def _run(
-    options: DeTAG, kappa: float, fraction: float, console: Console
-) -> list[report.Result]:
-    ring = dj.topology.ring(options.workers).lazy(0.75)
-    topology = ring if kappa == 1 else ring.lazy(kappa)
-    rounds = options.rounds or settings.phase_length(topology)
-    results = report.run_all(
+    options: DeTAG, kappa: float, fraction: float, output: report.Output
+) -> list[results.Result]:
+    topology, rounds = _topology(options, kappa), _rounds(options, kappa)
+    found = results.run_all(
         settings.decentralized(topology, rounds),
         options.setting(fraction),
-        console,
+        output.console,
         f"kappa {kappa:g}, {fraction:g}%",
         resuming.memory(options),
     )
     title = f"{topology.name}, {fraction:g}% shuffled, DeTAG R={rounds}"
-    report.print_table(results, console, title)
-    return results
+    name = f"kappa_{kappa:g}_shuffled_{fraction:g}"
+    output.table(name, report.comparison(found, title))
+    return found
+
+
+def _topology(options: DeTAG, kappa: float) -> dj.topology.Topology:
+    ring = dj.topology.ring(options.workers).lazy(0.75)
+    return ring if kappa == 1 else ring.lazy(kappa)
+
+
+def _rounds(options: DeTAG, kappa: float) -> int:
+    return options.rounds or settings.phase_length(_topology(options, kappa))

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import optax
-from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, resuming, settings
+from experiments import report, results, resuming, settings
 from experiments.settings import Entry
 
 
@@ -33,7 +32,7 @@ class ErrorFeedback(settings.Options):
     """Gradients a worker."""
     evaluations: int = 60
     """Points on each curve; divides the iterations."""
-    rates: tuple[float, ...] = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
     """Learning rates to tune over; each algorithm is shown at its best."""
     out: Path = Path("results/def")
     """Folder for the figures (.png) and the numbers (.csv)."""
@@ -50,25 +49,27 @@ def dense() -> dict[str, Entry]:
 
 def main(options: ErrorFeedback) -> None:
     """Trains, prints a table and writes a figure a ratio, and `def.csv`."""
-    console = Console()
+    output = report.Output(options)
     setting = options.setting(shuffled=100.0)
     examples = setting.parts.size
     memory = resuming.memory(options)
-    baseline = report.run_all(dense(), setting, console, "dense", memory)
-    rows = []
+    baseline = results.run_all(dense(), setting, output.console, "dense", memory)
+    rows, found = [], {}
     for ratio in options.ratios:
         entries = settings.compressed(ratio, options.detach, momentum=0.9)
         title = f"ratio {ratio:g}"
-        results = baseline + report.run_all(
-            entries, setting, console, title, memory=memory
+        found[title] = baseline + results.run_all(
+            entries, setting, output.console, title, memory
         )
-        report.print_table(results, console, f"{title}, {options.dataset}")
-        rows += report.rows(results, ratio=ratio)
+        name = f"ratio_{ratio:g}"
+        table = report.comparison(found[title], f"{title}, {options.dataset}")
+        output.table(name, table)
+        rows += results.rows(found[title], ratio=ratio)
         figure = plt.figure(figsize=(12, 3.8), layout="constrained")
         axes = figure.subplots(1, 3)
-        report.plot_curves(axes[0], results, "iterations", "test_accuracy")
-        report.plot_curves(axes[1], results, "megabytes", "test_accuracy")
-        report.plot_curves(axes[2], results, "iterations", "train_loss")
+        report.plot_curves(axes[0], found[title], "iterations", "test_accuracy")
+        report.plot_curves(axes[1], found[title], "megabytes", "test_accuracy")
+        report.plot_curves(axes[2], found[title], "iterations", "train_loss")
         axes[0].legend(fontsize=8)
         axes[1].set_xscale("log")
         axes[2].set_xlim(0, options.early * setting.iterations)
@@ -78,6 +79,7 @@ def main(options: ErrorFeedback) -> None:
             f"{options.dataset}, ratio {ratio:g}, {options.workers} workers, "
             f"{options.seeds} seeds; an epoch is {epoch:.1f} iterations"
         )
-        report.save(figure, options.out / f"ratio_{ratio:g}.png")
-    report.write_csv(options.out / "def.csv", rows)
-    console.print(f"Wrote figures and def.csv to {options.out}.")
+        output.figure(name, figure)
+    output.csv("def", rows)
+    output.table("summary", report.summary(found, options.dataset))
+    output.close()

@@ -12,10 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
-from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report, resuming, settings
+from experiments import report, results, resuming, settings
 from experiments.settings import Entry
 
 
@@ -35,13 +34,13 @@ class Faults(settings.Options):
     """Number of workers, on a ring."""
     iterations: int = 2000
     """Gradients a worker."""
-    rates: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     """Learning rates to tune over; each algorithm is shown at its best."""
     out: Path = Path("results/faults")
     """Folder for the figure (.png) and the numbers (.csv)."""
 
 
-def main(options: Faults) -> dict[int, list[report.Result]]:
+def main(options: Faults) -> dict[int, list[results.Result]]:
     """Prints a table for each number of missing workers, writes a figure and `.csv`.
 
     Returns:
@@ -54,7 +53,7 @@ def main(options: Faults) -> dict[int, list[report.Result]]:
             f"missing={options.missing} must be at least 0, and fewer than the "
             f"{options.workers} workers."
         )
-    console = Console()
+    output = report.Output(options)
     setting = options.setting(options.shuffled)
     ring = dj.topology.ring(options.workers)
     top = dj.compression.top_k(options.ratio)
@@ -70,18 +69,22 @@ def main(options: Faults) -> dict[int, list[report.Result]]:
             for name, make in algorithms.items()
         }
         title = f"{missing} of {options.workers} missing"
-        found[missing] = report.run_all(
-            entries, setting, console, title, resuming.memory(options)
+        found[missing] = results.run_all(
+            entries, setting, output.console, title, resuming.memory(options)
         )
-        report.print_table(found[missing], console, f"{title}, {options.dataset}")
-        rows += report.rows(found[missing], missing=missing)
+        table = report.comparison(found[missing], f"{title}, {options.dataset}")
+        output.table(f"missing_{missing}", table)
+        rows += results.rows(found[missing], missing=missing)
+    cells = {f"{missing} missing": of_these for missing, of_these in found.items()}
+    title = f"{options.dataset}, {options.workers} workers"
+    output.table("summary", report.summary(cells, title))
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, len(algorithms), sharey=True)
     for i, (ax, name) in enumerate(zip(axes, algorithms, strict=True)):
-        for missing, results in found.items():
-            loss = results[i].at_best("train_loss")
+        for missing, of_these in found.items():
+            loss = of_these[i].at_best("train_loss")
             report.plot_seeds(
-                ax, results[i].curves.iteration, loss, f"{missing} missing"
+                ax, of_these[i].curves.iteration, loss, f"{missing} missing"
             )
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("iterations")
@@ -93,9 +96,9 @@ def main(options: Faults) -> dict[int, list[report.Result]]:
         "seeds; missing at random in every round",
         fontsize=9,
     )
-    report.save(figure, options.out / "faults.png")
-    report.write_csv(options.out / "faults.csv", rows)
-    console.print(f"Wrote faults.png and faults.csv to {options.out}.")
+    output.figure("faults", figure)
+    output.csv("faults", rows)
+    output.close()
     return found
 
 

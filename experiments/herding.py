@@ -6,16 +6,12 @@ How far does the sum over all workers stray from zero along the way?
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from jax import lax
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 import decentral_jax as dj
 from experiments import report
@@ -58,7 +54,7 @@ class Herding:
 
 
 def main(
-    options: Herding, out: Path, console: Console, memory: Memory
+    options: Herding, output: report.Output, memory: Memory
 ) -> dict[str, np.ndarray]:
     """Prints a table, writes `herding.png` and `.csv`.
 
@@ -84,10 +80,10 @@ def main(
                     tx = make(parts.shape[1], m)
                     return {"bounds": herding(tx, parts, options.rounds)}
 
-                with console.status(f"{name}, {m} workers"):
+                with output.console.status(f"{name}, {m} workers"):
                     recalled = memory.recall(f"{name}, {m} workers, {seed}", bounds)
                 found[name][i, seed] = recalled["bounds"][-5:].mean()
-    _report(found, options, out, console)
+    _report(found, options, output)
     return found
 
 
@@ -133,30 +129,45 @@ def herding(tx, vectors: jax.Array, rounds: int) -> np.ndarray:
 
 
 def _report(
-    found: dict[str, np.ndarray], options: Herding, out: Path, console: Console
+    found: dict[str, np.ndarray], options: Herding, output: report.Output
 ) -> None:
-    table = Table(title="Herding bound", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for m in options.shared_by:
-        table.add_column(f"m = {m}", justify="right")
-    table.add_column("published", justify="right")
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    rows = []
+    rows, lines = [], []
     for name, bounds in found.items():
-        quoted = " ".join(f"{x:g}" for x in QUOTED.get(name, ()))
-        table.add_row(name, *(f"{b:.2f}" for b in bounds.mean(1)), quoted)
+        published = QUOTED.get(name, (None,) * len(QUOTED_WORKERS))
+        quoted: dict[int, float | None] = dict(
+            zip(QUOTED_WORKERS, published, strict=True)
+        )
+        cells = zip(options.shared_by, bounds, strict=True)
+        lines.append((name, *(_cell(of_m, quoted.get(m)) for m, of_m in cells)))
         ax.loglog(options.shared_by, bounds.mean(1), "o-", label=name)
         rows += [
             {"method": name, "workers": m, "seed": seed, "bound": bound}
             for m, of_m in zip(options.shared_by, bounds, strict=True)
             for seed, bound in enumerate(of_m)
         ]
-    console.print(table)
+    title = f"Herding bound, {options.draws} draws"
+    columns = "method", *(f"m = {m}" for m in options.shared_by)
+    notes = [
+        "Mean and standard deviation over draws, the lowest and highest draw, and in "
+        "brackets the published value, † if it lies outside of what the draws span."
+    ]
+    output.table("herding", report.Table(title, columns, lines, notes))
     ax.set_xlabel("workers")
     ax.set_ylabel("largest prefix sum")
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8)
-    report.save(figure, out / "herding.png")
-    report.write_csv(out / "herding.csv", rows)
-    console.print(f"Wrote herding.png and herding.csv to {out}.")
+    output.figure("herding", figure)
+    output.csv("herding", rows)
+
+
+def _cell(bounds: np.ndarray, quoted: float | None) -> str:
+    """One method's bounds with one number of workers, beside what was published."""
+    text = report.spread(bounds, 2)
+    if len(bounds) > 1:
+        text += f", {bounds.min():.2f} to {bounds.max():.2f}"
+    if quoted is None:
+        return text
+    inside = len(bounds) == 1 or bounds.min() <= quoted <= bounds.max()
+    return f"{text} ({quoted:.2f}{'' if inside else '†'})"

@@ -12,12 +12,10 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 import decentral_jax as dj
-from experiments import data, models, report, resuming, wall_clock
+from experiments import data, models, report, results, resuming, wall_clock
 from experiments.settings import Entry
 from experiments.training import (
     Curves,
@@ -143,7 +141,7 @@ class Runs:
         self.options, self.console = options, console
         self.setting = options.setting()
         self.memory = resuming.memory(options)
-        self.results: dict[str, report.Result] = {}
+        self.results: dict[str, results.Result] = {}
         self.rates = distributions(self.setting.num_workers)
 
     def __call__(self, name: str, entry: Entry, slots: np.ndarray | None = None):
@@ -172,7 +170,7 @@ class Runs:
             ).max(1)
             at = curves.iteration
             sent = bytes_sent(log, setting.iterations)[at] / 1e6
-            self.results[name] = report.Result(
+            self.results[name] = results.Result(
                 name, curves, sent, clock[at], setting.rates
             )
         return self.results[name]
@@ -212,13 +210,13 @@ class Runs:
         return self(name, Entry(make, options.q * tau, levels), slots)
 
 
-def main(options: MultiLevel) -> dict[str, list[report.Result]]:
+def main(options: MultiLevel) -> dict[str, list[results.Result]]:
     """Trains, prints a table and writes a figure a part, and `mll_sgd.csv`."""
-    console = Console()
-    runs = Runs(options, console)
+    output = report.Output(options)
+    runs = Runs(options, output.console)
     round_ticks = options.q * options.tau
     ones = runs.rates["all 1"]
-    found: dict[str, list[report.Result]] = {}
+    found: dict[str, list[results.Result]] = {}
     for part in options.parts:
         if part == "hierarchy":
             found[part] = [
@@ -242,15 +240,15 @@ def main(options: MultiLevel) -> dict[str, list[report.Result]]:
         else:
             found[part] = _slots(runs, round_ticks)
     rows = []
-    for part, results in found.items():
-        _print(part, results, options, console)
-        rows += report.rows(results, part=part)
+    for part, of_part in found.items():
+        output.table(part, _table(part, of_part, options))
+        rows += results.rows(of_part, part=part)
         figure = plt.figure(figsize=(10, 3.8), layout="constrained")
         against = "seconds" if part == "slots" else "iterations"
         for ax, name in zip(
             figure.subplots(1, 2), ("train_loss", "test_accuracy"), strict=True
         ):
-            report.plot_curves(ax, results, against, name)
+            report.plot_curves(ax, of_part, against, name)
             ax.set_xscale("log")
             if part == "slots":
                 ax.set_xlabel("time slots")
@@ -258,13 +256,13 @@ def main(options: MultiLevel) -> dict[str, list[report.Result]]:
         figure.suptitle(
             f"{options.dataset}, {options.model}: {part}; {options.seeds} seeds"
         )
-        report.save(figure, options.out / f"{part}.png")
-    report.write_csv(options.out / "mll_sgd.csv", rows)
-    console.print(f"Wrote figures and mll_sgd.csv to {options.out}.")
+        output.figure(part, figure)
+    output.csv("mll_sgd", rows)
+    output.close()
     return found
 
 
-def _slots(runs: Runs, round_ticks: int) -> list[report.Result]:
+def _slots(runs: Runs, round_ticks: int) -> list[results.Result]:
     """In time slots, with 10% of the workers at .1 and the rest at .6.
 
     In MLL-SGD a tick is a slot, and slow workers skip steps. In the others every worker
@@ -280,44 +278,39 @@ def _slots(runs: Runs, round_ticks: int) -> list[report.Result]:
     ]
 
 
-def _print(part, results, options: MultiLevel, console: Console) -> None:
+def _table(part: str, found: list[results.Result], options: MultiLevel):
     """Train loss along the way, and the final accuracy."""
     marks = [m for m in (1, 11, 100, 200, 1000) if m <= options.rounds]
-    table = Table(title=part, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("algorithm", no_wrap=True)
     every = options.rounds // options.evaluations
-    at = [min(len(results[0].curves.iteration), math.ceil(m / every)) for m in marks]
-    for index in dict.fromkeys(at):
-        label = f"round {index * every}"
-        if part == "slots":
-            label = f"slots {results[0].seconds[index - 1]:.0f}"
-        table.add_column(label, justify="right")
-    table.add_column("accuracy %", justify="right")
+    last = len(found[0].curves.iteration)
+    at = list(dict.fromkeys(min(last, math.ceil(m / every)) for m in marks))
+    # In time slots: the slots that the first one, MLL-SGD, took up to there.
+    slots = [found[0].seconds[index - 1] for index in at]
+    columns = ["algorithm", *(f"round {index * every}" for index in at), "accuracy %"]
+    if part == "slots":
+        columns[1:-1] = [f"slots {slot:.0f}" for slot in slots]
     published = options.dataset == "mnist" and options.model == "logistic"
     if published:
-        table.add_column("published: rounds 1, 11, 100, 200", justify="right")
-    deviations = []
-    for result in results:
+        columns.append("published: rounds 1, 11, 100, 200")
+    lines, deviations = [], []
+    for result in found:
         loss = result.at_best("train_loss")
         accuracy = 100 * result.at_best("test_accuracy")
         cells = []
-        for index in dict.fromkeys(at):
+        for index, slot in zip(at, slots, strict=True):
             column = index - 1
             if part == "slots":
-                # What it has reached in the slots that MLL-SGD took so far.
-                then = results[0].seconds[index - 1]
-                column = np.searchsorted(result.seconds, then, side="right") - 1
+                column = np.searchsorted(result.seconds, slot, side="right") - 1
             one = loss[:, max(column, 0)]
             deviations.append(one.std())
             cells.append("not yet" if column < 0 else f"{one.mean():.4f}")
-        quoted = QUOTED.get(result.name) if part != "slots" else None
-        row = [result.name, *cells]
-        row.append(f"{accuracy[:, -1].mean():.1f} ± {accuracy[:, -1].std():.1f}")
+        line = [result.name, *cells, report.spread(accuracy[:, -1], 1)]
         if published:
-            row.append(" ".join(f"{x:.4f}" for x in quoted) if quoted else "")
-        table.add_row(*row)
-    console.print(table)
-    console.print(
+            quoted = QUOTED.get(result.name, ()) if part != "slots" else ()
+            line.append(" ".join(f"{x:.4f}" for x in quoted))
+        lines.append(line)
+    notes = [
         f"Train loss, mean of {options.seeds} seeds; standard deviations at most "
         f"{max(deviations):.4f}."
-    )
+    ]
+    return report.Table(f"{options.dataset}, {part}", columns, lines, notes)

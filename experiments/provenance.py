@@ -1,7 +1,8 @@
 """Where results come from: the command, the code and the packages that made them.
 
-Every table and figure carries this, so that a number can be traced to the code that
-computed it, and what an interrupted run has finished counts only for the same code.
+Every table and figure carries this, so that a number can be traced to the options and
+the code that computed it, and what an interrupted run has finished counts only for the
+same code.
 """
 
 import datetime
@@ -12,21 +13,27 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import decentral_jax as dj
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("jax", "flax", "optax", "numpy", "scikit-learn")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+CODE = ("decentral_jax", "experiments", "benchmarks", "pyproject.toml")
+# What only starts experiments and shows their results, but computes none.
+SHOWING = ("__main__.py", "provenance.py", "report.py", "tables.py")
 
 
 @functools.cache
 def code() -> str:
-    """A digest of the library's and the experiments' sources and of the packages."""
+    """A digest of the packages' versions and of all sources that compute results."""
     digest = hashlib.sha256()
     for folder in (Path(dj.__file__).parent, Path(__file__).parent):
         for file in sorted(folder.rglob("*.py")):
-            digest.update(str(file.relative_to(folder)).encode())
-            digest.update(file.read_bytes())
+            name = str(file.relative_to(folder))
+            if folder != Path(__file__).parent or name not in SHOWING:
+                digest.update(name.encode())
+                digest.update(file.read_bytes())
     digest.update(packages().encode())
     return digest.hexdigest()[:16]
 
@@ -40,7 +47,7 @@ def packages() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit that is checked out, and whether files were changed after it."""
+    """The commit that is checked out, and whether its code was changed after it."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
@@ -48,16 +55,24 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        name, changed = git("rev-parse", "--short", "HEAD"), git("status", "--short")
+        name, changed = (
+            git("rev-parse", "--short", "HEAD"),
+            git("status", "--short", *CODE),
+        )
     except FileNotFoundError:  # no git
         name, changed = "", ""
     return f"{name} with changes" if name and changed else name or "unknown"
 
 
-def provenance() -> dict[str, str]:
-    """The command, date, version, commit, packages and code of this run."""
+def provenance(options: Any = None) -> dict[str, str]:
+    """The command, options, date, version, commit, packages and code of this run.
+
+    Args:
+      options: All options of the experiment, those left at their defaults too.
+    """
     return {
         "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "options": repr(options),
         "date": datetime.date.today().isoformat(),
         "version": f"decentral_jax {dj.__version__}",
         "commit": commit(),

@@ -9,7 +9,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,9 +17,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 import decentral_jax as dj
 from decentral_jax import engine
@@ -194,8 +190,8 @@ def compare(
     options: Timing,
     seeds: int,
     title: str,
-    path: Path,
-    console: Console,
+    name: str,
+    output: report.Output,
 ) -> dict[tuple[str, str], list[Curve]]:
     """Accuracy against time with equal and with unequal workers.
 
@@ -205,40 +201,32 @@ def compare(
     unit = options.sleep_ms / 1e3
     equal = np.full(options.workers, unit)
     unequal = equal * np.r_[np.ones(options.workers - 1), options.slow]
-    table = Table(
-        title=f"{title}, {options.workers} workers",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
-    table.add_column("speeds")
-    table.add_column("method")
-    for column in ("rate", f"s to {options.goal:g} %", "s in all", "accuracy %"):
-        table.add_column(column, justify="right")
     figure = plt.figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    found, rows = {}, []
+    found, rows, lines = {}, [], []
     speeds = {"equal": equal, f"one {options.slow:g}x slower": unequal}
     for ax, (speed, sleeps) in zip(axes, speeds.items(), strict=True):
-        for name, method in methods(options).items():
-            with console.status(f"{title}: {name}, {speed}"):
+        for method_name, method in methods(options).items():
+            with output.console.status(f"{title}: {method_name}, {speed}"):
                 rate = trainer.best_rate(method, sleeps)
                 curves = [trainer.run(method, rate, sleeps, i) for i in range(seeds)]
-            found[speed, name] = curves
+            found[speed, method_name] = curves
             seconds = np.array([curve.seconds for curve in curves])
             accuracy = 100 * np.array([curve.test_accuracy for curve in curves])
-            table.add_row(
-                speed,
-                name,
-                f"{rate:g}",
-                _first_time(seconds, accuracy >= options.goal),
-                f"{seconds[:, -1].mean():.2f} ± {seconds[:, -1].std():.2f}",
-                f"{accuracy[:, -1].mean():.1f} ± {accuracy[:, -1].std():.1f}",
+            lines.append(
+                (
+                    f"{method_name}, {speed}",
+                    _first_time(seconds, accuracy >= options.goal),
+                    report.spread(seconds[:, -1], 2),
+                    report.spread(accuracy[:, -1], 1),
+                    report.rate(method.rates, method.rates.index(rate)),
+                )
             )
-            report.plot_seeds(ax, seconds.mean(0), accuracy, name)
+            report.plot_seeds(ax, seconds.mean(0), accuracy, method_name)
             rows += [
                 {
                     "speeds": speed,
-                    "method": name,
+                    "method": method_name,
                     "rate": rate,
                     "seed": seed,
                     "seconds": s,
@@ -249,11 +237,14 @@ def compare(
             ]
         ax.set_title(f"{options.workers} workers, {speed}", fontsize=9)
         ax.set_xlabel("seconds")
-    console.print(table)
+    columns = "method", f"seconds to {options.goal:g} %", "in all", "accuracy %"
+    heading = f"{title}, {options.workers} workers"
+    output.table(name, report.Table(heading, (*columns, "best rate"), lines))
     axes[0].set_ylabel("test accuracy %")
     axes[1].legend(fontsize=8)
     figure.suptitle(f"{title}; {setting(options.sleep_ms)}", fontsize=9)
-    _write(figure, rows, path, console)
+    output.figure(name, figure)
+    output.csv(name, rows)
     return found
 
 
@@ -262,7 +253,7 @@ def _first_time(seconds: np.ndarray, reached: np.ndarray) -> str:
     if not reached.any(1).all():
         return f"{reached.any(1).sum()} of {len(reached)} runs"
     first = seconds[np.arange(len(reached)), reached.argmax(1)]
-    return f"{first.mean():.2f} ± {first.std():.2f}"
+    return report.spread(first, 2)
 
 
 def speedup(
@@ -270,8 +261,8 @@ def speedup(
     options: Timing,
     seeds: int,
     title: str,
-    path: Path,
-    console: Console,
+    name: str,
+    output: report.Output,
 ) -> dict[tuple[str, int], list[Curve]]:
     """How much sooner the same number of gradients is applied with more workers.
 
@@ -281,54 +272,56 @@ def speedup(
       For method and number of workers, the curves of all seeds.
     """
     unit = options.sleep_ms / 1e3
-    table = Table(title=f"{title}, speed-up", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("method")
-    for column in ("workers", "seconds", "speed-up", "of ideal", "accuracy %"):
-        table.add_column(column, justify="right")
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    found, rows = {}, []
-    for name, method in methods(options).items():
+    found, rows, lines = {}, [], []
+    for method_name, method in methods(options).items():
         if method.make is not dj.amsgrad:
             continue
         rate = trainer.best_rate(method, np.full(options.workers, unit))
         for n in sorted(options.speedup_workers):
-            with console.status(f"{title}: {name}, {n} workers"):
-                found[name, n] = [
+            with output.console.status(f"{title}: {method_name}, {n} workers"):
+                found[method_name, n] = [
                     trainer.run(method, rate, np.full(n, unit), i) for i in range(seeds)
                 ]
         seconds = {
-            n: np.array([curve.seconds[-1] for curve in found[name, n]])
+            n: np.array([curve.seconds[-1] for curve in found[method_name, n]])
             for n in sorted(options.speedup_workers)
         }
         factors = {n: seconds[1] / seconds[n] for n in seconds}
         for n in seconds:
-            accuracy = 100 * np.array([c.test_accuracy[-1] for c in found[name, n]])
-            table.add_row(
-                name,
-                str(n),
-                f"{seconds[n].mean():.2f}",
-                f"{factors[n].mean():.2f} ± {factors[n].std():.2f}",
-                f"{100 * factors[n].mean() / n:.0f} %",
-                f"{accuracy.mean():.1f} ± {accuracy.std():.1f}",
+            accuracy = 100 * np.array(
+                [c.test_accuracy[-1] for c in found[method_name, n]]
+            )
+            lines.append(
+                (
+                    f"{method_name}, {n} workers",
+                    f"{seconds[n].mean():.2f}",
+                    report.spread(factors[n], 2),
+                    f"{100 * factors[n].mean() / n:.0f} %",
+                    report.spread(accuracy, 1),
+                    report.rate(method.rates, method.rates.index(rate)),
+                )
             )
             rows += [
-                {"method": name, "workers": n, "seed": seed, "seconds": s, "speedup": f}
+                {
+                    "method": method_name,
+                    "workers": n,
+                    "seed": seed,
+                    "seconds": s,
+                    "speedup": f,
+                }
                 for seed, (s, f) in enumerate(zip(seconds[n], factors[n], strict=True))
             ]
         y = np.stack(list(factors.values()), 1)
-        report.plot_seeds(ax, list(factors), y, name)
-    console.print(table)
+        report.plot_seeds(ax, list(factors), y, method_name)
+    columns = "method", "seconds", "speed-up", "of ideal", "accuracy %", "best rate"
+    output.table(name, report.Table(f"{title}, speed-up", columns, lines))
     ax.axline((1, 1), slope=1, color="gray", lw=0.8, ls=":", label="ideal")
     ax.set_xlabel("workers")
     ax.set_ylabel("speed-up")
     ax.legend(fontsize=8)
     ax.set_title(f"{title}\n{setting(options.sleep_ms)}", fontsize=8)
-    _write(figure, rows, path, console)
+    output.figure(name, figure)
+    output.csv(name, rows)
     return found
-
-
-def _write(figure, rows, path, console) -> None:
-    report.save(figure, path)
-    report.write_csv(path.with_suffix(".csv"), rows)
-    console.print(f"Wrote {path.name} and .csv to {path.parent}.")

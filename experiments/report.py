@@ -1,8 +1,8 @@
-"""What the experiments show: a progress bar, a table, curves as PNG, numbers as CSV."""
+"""What the experiments show: tables as Markdown, curves as PNG, numbers as CSV."""
 
 import csv
-import functools
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,173 +14,174 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 
+from experiments import resuming
 from experiments.provenance import provenance
-from experiments.resuming import Memory
-from experiments.settings import Entry, Network
-from experiments.training import Curves, Setting, bytes_sent, step_log, train
+from experiments.results import Result
 
-# One colour and line an algorithm, in every figure.
+# One color and line style per algorithm, in every figure.
 STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5 + ["-."] * 8
 AGAINST = {
     "iterations": "iterations (gradients a worker)",
     "megabytes": "megabytes sent by a worker",
     "seconds": "simulated seconds",
 }
+EDGE = "* the best rate is at the edge of the grid of rates."
 
 
-class Result(NamedTuple):
-    """An algorithm's curves and traffic."""
+class Table(NamedTuple):
+    """A table as text, the same in the terminal, in files and in the documentation."""
 
-    name: str
-    curves: Curves
-    megabytes: np.ndarray  # shape=[E]: sent by a worker up to each evaluation
-    seconds: np.ndarray  # shape=[E]: simulated, when the last worker is there
-    rates: tuple[float, ...]
-
-    @property
-    def best(self) -> int:
-        """The rate with the lowest final train loss, as a mean over seeds."""
-        final = self.curves.train_loss[..., -1].mean(1)
-        return int(np.argmin(np.where(np.isfinite(final), final, np.inf)))
-
-    def at_best(self, name: str) -> np.ndarray:
-        """A measurement at the best rate, shape `[seeds, E]`."""
-        return getattr(self.curves, name)[self.best]
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
 
     @property
-    def rate_at_edge(self) -> bool:
-        """Whether the best rate is the grid's smallest or largest one."""
-        return len(self.rates) > 1 and self.best in (0, len(self.rates) - 1)
+    def all_notes(self) -> list[str]:
+        """The notes, and what a star at a rate means if there is one."""
+        marked = any("*" in cell for row in self.rows for cell in row)
+        return [*self.notes, *([EDGE] if marked else [])]
+
+    def markdown(self) -> str:
+        """The table in Markdown, its title before it and the notes after it."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts = [f"{self.title}:", text, "\n".join(self.all_notes)]
+        return "\n\n".join(filter(None, parts)).replace("*", "\\*") + "\n"
 
 
-def run_all(
-    entries: dict[str, Entry],
-    setting: Setting,
-    console: Console,
-    title: str,
-    memory: Memory,
-    network: Network | None = None,
-) -> list[Result]:
-    """Trains algorithms one after the other behind a progress bar.
+class Output:
+    """Where an experiment shows what it found: the terminal and the files of a folder.
 
-    Those that the memory of an interrupted run holds are not trained again.
+    Every file says which command, options and code made it.
+
+    Args:
+      options: The experiment's options, a dataclass with the folder `out`.
     """
-    network = network or Network()
-    bar = Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=console,
-    )
-    results = []
-    with bar:
-        task = bar.add_task(title, total=len(entries))
-        for name, entry in entries.items():
-            bar.update(task, description=f"{title}: {name}")
 
-            def run(entry=entry):
-                advance = functools.partial(bar.advance, task)
-                return train(entry.make, setting, advance, entry.levels)._asdict()
+    def __init__(self, options: Any):
+        self.console = Console()
+        self.folder = Path(options.out)
+        self.origin = provenance(options)
+        self._options, self._begin = options, time.perf_counter()
+        self._written: list[str] = []
 
-            curves = Curves(**memory.recall(f"{title}: {name}", run))
-            log = step_log(entry.make, setting, entry.phase, entry.levels)
-            sent = bytes_sent(log, setting.iterations)
-            at = curves.iteration
-            seconds = network.seconds(
-                entry, log, setting.num_workers, setting.iterations
-            )
-            results.append(
-                Result(name, curves, sent[at] / 1e6, seconds[at], setting.rates)
-            )
-        bar.update(task, description=title)
-    return results
-
-
-def print_table(results: Sequence[Result], console: Console, title: str) -> None:
-    """Prints the final numbers, mean and standard deviation over seeds."""
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 0, 0, 1),
-    )
-    table.add_column("algorithm", no_wrap=True)
-    for column in (
-        "accuracy %",
-        "train loss",
-        "consensus",
-        "MB sent",
-        "seconds",
-        "rate",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        accuracy = 100 * result.at_best("test_accuracy")[:, -1]
-        loss = result.at_best("train_loss")[:, -1]
-        table.add_row(
-            result.name,
-            f"{accuracy.mean():.1f} ± {accuracy.std():.1f}",
-            f"{loss.mean():.3f} ± {loss.std():.3f}",
-            f"{result.at_best('consensus')[:, -1].mean():.2g}",
-            f"{result.megabytes[-1]:.2f}",
-            f"{result.curves.seconds:.1f}",
-            f"{result.rates[result.best]:g}" + ("*" if result.rate_at_edge else ""),
+    def table(self, name: str, table: Table) -> None:
+        """Prints a table and writes it as `name.md`."""
+        shown = RichTable(
+            title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
         )
-    console.print(table)
-    console.print(
-        "Test accuracy and train loss of the averaged model, consensus distance, "
-        "megabytes sent by each worker, seconds for all rates and seeds together."
-    )
-    if any(result.rate_at_edge for result in results):
-        console.print("* at the edge of the grid of rates: widen --rates.")
+        for i, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
+        for row in table.rows:
+            shown.add_row(*row)
+        self.console.print(shown, *table.all_notes, sep="\n")
+        origin = self.origin | {"seconds": f"{self._seconds():.0f}"}
+        self._path(name, ".md").write_text(
+            f"{table.markdown()}\n<!--\n{described(origin)}\n-->\n", encoding="utf-8"
+        )
+
+    def figure(self, name: str, figure: Any) -> None:
+        """Writes a figure as `name.png` and closes it."""
+        metadata = {"Description": described(self.origin)}
+        figure.savefig(self._path(name, ".png"), dpi=150, metadata=metadata)
+        plt.close(figure)
+
+    def csv(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes dictionaries with the same keys as `name.csv`.
+
+        Lines that begin with "#" say how the file was made: `pandas.read_csv` skips
+        them with `comment="#"`.
+        """
+        rows = list(rows)
+        with self._path(name, ".csv").open("w", newline="", encoding="utf-8") as file:
+            lines = described(self.origin).splitlines()
+            file.writelines(f"# {line}\n" for line in lines)
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def close(self) -> None:
+        """Prints which files were written."""
+        self.console.print(f"Wrote {', '.join(self._written)} to {self.folder}.")
+
+    def _seconds(self) -> float:
+        """What computing took, in interrupted runs too where they are resumed."""
+        if hasattr(self._options, "resume"):
+            return resuming.memory(self._options).seconds()
+        return time.perf_counter() - self._begin
+
+    def _path(self, name: str, suffix: str) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._written.append(name + suffix)
+        return self.folder / (name + suffix)
 
 
-def write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes dictionaries with the same keys as CSV, after where they come from.
-
-    Lines that begin with "#" say how the file was made: `pandas.read_csv` skips them
-    with `comment="#"`.
-    """
-    rows = list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {name}: {text}\n" for name, text in provenance().items())
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def described(origin: Mapping[str, str]) -> str:
+    """Where a result comes from, one line per entry."""
+    return "\n".join(f"{name}: {text}" for name, text in origin.items())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows that `write_csv` wrote."""
-    with path.open(newline="") as file:
+    """The rows that `Output.csv` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def rows(results: Sequence[Result], **columns: Any) -> Iterable[dict[str, Any]]:
-    """One row an algorithm, rate, seed and evaluation."""
-    for result in results:
-        curves = result.curves
-        for r, rate in enumerate(result.rates):
-            for seed in range(curves.train_loss.shape[1]):
-                for e, iteration in enumerate(curves.iteration):
-                    yield {
-                        **columns,
-                        "algorithm": result.name,
-                        "rate": rate,
-                        "is_best_rate": r == result.best,
-                        "seed": seed,
-                        "iteration": int(iteration),
-                        "megabytes_sent": round(float(result.megabytes[e]), 6),
-                        "simulated_seconds": round(float(result.seconds[e]), 6),
-                        "train_loss": float(curves.train_loss[r, seed, e]),
-                        "test_accuracy": float(curves.test_accuracy[r, seed, e]),
-                        "consensus_distance": float(curves.consensus[r, seed, e]),
-                    }
+def spread(values: np.ndarray, digits: int) -> str:
+    """Mean and standard deviation."""
+    return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+
+
+def rate(rates: Sequence[float], best: int) -> str:
+    """The best of a grid of rates, with a star if it is the smallest or largest one."""
+    ends = min(rates), max(rates)
+    return f"{rates[best]:g}" + ("*" if len(rates) > 1 and rates[best] in ends else "")
+
+
+def comparison(results: Sequence[Result], title: str) -> Table:
+    """The final numbers of algorithms, mean and standard deviation over seeds."""
+    return Table(
+        title,
+        ("algorithm", "accuracy %", "train loss", "consensus", "MB sent", "best rate"),
+        [
+            (
+                result.name,
+                spread(100 * result.at_best("test_accuracy")[:, -1], 1),
+                spread(result.at_best("train_loss")[:, -1], 3),
+                f"{result.at_best('consensus')[:, -1].mean():.2g}",
+                f"{result.megabytes[-1]:.2f}",
+                rate(result.rates, result.best),
+            )
+            for result in results
+        ],
+        [
+            "Test accuracy and train loss of the averaged model, consensus distance, "
+            "megabytes sent by each worker; mean and standard deviation over seeds."
+        ],
+    )
+
+
+def summary(cells: Mapping[str, Sequence[Result]], title: str) -> Table:
+    """The same algorithms in several settings, one column for each setting."""
+    names = [result.name for result in next(iter(cells.values()))]
+    return Table(
+        f"{title}: test accuracy %, train loss (best rate)",
+        ("algorithm", *cells),
+        [
+            (name, *(_short(cells[cell][i]) for cell in cells))
+            for i, name in enumerate(names)
+        ],
+        ["Mean over seeds; of the accuracy, the standard deviation as well."],
+    )
+
+
+def _short(result: Result) -> str:
+    accuracy = spread(100 * result.at_best("test_accuracy")[:, -1], 1)
+    loss = result.at_best("train_loss")[:, -1].mean()
+    return f"{accuracy}, {loss:.3f} ({rate(result.rates, result.best)})"
 
 
 def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> None:
@@ -216,11 +217,3 @@ def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str) -> None:
     (line,) = ax.plot(x, y.mean(0), label=label)
     ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
     ax.grid(alpha=0.25)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Writes a figure, with where it comes from in its metadata, and closes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    described = "\n".join(f"{name}: {text}" for name, text in provenance().items())
-    figure.savefig(path, dpi=150, metadata={"Description": described})
-    plt.close(figure)

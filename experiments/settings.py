@@ -114,7 +114,11 @@ def local_updates(
 def everything(
     topology: dj.topology.Topology, rounds: int, slow: float = 1.0
 ) -> dict[str, Entry]:
-    """All algorithms of the library, the centralized one first."""
+    """All synchronous algorithms of the library, the centralized one first.
+
+    Asynchronous ones apply one worker's gradient per iteration, where these apply one
+    of every worker: `experiments.apam` compares them by gradients and by the clock.
+    """
     factors = len(dj.topology.exact_factors(topology))
     n = topology.num_workers
     one_peer = dj.topology.one_peer_exponential(n)
@@ -126,6 +130,10 @@ def everything(
             lambda rate: dj.d_psgd(rate, one_peer), one_peer.period
         ),
         **compressed(ratio=16),
+        "PowerSGD": Entry(lambda rate: dj.powersgd(rate, 1, None)),
+        "CHOCO-SGD": Entry(
+            lambda rate: dj.choco_sgd(rate, topology, dj.compression.sign(), 1.0)
+        ),
         **local_updates(topology, slow),
     }
 

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from rich.console import Console
-from rich.table import Table
 
 import decentral_jax as dj
 from experiments import report, settings
@@ -35,17 +33,17 @@ class Synthetic:
     """DeTAG's rounds a phase."""
     iterations: int = 2000
     """Gradients a worker."""
-    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+    rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1)
     """Learning rates to tune over."""
     seeds: int = 6
     """Number of problems, each with noise of its own."""
     out: Path = Path("results")
-    """Folder for the numbers (.csv)."""
+    """Folder for the table (.md) and the numbers (.csv)."""
 
 
 def main(options: Synthetic) -> dict[str, np.ndarray]:
     """Prints a table, writes `synthetic.csv`; returns errors `[rates, seeds]`."""
-    console = Console()
+    output = report.Output(options)
     topology = dj.topology.ring(NUM_WORKERS).lazy(options.kappa)
     entries = {
         "all-reduce SGD": settings.Entry(dj.all_reduce_sgd),
@@ -53,27 +51,28 @@ def main(options: Synthetic) -> dict[str, np.ndarray]:
     }
     problems = _problems(options)
     errors = {name: _errors(e.make, options, problems) for name, e in entries.items()}
-    table = Table(title=f"Relative error after {options.iterations} iterations")
-    for column in ("algorithm", "best rate", "geometric mean", "seeds", "one trial"):
-        table.add_column(column, justify="left" if column == "algorithm" else "right")
-    rows = []
+    rows, lines = [], []
     for name, error in errors.items():
         mean = np.exp(np.log(error).mean(1))
         best = int(np.nanargmin(mean))
-        table.add_row(
-            name,
-            f"{options.rates[best]:g}",
-            f"{mean[best]:.1e}",
-            " ".join(f"{e:.1e}" for e in error[best]),
-            f"{QUOTED[name]:.1e}" if name in QUOTED else "",
+        lines.append(
+            (
+                name,
+                f"{mean[best]:.1e}",
+                f"{error[best].min():.1e} to {error[best].max():.1e}",
+                report.rate(options.rates, best),
+            )
         )
         rows += [
             {"algorithm": name, "rate": rate, "seed": seed, "relative_error": value}
             for rate, of_rate in zip(options.rates, error, strict=True)
             for seed, value in enumerate(of_rate)
         ]
-    console.print(table)
-    report.write_csv(options.out / "synthetic.csv", rows)
+    title = f"Relative squared error after {options.iterations} iterations"
+    columns = "algorithm", "geometric mean", "lowest to highest seed", "best rate"
+    output.table("synthetic", report.Table(title, columns, lines))
+    output.csv("synthetic", rows)
+    output.close()
     return errors
 
 

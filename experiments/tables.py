@@ -1,173 +1,255 @@
-"""Read rows of numbers from local files: a9a to classify, M4 weekly to forecast.
+"""The tables and pictures of the documentation: which command makes each, and do it.
 
-Apart from `experiments.data`, whose examples are images. Nothing here downloads: each
-loader takes a folder with the files as they are published, or gzipped.
+On a page of the documentation a generated table stands between two comments,
+
+    <!-- table: faults/summary -->
+    <!-- end of table -->
+
+which name a run in `RUNS` and a table that it writes. `python -m experiments tables`
+runs what is missing or stale, one command after the other, and with `--write docs` puts
+the tables and their pictures into the pages. Interrupted, it goes on where it was.
 """
 
-import csv
-import io
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import numpy as np
+import tyro
+from rich.console import Console
 
-from experiments.files import read_file, readable
+from experiments.provenance import ROOT, code
 
-WINDOW = 20  # values that a forecast sees
-HORIZON = 6  # values that it foretells
-
-_A9A_FEATURES = 123
+# What stands for --data-dir's folder in the commands below.
+FOLDER = "FOLDER"
 
 
-class Table(NamedTuple):
-    """Training and test examples with two classes, in memory."""
+class Run(NamedTuple):
+    """A command, and what the documentation shows of its results."""
 
-    x_train: np.ndarray  # shape=[N, features], dtype=float32
-    y_train: np.ndarray  # shape=[N], dtype=int32, values 0 and 1
-    x_test: np.ndarray  # shape=[M, features], dtype=float32
-    y_test: np.ndarray  # shape=[M], dtype=int32, values 0 and 1
+    page: str
+    command: str  # what follows `python -m experiments`
+    tables: tuple[str, ...]
+    pictures: tuple[tuple[str, str], ...] = ()  # in docs/images, and as it is written
 
-
-class Windows(NamedTuple):
-    """Pieces of time series and what followed each, as logarithms, in memory."""
-
-    x_train: np.ndarray  # shape=[N, 20], dtype=float32
-    y_train: np.ndarray  # shape=[N, 6], dtype=float32
-    x_test: np.ndarray  # shape=[series, 20], dtype=float32
-    y_test: np.ndarray  # shape=[series, 6], dtype=float32
+    @property
+    def shown_command(self) -> str:
+        """The command as readers type it."""
+        return f"python -m experiments {self.command}"
 
 
-def load_a9a(data_dir: str | Path) -> Table:
-    """Loads LIBSVM's a9a: does a person earn more than 50,000 dollars a year?
+_TRAINING = "d-grab --parts training --tasks"
+_DELAY = "apam --parts delay --models"
 
-    Args:
-      data_dir: Folder with the files ``a9a`` and ``a9a.t``, as they are or gzipped,
-        or with a sub-folder ``libsvm`` which holds them.
+RUNS = {
+    "compare": Run(
+        "algorithms.md", "compare", ("compare",), (("compare.png", "compare.png"),)
+    ),
+    "detag": Run("algorithms.md", "detag", ("summary",)),
+    "synthetic": Run("algorithms.md", "synthetic", ("synthetic",)),
+    "def-mnist": Run(
+        "compression.md",
+        f"def --dataset mnist --data-dir {FOLDER} --examples 9600 --ratios 64 "
+        "--evaluations 48 --rates 0.001 0.002 0.005 0.02 0.05 0.1 0.2 0.4 0.8",
+        ("ratio_64",),
+        (("def_mnist.png", "ratio_64.png"),),
+    ),
+    "def-digits": Run("compression.md", "def", ("summary",)),
+    "faults": Run("faults.md", "faults", ("summary",), (("faults.png", "faults.png"),)),
+    "mll-mnist": Run(
+        "local_updates.md",
+        f"mll-sgd --dataset mnist --data-dir {FOLDER} --parts hierarchy rates "
+        "--steps-per-tick 2 --batch-size 40 --evaluations 200",
+        ("hierarchy", "rates"),
+    ),
+    "mll-digits": Run(
+        "local_updates.md", "mll-sgd", ("hierarchy", "rates", "shapes", "slots")
+    ),
+    "herding": Run("ordering.md", "d-grab --parts herding --draws 5", ("herding",)),
+    "order-logistic-digits": Run(
+        "ordering.md",
+        f"{_TRAINING} logistic --workers 4 16 64 --epochs 30",
+        ("logistic_digits",),
+        (("d_grab_logistic_digits.png", "logistic_digits.png"),),
+    ),
+    "order-logistic-a9a": Run(
+        "ordering.md",
+        f"{_TRAINING} logistic --source a9a --data-dir {FOLDER} --workers 4 16 64 "
+        "--epochs 10 --rates 0.05 0.1 0.2 0.4 0.8",
+        ("logistic_a9a",),
+    ),
+    "order-forecast": Run(
+        "ordering.md",
+        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20",
+        ("forecast_m4",),
+        (("d_grab_forecast_m4.png", "forecast_m4.png"),),
+    ),
+    "order-lstm": Run(
+        "ordering.md",
+        f"{_TRAINING} lstm --examples 640 --epochs 8 --rates 1 2 --workers 4",
+        ("lstm_python",),
+    ),
+    "order-lenet": Run(
+        "ordering.md",
+        f"{_TRAINING} lenet --workers 4 16 --epochs 12",
+        ("lenet_digits",),
+    ),
+    "delay-logistic": Run(
+        "asynchronous.md",
+        f"{_DELAY} logistic --rate 0.01",
+        ("delay_logistic_digits",),
+        (("apam_delay_logistic_digits.png", "delay_logistic_digits.png"),),
+    ),
+    "delay-lenet": Run(
+        "asynchronous.md",
+        f"{_DELAY} lenet --rate 0.001 --iterations 6000 --evaluations 30",
+        ("delay_lenet_digits",),
+        (("apam_delay_lenet_digits.png", "delay_lenet_digits.png"),),
+    ),
+    "time": Run(
+        "asynchronous.md",
+        "apam --parts time speedup",
+        ("time_logistic_digits", "time_lenet_digits", "speedup_logistic_digits"),
+        (
+            ("apam_time_lenet_digits.png", "time_lenet_digits.png"),
+            ("apam_speedup_logistic_digits.png", "speedup_logistic_digits.png"),
+        ),
+    ),
+}
 
-    Returns:
-      32,561 training and 16,281 test examples of 123 features, each 0 or 1.
-
-    Raises:
-      FileNotFoundError: If a file is missing.
-      ValueError: If a file is broken.
-    """
-    return Table(*_read_a9a(data_dir, "a9a"), *_read_a9a(data_dir, "a9a.t"))
-
-
-def load_m4_weekly(
-    data_dir: str | Path, windows_per_series: int | None = None
-) -> Windows:
-    """Loads the weekly series of the M4 competition, cut into windows.
-
-    A training window is 20 consecutive values of a series and the 6 that follow. The
-    test window of a series is its last 20 training values and the first 6 of its test
-    values, which no training window contains.
-
-    All 26 values become logarithms, less the mean of the first 20: inputs are centred,
-    series of any level are alike, errors are relative (0.01 is a percent), and a sudden
-    jump, up to 50-fold, does not outweigh all else as it would among ratios. What
-    `smape` says of ``exp`` of forecasts and outputs holds for the values themselves.
-
-    Args:
-      data_dir: Folder with ``Weekly-train.csv`` and ``Weekly-test.csv``, as they are
-        or gzipped, or with a sub-folder ``m4`` which holds them.
-      windows_per_series: At most so many training windows of each series, evenly
-        spread, its last always among them; None takes all, one a week.
-
-    Returns:
-      The windows; those of one series are consecutive, in order of time.
-
-    Raises:
-      FileNotFoundError: If a file is missing.
-      ValueError: If a file is broken, or ``windows_per_series`` is below 1.
-    """
-    if windows_per_series is not None and windows_per_series < 1:
-        raise ValueError(
-            f"windows_per_series={windows_per_series!r}: pass at least 1, or None for "
-            "all windows."
-        )
-    train = _read_m4(data_dir, "Weekly-train.csv", at_least=WINDOW + HORIZON)
-    test = _read_m4(data_dir, "Weekly-test.csv", at_least=HORIZON)
-    unpaired = sorted(train.keys() ^ test.keys())
-    if unpaired:
-        raise ValueError(
-            f"data_dir='{data_dir}': only one of Weekly-train.csv and Weekly-test.csv "
-            f"holds the series {', '.join(unpaired)}: put both files of one release "
-            "there."
-        )
-    windows = []
-    for series in train.values():
-        every = np.lib.stride_tricks.sliding_window_view(series, WINDOW + HORIZON)
-        kept = min(windows_per_series or len(every), len(every))
-        windows.append(every[np.arange(1, kept + 1) * len(every) // kept - 1])
-    last = [
-        np.concatenate([series[-WINDOW:], test[name][:HORIZON]])
-        for name, series in train.items()
-    ]
-    return Windows(*_examples(np.concatenate(windows)), *_examples(np.stack(last)))
-
-
-def smape(
-    forecast: jax.Array | np.ndarray, actual: jax.Array | np.ndarray
-) -> jax.Array | np.floating:
-    r"""The symmetric mean absolute percentage error, as M4 defines it.
-
-    .. math:: \operatorname{mean} \frac{200 |f - a|}{|f| + |a|}
-
-    Args:
-      forecast: Values :math:`f`, of any shape.
-      actual: Values :math:`a` of the same shape, none of them 0.
-
-    Returns:
-      Percent, from 0 to 200, a scalar.
-    """
-    error = abs(forecast - actual) / (abs(forecast) + abs(actual))
-    return 200 * error.mean()
-
-
-def _read_a9a(data_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    # Imported here because it takes about a second, and only a9a needs it.
-    from sklearn.datasets import load_svmlight_file
-
-    path, content = read_file(data_dir, "libsvm", name)
-    with readable(path):
-        x, labels = load_svmlight_file(
-            io.BytesIO(content),
-            n_features=_A9A_FEATURES,
-            zero_based=False,  # pyright: ignore[reportArgumentType]  (typed as str)
-        )
-    if labels.size == 0 or not np.isin(labels, (-1, 1)).all():
-        raise ValueError(
-            f"{path} has the labels {np.unique(labels)}, expected -1 and 1: it is not "
-            f"{name}; fetch it again."
-        )
-    return x.toarray().astype(np.float32), (labels > 0).astype(np.int32)
+# Benchmarks whose numbers stand in the documentation between the comments "by hand:
+# NAME" and "end of by hand", with date and commit written by hand; and why.
+BY_HAND = {
+    "benchmarks.asynchronous": "times the engine: needs a machine without other load",
+    "benchmarks.compression": "times steps: needs a machine without other load",
+    "benchmarks.gossip_step": "times steps on both ends of the supported versions",
+    "benchmarks.local_updates": "times steps: needs a machine without other load",
+    "benchmarks.many_workers": "times steps: needs a machine without other load",
+    "benchmarks.multi_process": "times processes beside PyTorch DDP and Decent-DP",
+    "benchmarks.network": "makes network namespaces, as root, beside PyTorch DDP",
+    "benchmarks.ordering": "times steps: needs a machine without other load",
+    "benchmarks.precision": "takes hours",
+    "benchmarks.steps_alone": "times steps: needs a machine without other load",
+}
 
 
-def _read_m4(data_dir: str | Path, name: str, at_least: int) -> dict[str, np.ndarray]:
-    """Reads a header and one series a row: its name, then its values."""
-    path, content = read_file(data_dir, "m4", name)
-    table = {}
-    with readable(path):
-        for row in list(csv.reader(io.StringIO(content.decode(), newline="")))[1:]:
-            while not row[-1]:  # short rows are filled up
-                row.pop()
-            table[row[0]] = np.array(row[1:], np.float64)
-    if not table:
-        raise ValueError(f"{path} holds no series: fetch it again.")
-    for series, values in table.items():
-        if values.size < at_least or not (0 < values.min() <= values.max() < np.inf):
+@dataclasses.dataclass
+class Tables:
+    """Run the commands whose tables in the documentation are missing or stale."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only these, by the names that --list gives; all if not given."""
+    list: bool = False
+    """Only list them: which are up to date, and the commands."""
+    write: Path | None = None
+    """Folder of the documentation to write tables and pictures into: "docs"."""
+    data_dir: Path | None = None
+    """Folder with the files of data sets; commands that need it are skipped without."""
+    out: Path = Path("results/tables")
+    """Folder for the results, one folder for each run."""
+
+
+def main(options: Tables) -> None:
+    """Runs what is stale; exits with 1 if a command failed."""
+    unknown = set(options.names) - set(RUNS)
+    if unknown:
+        raise ValueError(f"names must be among {', '.join(RUNS)}, got {unknown}.")
+    console, docs = Console(highlight=False), options.write or ROOT / "docs"
+    failed = []
+    for name in options.names or RUNS:
+        run = RUNS[name]
+        is_fresh = fresh(name, docs)
+        if options.list:
+            state = "up to date" if is_fresh else "stale"
+            console.print(f"{name:<22} {state:<11} {run.shown_command}", soft_wrap=True)
+        elif is_fresh:
+            console.print(f"{name}: up to date")
+        elif FOLDER in run.command and options.data_dir is None:
+            console.print(f"{name}: skipped, needs --data-dir")
+        else:
+            console.print(f"{name}: {run.shown_command}", soft_wrap=True)
+            folder = (options.out / name).resolve()
+            if subprocess.run(_argv(run, folder, options), cwd=ROOT).returncode:
+                failed.append(name)
+            elif options.write:
+                write(name, folder, options.write)
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+def _argv(run: Run, folder: Path, options: Tables) -> list[str]:
+    words = shlex.split(run.command)
+    if options.data_dir is not None:
+        data_dir = str(options.data_dir.resolve())
+        words = [data_dir if word == FOLDER else word for word in words]
+    if words[0] != "synthetic":  # which is too short to be resumed
+        words.append("--resume")
+    return [sys.executable, "-m", "experiments", *words, "--out", str(folder)]
+
+
+def block(name: str, table: str) -> re.Pattern:
+    """What matches a table of a run on its page; its group 2 is what is generated."""
+    marker = re.escape(f"<!-- table: {name}/{table} -->")
+    return re.compile(rf"({marker}\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def fresh(name: str, docs: Path) -> bool:
+    """Whether a run's tables come from its command and the present code."""
+    run = RUNS[name]
+    text = (docs / run.page).read_text(encoding="utf-8")
+    for table in run.tables:
+        found = block(name, table).search(text)
+        if found is None:
             raise ValueError(
-                f"{path}: series {series} has {values.size} values, expected at least "
-                f"{at_least}, all positive and finite: fetch the file again."
+                f"{run.page} has no comments for the table {name}/{table}."
             )
-    return table
+        says = f"`{run.shown_command}`" in found[2] and f"code {code()}," in found[2]
+        if not says:
+            return False
+    return all((docs / "images" / picture).exists() for picture, _ in run.pictures)
 
 
-def _examples(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parts the values of windows ``[N, 26]``, as centred logarithms."""
-    logs = np.log(windows)
-    logs -= logs[:, :WINDOW].mean(1, keepdims=True)
-    x, y = np.split(logs.astype(np.float32), [WINDOW], axis=1)
-    return x, y
+def write(name: str, folder: Path, docs: Path) -> None:
+    """Puts a run's tables and pictures into the documentation.
+
+    Args:
+      name: The run.
+      folder: With what it wrote.
+      docs: The folder of the documentation.
+    """
+    run = RUNS[name]
+    page = docs / run.page
+    text = page.read_text(encoding="utf-8")
+    for table in run.tables:
+        written = (folder / f"{table}.md").read_text(encoding="utf-8")
+        shown, _, origin = written.partition("\n<!--\n")
+        new = f"{shown}\n{_small_print(run, origin)}\n\n"
+        text, count = block(name, table).subn(
+            lambda m, new=new: m[1] + new + m[3], text
+        )
+        if count != 1:
+            raise ValueError(f"{run.page} has {count} places for {name}/{table}.")
+    page.write_text(text, encoding="utf-8")
+    for picture, file in run.pictures:
+        shutil.copyfile(folder / file, docs / "images" / picture)
+
+
+def _small_print(run: Run, origin: str) -> str:
+    """Where a table comes from, in one line."""
+    lines = origin.removesuffix("\n-->\n").splitlines()
+    found = dict(line.split(": ", 1) for line in lines)
+    minutes, seconds = divmod(int(found["seconds"]), 60)
+    parts = [
+        f"`{run.shown_command}`",
+        found["date"],
+        f"commit {found['commit']}",
+        f"code {found['code']}",
+        found["packages"],
+        f"{minutes} min {seconds} s on {os.cpu_count()} cores",
+    ]
+    return f"<small>{', '.join(parts)}.</small>"

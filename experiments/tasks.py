@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import data, models, tables, text
+from experiments import data, models, tabular, text
 
 # The tokens of one example of a language model, and the words it knows.
 SEGMENT = 35
@@ -83,7 +83,7 @@ def _squared_error(outputs: Any, y: jax.Array) -> jax.Array:
 
 def _logistic(source: str, data_dir: Path | None) -> Task:
     found: Any = (
-        _table(tables.load_a9a, source, data_dir)
+        _table(tabular.load_a9a, source, data_dir)
         if source == "a9a"
         else data.load(source, data_dir)
     )
@@ -128,7 +128,7 @@ def _lstm(source: str, data_dir: Path | None) -> Task:
 
 
 def _forecast(source: str, data_dir: Path | None) -> Task:
-    found = _table(tables.load_m4_weekly, source, data_dir, windows_per_series=8)
+    found = _table(tabular.load_m4_weekly, source, data_dir, windows_per_series=8)
     return Task(
         model=models.Forecaster(),
         loss=_squared_error,

@@ -248,4 +248,5 @@ def powersgd(
       for Distributed Optimization", NeurIPS 2019, Algorithms 1 and 2.
     """
     feedback = error_feedback(low_rank(rank), axis_name=axis_name)
-    return optax.chain(feedback, local_optimizer(learning_rate, base, momentum))
+    local = local_optimizer(learning_rate, base, momentum, alone=True)
+    return optax.chain(feedback, local)

@@ -106,6 +106,7 @@ def asynchronous(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "asynchronous")
         params = require_params(params, "asynchronous")
+        check_trees("params", params, state.master)
         check_trees("updates", updates, state.master)
         size = collectives.bound_axis(axis_name).size
         if size != trace.num_workers:

@@ -104,6 +104,7 @@ def compressed_gossip(
     ) -> Any:
         del extra_args
         params = require_params(params, "compressed_gossip")
+        check_trees("params", params, state.public)
         check_trees("updates", updates, state.public)
         half = jax.tree.map(
             lambda x, u: collectives.wide(x) + collectives.wide(u), params, updates

@@ -18,6 +18,7 @@ from decentral_jax.collectives import (
     cast_like,
     every,
     fitted,
+    is_narrow,
     wide,
     wide_copy,
     wide_zeros,
@@ -171,9 +172,6 @@ def error_feedback(
     detached = injected or detach > 0
     weighs = isinstance(feedback, jax.Array) or feedback < 1
 
-    def is_narrow(params):
-        return any(wide(x).dtype != jnp.result_type(x) for x in jax.tree.leaves(params))
-
     def init_fn(params):
         params = require_params(params, "error_feedback")
         check_trees("params", params)
@@ -193,6 +191,8 @@ def error_feedback(
             params = require_params(params, "error_feedback with detach or period")
         like = state.residual if _none(state.shared) else state.shared
         check_trees("updates", updates, like)
+        if params is not None:
+            check_trees("params", params, like)
         own_dtypes = updates if params is None else params
         us = jax.tree.map(wide, updates)
 

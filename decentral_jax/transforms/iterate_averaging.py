@@ -63,6 +63,7 @@ def iterate_averaging(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del extra_args
         params = require_params(params, "iterate_averaging")
+        check_trees("params", params, state.iterate)
         check_trees("updates", updates, state.iterate)
         z = jax.tree.map(lambda z, u: z + u.astype(z.dtype), state.iterate, updates)
         x = jax.tree.map(lambda x, z: x + fitted(delta, x) * (z - x), state.average, z)

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import real_time, report
 from tests.experiments.files import write_files
-from tests.experiments.test_tables import A9A
+from tests.experiments.test_tabular import A9A
 
 
 def read(path):

@@ -18,6 +18,7 @@ from experiments import (
     provenance,
     real_time,
     report,
+    results,
     resuming,
 )
 
@@ -31,7 +32,7 @@ TIME = "apam --models logistic --parts speedup --workers 1 --speedup-workers 1 2
 
 # From the command: who computes, which call of it is interrupted, and what is written.
 CASES = {
-    COMPARE + " --seeds 1": (report, "train", 2, "compare.csv"),
+    COMPARE + " --seeds 1": (results, "train", 2, "compare.csv"),
     LEVELS + " --parts hierarchy --seeds 1": (
         *(multi_level, "train", 3),
         "mll_sgd/mll_sgd.csv",
@@ -70,7 +71,9 @@ def test_goes_on(run, monkeypatch, command):
         return known[calls - 1]
 
     monkeypatch.setattr(owner, name, compute)
-    monkeypatch.setattr(report, "save", lambda figure, path: plt.close(figure))
+    monkeypatch.setattr(
+        report.Output, "figure", lambda self, name, figure: plt.close(figure)
+    )
     whole = run(*arguments, "--out", "whole").parent / "whole"
     total = calls
     assert total > interrupted
@@ -80,11 +83,11 @@ def test_goes_on(run, monkeypatch, command):
         run(*arguments)
     # Where two calls make a part, the first of them was in vain.
     calls, stop = (interrupted - 1) // 2 * 2 if owner is ordered else interrupted - 1, 0
-    results = run(*arguments, "--resume")
+    written = run(*arguments, "--resume")
     assert calls == total
     if file:
         same = whole / file.split("/")[-1]
-        assert report.read_csv(results / file) == report.read_csv(same)
+        assert report.read_csv(written / file) == report.read_csv(same)
     calls = 0
     run(*arguments, "--resume")
     assert calls == 0
@@ -119,18 +122,38 @@ def test_memory(tmp_path, monkeypatch):
     assert asked == ["a", "b", "a", "a", "a"]
     # A folder may be moved.
     moved = dataclasses.replace(options, out=tmp_path / "elsewhere")
-    assert resuming.memory(moved).options == resuming.memory(options).options
+    assert resuming.memory(moved).folder.name == resuming.memory(options).folder.name
+
+
+def test_memory_adds_up_what_its_parts_took(tmp_path, monkeypatch):
+    options = compare.Compare(out=tmp_path, resume=True)
+    clock = iter([1.0, 3.5, 10.0, 11.0])
+    monkeypatch.setattr(resuming.time, "perf_counter", lambda: next(clock))
+    for name in ("a", "b", "a"):
+        resuming.memory(options).recall(name, lambda: {"x": 1})
+    assert resuming.memory(options).seconds() == 3.5
+    assert resuming.memory(compare.Compare(out=tmp_path, seeds=9)).seconds() == 0
 
 
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["experiments", "compare", "--out", "my results"])
-    report.write_csv(tmp_path / "x.csv", [{"a": 1, "b": 2.5}])
+    output = report.Output(compare.Compare(out=tmp_path, kappa=0.3))
+    output.csv("x", [{"a": 1, "b": 2.5}])
     assert report.read_csv(tmp_path / "x.csv") == [{"a": "1", "b": "2.5"}]
-    figure = plt.figure()
-    report.save(figure, tmp_path / "x.png")
-    described = Image.open(tmp_path / "x.png").text["Description"]
-    for text in ((tmp_path / "x.csv").read_text(), described):
+    output.figure("x", plt.figure())
+    output.table("x", report.Table("A title", ("a", "b"), [("1", "2*")]))
+    texts = [
+        (tmp_path / "x.csv").read_text(),
+        Image.open(tmp_path / "x.png").text["Description"],
+        (tmp_path / "x.md").read_text(),
+    ]
+    for text in texts:
         assert "command: python -m experiments compare --out 'my results'" in text
+        # All options, not only those that the command line names.
+        assert "options: Compare(dataset='digits', " in text
+        assert "kappa=0.3, rounds=4," in text
         assert f"version: decentral_jax {dj.__version__}" in text
         assert f"jax {jax.__version__}" in text
         assert f"code: {provenance.code()}" in text
+    assert texts[2].startswith("A title:\n\n| a | b |\n| --- | --- |\n| 1 | 2\\* |\n")
+    assert "\n\\* the best rate is at the edge" in texts[2]

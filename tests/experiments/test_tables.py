@@ -1,204 +1,279 @@
-"""Tests of experiments/tables.py: both formats, broken files, windows, sMAPE."""
+"""The documentation's tables: what stands in them comes from the commands they name.
 
+Nothing is trained here but one run of a few steps: whether a table is stale is told by
+`python -m experiments tables --list`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
 import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
-import numpy as np
 import pytest
 
-from experiments import tables
-from experiments.files import read_file
-from tests.experiments.files import write_files
+from experiments import __main__ as cli
+from experiments import provenance, tables
 
-# a9a
-
-A9A = {
-    "a9a": "-1 3:1 11:1 \n+1 1:1 123:0.5\n-1 2:1\n",
-    "a9a.t": "+1 122:1\n",
-}
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("sub_folder", [".", "libsvm"])
-def test_a9a_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
-    write_files(tmp_path / sub_folder, A9A, zipped)
-    table = tables.load_a9a(tmp_path)
-    x_train, x_test = np.zeros((3, 123)), np.zeros((1, 123))
-    x_train[[0, 0, 1, 1, 2], [2, 10, 0, 122, 1]] = 1, 1, 1, 0.5, 1
-    x_test[0, 121] = 1
-    expected = (x_train, [0, 1, 0], x_test, [1])
-    for actual, array, dtype in zip(table, expected, ["f4", "i4"] * 2, strict=True):
-        np.testing.assert_array_equal(actual, array, strict=False)
-        assert actual.dtype == np.dtype(dtype)
-        assert actual.shape == np.shape(array)
-
-
-def test_the_folder_itself_and_the_first_name_win(tmp_path: Path):
-    write_files(tmp_path, {"a": "own"}, zipped=True)
-    write_files(tmp_path / "sub", {"a": "sub", "b": "other"})
-    path, content = read_file(tmp_path, "sub", "a", "b")
-    assert (path, content) == (tmp_path / "a.gz", b"own")
-    path, content = read_file(tmp_path, "sub", "none", "b")
-    assert (path, content) == (tmp_path / "sub" / "b", b"other")
-
-
-def test_a9a_missing_file_is_named(tmp_path: Path):
-    write_files(tmp_path, {"a9a": A9A["a9a"]})
-    with pytest.raises(FileNotFoundError, match=r"holds no a9a\.t .* libsvm: put it"):
-        tables.load_a9a(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere' holds no a9a "):
-        tables.load_a9a(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "cannot be read|has the labels"),
-        ("-1 124:1\n", "cannot be read .*124 features"),
-        ("-1 0:1\n", "cannot be read .*Invalid index 0"),
-        ("-1 3:one\n", "cannot be read"),
-        ("<html>\n", "cannot be read"),
-        ("2 3:1\n-1 3:1\n", r"has the labels \[-1\.  2\.\], expected -1 and 1"),
-    ],
+DOCS = provenance.ROOT / "docs"
+PAGES = {path.name: path.read_text("utf-8") for path in sorted(DOCS.glob("*.md"))}
+PAGES["README.md"] = (provenance.ROOT / "README.md").read_text("utf-8")
+COMMAND = re.compile(r"python -m ((?:experiments|benchmarks)\b[^`\n]*)")
+TABLES = re.compile(r"<!-- table: (\S+)/(\S+) -->\n(.*?)<!-- end of table -->", re.S)
+BY_HAND = re.compile(r"<!-- by hand: (\S+) -->\n(.*?)<!-- end of by hand -->", re.S)
+WHEN = r"\d{4}-\d\d-\d\d, commit [0-9a-f]{7,}(?: with changes)?"
+SMALL_PRINT = re.compile(
+    rf"<small>`(python -m experiments [^`]*)`, {WHEN}, "
+    r"code (?:not recorded|([0-9a-f]{16}), Python (.*) on \d+ cores)\.[^<]*</small>"
 )
-def test_a9a_broken_file_is_named(tmp_path: Path, content: str, message: str):
-    write_files(tmp_path, A9A | {"a9a.t": content})
-    with pytest.raises(ValueError, match=rf"a9a\.t ({message})"):
-        tables.load_a9a(tmp_path)
 
 
-def test_broken_gzip_is_named(tmp_path: Path):
-    write_files(tmp_path, A9A, zipped=True)
-    path = tmp_path / "a9a.gz"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"a9a\.gz cannot be read .*fetch it again"):
-        tables.load_a9a(tmp_path)
+def test_every_comment_has_an_entry_and_every_entry_its_comment():
+    found = [
+        (page, name, table)
+        for page, text in PAGES.items()
+        for name, table, _ in TABLES.findall(text)
+    ]
+    expected = [
+        (run.page, name, table)
+        for name, run in tables.RUNS.items()
+        for table in run.tables
+    ]
+    assert sorted(found) == sorted(expected)
+    for text in PAGES.values():
+        assert len(re.findall("<!-- table: ", text)) == len(TABLES.findall(text))
+        assert len(re.findall("<!-- by hand: ", text)) == len(BY_HAND.findall(text))
 
 
-# M4
+def test_every_picture_of_a_run_is_on_its_page():
+    for run in tables.RUNS.values():
+        for picture, _ in run.pictures:
+            assert (DOCS / "images" / picture).exists()
+    shown = {
+        name for text in PAGES.values() for name in re.findall(r"images/(\S+?)\)", text)
+    }
+    made = {picture for run in tables.RUNS.values() for picture, _ in run.pictures}
+    assert made | {"network.png"} == shown | {"apam_delay_logistic_digits.png"}
 
 
-def m4(train: dict[str, Any], test: dict[str, Any]) -> dict[str, str]:
-    """Writes quoted rows as published: training rows are filled up with nothing."""
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_command_has_measured_says_when(page):
+    """Tables after the first command on a page, and all benchmarks, are in comments."""
+    text = PAGES[page].replace("Benchmarks run one by one: `python -m benchmarks.", "")
+    inside = [m.span() for blocks in (TABLES, BY_HAND) for m in blocks.finditer(text)]
 
-    def rows(series: dict[str, Any], fill: int) -> str:
-        lines = [[f"V{i}" for i in range(1, fill + 2)]]
-        for name, values in series.items():
-            values = [str(value) for value in values]
-            lines.append([name, *values, *[""] * (fill - len(values))])
-        return "".join(
-            ",".join(f'"{v}"' if v else "" for v in line) + "\n" for line in lines
-        )
+    def assert_inside(pattern, start=0):
+        for match in re.compile(pattern, re.MULTILINE).finditer(text, start):
+            position = match.start()
+            line = text[position:].splitlines()[0]
+            assert any(low < position < high for low, high in inside), line
 
-    return {"Weekly-train.csv": rows(train, 40), "Weekly-test.csv": rows(test, 13)}
-
-
-RNG = np.random.default_rng(0)
-TRAIN = {"W1": RNG.uniform(900, 1100, 26).round(2), "W2": RNG.uniform(1, 2, 36)}
-TEST = {"W1": RNG.uniform(900, 1100, 13).round(2), "W2": RNG.uniform(1, 2, 13)}
-
-
-def assert_is_window(x: np.ndarray, y: np.ndarray, values: np.ndarray):
-    """Undoes the scaling: the geometric mean of the inputs has the logarithm 0."""
-    assert x.dtype == y.dtype == np.float32
-    level = np.prod(values[:20]) ** (1 / 20)
-    np.testing.assert_allclose(level * np.exp(x), values[:20], rtol=1e-6)
-    np.testing.assert_allclose(level * np.exp(y), values[20:], rtol=1e-6)
+    assert_inside(r"python -m benchmarks\.")
+    if (first := COMMAND.search(text)) and page != "README.md":
+        assert_inside(r"^\|", first.start())
+    for name, body in BY_HAND.findall(text):
+        assert name in tables.BY_HAND
+        assert re.search(rf"<small>{WHEN}\.</small>", body)
 
 
-@pytest.mark.parametrize(("zipped", "sub_folder"), [(False, "."), (True, "m4")])
-def test_m4_windows_and_tests_hold_the_series(
-    tmp_path: Path, zipped: bool, sub_folder: str
-):
-    write_files(tmp_path / sub_folder, m4(TRAIN, TEST), zipped)
-    windows = tables.load_m4_weekly(tmp_path)
-    assert windows.x_train.shape == (1 + 11, 20)
-    assert windows.y_train.shape == (1 + 11, 6)
-    assert windows.x_test.shape == (2, 20)
-    assert windows.y_test.shape == (2, 6)
-    assert_is_window(windows.x_train[0], windows.y_train[0], TRAIN["W1"])
-    for i in range(11):
-        values = TRAIN["W2"][i : i + 26]
-        assert_is_window(windows.x_train[1 + i], windows.y_train[1 + i], values)
-    for i, name in enumerate(("W1", "W2")):
-        values = np.concatenate([TRAIN[name][-20:], TEST[name][:6]])
-        assert_is_window(windows.x_test[i], windows.y_test[i], values)
+def test_nothing_is_by_hand_without_need():
+    used = {name for text in PAGES.values() for name, _ in BY_HAND.findall(text)}
+    assert used == set(tables.BY_HAND)
 
 
-@pytest.mark.parametrize(
-    ("windows", "kept"),
-    [(1, [10]), (2, [4, 10]), (4, [1, 4, 7, 10]), (11, range(11)), (99, range(11))],
-)
-def test_m4_windows_may_be_fewer(tmp_path: Path, windows: int, kept):
-    write_files(tmp_path, m4(TRAIN, TEST))
-    every = tables.load_m4_weekly(tmp_path)
-    some = tables.load_m4_weekly(tmp_path, windows)
-    rows = [0, *(1 + i for i in kept)]
-    np.testing.assert_array_equal(some.x_train, every.x_train[rows])
-    np.testing.assert_array_equal(some.y_train, every.y_train[rows])
-    np.testing.assert_array_equal(some.x_test, every.x_test)
+@pytest.mark.parametrize("name", tables.RUNS)
+def test_small_print(name):
+    """Command, date, commit and versions; old results at least what is known."""
+    run = tables.RUNS[name]
+    found = [b for n, _, b in TABLES.findall(PAGES[run.page]) if n == name]
+    prints = [SMALL_PRINT.findall(body) for body in found]
+    assert [len(lines) for lines in prints] == [1] * len(run.tables)
+    for ((command, code, versions),) in prints:
+        if code:
+            assert command == run.shown_command
+            for package in ("jax", "jaxlib", "optax"):
+                assert re.search(rf" {package} \d", versions)
 
 
-def test_m4_missing_file_is_named(tmp_path: Path):
-    write_files(tmp_path, {"Weekly-train.csv": m4(TRAIN, TEST)["Weekly-train.csv"]})
-    with pytest.raises(FileNotFoundError, match=r"no Weekly-test\.csv .* m4: put it"):
-        tables.load_m4_weekly(tmp_path)
+@pytest.mark.parametrize("name", tables.RUNS)
+def test_tables_have_a_head_and_mark_edges(name):
+    """A best rate at the end of its grid has a star, and no other one has."""
+    run = tables.RUNS[name]
+    for owner, _, body in TABLES.findall(PAGES[run.page]):
+        if owner != name:
+            continue
+        rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in body.splitlines()
+            if line.startswith("|")
+        ]
+        assert {len(row) for row in rows} == {len(rows[0])}
+        assert set("".join(rows[1])) == {"-"}
+        assert len(rows) > 2
+        ((command, _, _),) = SMALL_PRINT.findall(body)
+        words = shlex.split(command)[3:]
+        grid = getattr(cli.parse(words), "rates", None)
+        if grid is None or len(grid) < 2 or "*" in "".join(rows[0]):
+            continue
+        ends = {f"{min(grid):g}", f"{max(grid):g}"}
+        column = rows[0].index("best rate") if "best rate" in rows[0] else None
+        for row in rows[2:]:
+            rates = re.findall(r"\(([\d.e-]+(?:\\\*)?)\)$", " ".join(row))
+            if column is not None:
+                rates = [row[column]]
+            for rate in rates:
+                assert rate.endswith("\\*") == (rate.removesuffix("\\*") in ends)
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (m4({"W1": TRAIN["W1"][:25]}, TEST), "train.csv: series W1 has 25 values"),
-        (m4(TRAIN, {"W2": TEST["W2"][:5]}), "test.csv: series W2 has 5 values"),
-        (m4(TRAIN, {"W1": [0.0] * 13}), "test.csv: series W1 .*all positive"),
-        (m4(TRAIN, {"W1": ["nan"] * 13}), "test.csv: series W1 .*all positive"),
-        (m4(TRAIN, {"W1": ["inf"] * 13}), "test.csv: series W1 .*and finite"),
-        (m4(TRAIN, {"W1": ["?"] * 13}), "test.csv cannot be read .*'?'"),
-        (m4(TRAIN, {"W1": [1, "", *[2] * 9]}), "test.csv cannot be read"),
-        (m4(TRAIN, {}), "test.csv holds no series"),
-        (m4(TRAIN, {"W1": TEST["W1"], "W3": TEST["W2"]}), "the series W2, W3: put"),
-    ],
-)
-def test_m4_broken_file_is_named(tmp_path: Path, files: dict[str, str], message: str):
-    write_files(tmp_path, files)
-    with pytest.raises(ValueError, match=message) as caught:
-        tables.load_m4_weekly(tmp_path)
-    assert str(tmp_path) in str(caught.value)
+def commands():
+    for page, text in PAGES.items():
+        for found in COMMAND.findall(text):
+            yield page, found.partition("   ")[0].partition(" && ")[0].strip()
 
 
-def test_m4_refuses_bad_arguments(tmp_path: Path):
-    with pytest.raises(ValueError, match="windows_per_series=0: pass at least 1"):
-        tables.load_m4_weekly(tmp_path, 0)
+def options_of(command):
+    """What the command's parser makes of it, and its help; nothing is run."""
+    module, *words = shlex.split(command)
+    parse = cli.parse if module == "experiments" else parser_of(module)
+    found = parse(words)
+    shown = io.StringIO()
+    helped = words[:1] if module == "experiments" else []
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        parse([*helped, "--help"])
+    return found, shown.getvalue()
 
 
-def test_smape_is_m4s():
-    forecast = np.array([[1.0, 3.0], [0.0, -2.0]])
-    actual = np.array([[3.0, 1.0], [5.0, -2.0]])
-    np.testing.assert_allclose(tables.smape(forecast, actual), (100 + 100 + 200) / 4)
-    # Scales that differ by row cancel, even if the values do not.
-    scale = np.array([[7.0], [0.1]])
-    np.testing.assert_allclose(tables.smape(scale * forecast, scale * actual), 100)
+class Parsed(Exception):
+    """Ends a benchmark's main after its arguments are parsed."""
 
 
-# Real files
+def parser_of(module):
+    def parse(words):
+        real = argparse.ArgumentParser.parse_args
+
+        def parse_args(self, args=None, namespace=None):
+            raise Parsed(real(self, words, namespace))
+
+        # Benchmarks set the environment for the devices that they want.
+        with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
+            found = importlib.import_module(module)
+            if hasattr(found, "__path__"):
+                found = importlib.import_module(f"{module}.__main__")
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+            with pytest.raises(Parsed) as parsed:
+                found.main()
+            return parsed.value.args[0]
+
+    return parse
 
 
-@pytest.mark.skipif(
-    "DECENTRAL_JAX_DATA" not in os.environ,
-    reason="set DECENTRAL_JAX_DATA to a folder with a9a and M4 to read them",
-)
-def test_real_files_are_read():
-    folder = os.environ["DECENTRAL_JAX_DATA"]
-    a9a = tables.load_a9a(folder)
-    assert a9a.x_train.shape == (32561, 123)
-    assert a9a.x_test.shape == (16281, 123)
-    np.testing.assert_allclose(a9a.y_train.mean(), 0.2408, atol=1e-4)
-    assert set(np.unique(a9a.x_train)) == {0.0, 1.0}
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_every_documented_command_parses(page, command):
+    options_of(command)
 
-    windows = tables.load_m4_weekly(folder, windows_per_series=4)
-    assert windows.x_train.shape == (359 * 4, 20)
-    assert windows.x_test.shape == (359, 20)
-    last = np.repeat(windows.x_test[:, -1:], 6, axis=1)
-    error = tables.smape(np.exp(last), np.exp(windows.y_test))
-    np.testing.assert_allclose(error, 7.56, atol=0.01)
+
+def test_every_option_named_beside_a_command_exists():
+    for text in PAGES.values():
+        for paragraph in text.split("\n\n"):
+            named = COMMAND.findall(paragraph)
+            if not named:
+                continue
+            helps = " ".join(options_of(command)[1] for command in named)
+            for option in re.findall(r"`(--[a-z][\w.-]*)", paragraph):
+                assert re.search(rf"{re.escape(option)}\b", helps), option
+
+
+def test_wrong_options_do_not_parse():
+    with pytest.raises(SystemExit):
+        options_of("experiments compare --network.slow 2")
+    with pytest.raises(SystemExit):
+        options_of("benchmarks.many_workers --batchsize 2")
+
+
+PAGE = "Before.\n\n<!-- table: quick/synthetic -->\n<!-- end of table -->\n\nAfter.\n"
+QUICK = tables.Run("page.md", "synthetic --iterations 20 --seeds 1", ("synthetic",))
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """One run of a few steps, its page, and the command as users call it."""
+    monkeypatch.setattr(tables, "RUNS", {"quick": QUICK})
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "page.md").write_text(PAGE)
+
+    def run(*arguments):
+        out = str(tmp_path / "out")
+        words = [
+            "experiments",
+            "tables",
+            "--write",
+            str(docs),
+            "--out",
+            out,
+            *arguments,
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        cli.main()
+        return (docs / "page.md").read_text()
+
+    return run
+
+
+def test_writes_and_knows_what_is_stale(quick, monkeypatch, capsys):
+    text = quick()
+    assert text.startswith("Before.\n\n<!-- table: quick/synthetic -->\n")
+    assert text.endswith("<!-- end of table -->\n\nAfter.\n")
+    ((name, table, body),) = TABLES.findall(text)
+    assert (name, table) == ("quick", "synthetic")
+    assert "| DeTAG | " in body
+    ((command, code, _),) = SMALL_PRINT.findall(body)
+    assert command == QUICK.shown_command
+    assert code == provenance.code()
+    capsys.readouterr()
+    assert quick() == text
+    assert capsys.readouterr().out == "quick: up to date\n"
+    quick("--list")
+    assert "quick" in (listed := capsys.readouterr().out)
+    assert "up to date" in listed
+    # Other code, or another command, makes it stale; so does a picture that is missing.
+    changes = [
+        lambda patch: patch.setattr(tables, "code", lambda: "0" * 16),
+        lambda patch: patch.setitem(
+            tables.RUNS, "quick", QUICK._replace(command="synthetic --seeds 2")
+        ),
+        lambda patch: patch.setitem(
+            tables.RUNS, "quick", QUICK._replace(pictures=(("x.png", "x.png"),))
+        ),
+    ]
+    for change in changes:
+        with monkeypatch.context() as patch:
+            change(patch)
+            quick("--list")
+        assert "stale" in capsys.readouterr().out
+
+
+def test_skips_and_failures(quick, monkeypatch, capsys):
+    with_data = QUICK._replace(command=f"def --data-dir {tables.FOLDER}")
+    monkeypatch.setitem(tables.RUNS, "quick", with_data)
+    assert quick() == PAGE
+    assert "skipped, needs --data-dir" in capsys.readouterr().out
+    commands = []
+
+    def run(command, cwd):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(tables.subprocess, "run", run)
+    with pytest.raises(SystemExit, match="error: failed: quick"):
+        quick("--data-dir", "data")
+    assert commands[0][4:6] == ["--data-dir", str(Path("data").resolve())]
+    assert "--resume" in commands[0]
+    with pytest.raises(SystemExit, match="names must be among quick, got"):
+        quick("slow")
