@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from decentral_jax.evaluation import eval_params
 from decentral_jax.mixing import average
-from decentral_jax.workers import Workers
+from decentral_jax.workers import Workers, as_numbers, is_key, like_before
 
 SALT = 0x64656A78  # separates new workers' PRNG keys from keys that a run splits off
 
@@ -120,26 +121,39 @@ def get(tree: Any, name: str) -> Any:
     return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
 
 
-def is_key(x: Any) -> bool:
-    return jnp.issubdtype(dtype_of(x), jax.dtypes.prng_key)
-
-
 def dtype_of(x: Any) -> Any:
     return jnp.result_type(x)
 
 
 def writable(x: Any) -> Any:
-    """An array that can be written: PRNG keys as the numbers they are made of."""
-    if is_key(x):
-        return jax.random.key_data(x)
+    """An array that can be written: PRNG keys as the numbers they are made of.
+
+    TensorStore knows only some dtypes of 8 bits or less: their bits are written.
+    """
+    x = as_numbers(x)
+    if is_packed(x):
+        return lax.bitcast_convert_type(jnp.asarray(x), bits_of(x)).astype(jnp.uint8)
     return x if isinstance(x, jax.Array) else np.array(x, dtype_of(x))
 
 
 def as_before(x: jax.Array, like: Any) -> jax.Array:
     """The inverse of `writable`."""
-    if not is_key(like):
-        return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
+    if is_packed(like):
+        return lax.bitcast_convert_type(x.astype(bits_of(like)), dtype_of(like))
+    return like_before(x, like)
+
+
+def is_packed(x: Any) -> bool:
+    """Whether the dtype is int4, float8 or the like, of any variant."""
+    dtype = dtype_of(x)
+    return dtype.itemsize == 1 and dtype.name not in ("bool", "int8", "uint8")
+
+
+def bits_of(x: Any) -> Any:
+    """The dtype of unsigned integers that are as wide."""
+    dtype = dtype_of(x)
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return jnp.dtype(f"uint{info(dtype).bits}")
 
 
 def describe(state: Any, axes: int) -> list:

@@ -54,8 +54,9 @@ class Calls:
 
     def returned(self, results: Any) -> None:
         """Remembers results, which JAX may still be computing."""
-        leaves = jax.tree.leaves(results)
-        if leaves and isinstance(leaves[-1], jax.Array):
+        # Arrays of typed PRNG keys do not say whether they are ready.
+        leaves = [x for x in jax.tree.leaves(results) if hasattr(x, "is_ready")]
+        if leaves:
             self._last = weakref.ref(leaves[-1])
 
     def state(self) -> dict[str, Any]:

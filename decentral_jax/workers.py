@@ -220,23 +220,19 @@ class Workers:
         """
         shape = self.local.shape if local else self.shape
         check_leading_axes("tree", tree, shape)
-        if local and not self.sharding.is_fully_addressable:
-            return jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(
-                    self.sharding,
-                    np.asarray(x),
-                    self.shape + np.shape(x)[len(shape) :],
-                ),
-                tree,
-            )
+        if self.sharding.is_fully_addressable:
+            return jax.device_put(tree, self.sharding)
 
         def put(x):
-            if self.sharding.is_fully_addressable:
+            if isinstance(x, jax.Array) and not x.is_fully_addressable:
                 return jax.device_put(x, self.sharding)
             x = np.asarray(x)
+            if local:
+                whole = self.shape + x.shape[len(shape) :]
+                return jax.make_array_from_process_local_data(self.sharding, x, whole)
             return jax.make_array_from_callback(x.shape, self.sharding, x.__getitem__)
 
-        return jax.tree.map(put, tree)
+        return jax.tree.map(lambda x: like_before(put(as_numbers(x)), x), tree)
 
     def gather(self, tree: Any) -> Any:
         """All workers' values as NumPy arrays, in every process.
@@ -256,8 +252,10 @@ class Workers:
             return isinstance(x, jax.Array) and not x.is_fully_addressable
 
         def fetch(x):
-            if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-                x = jax.random.key_data(x)
+            x = as_numbers(x)
+            if not np.size(x):
+                # JAX 0.10 cannot put the parts of an array without entries together.
+                return np.zeros(np.shape(x), jnp.result_type(x))
             if is_elsewhere(x):
                 return multihost_utils.process_allgather(x, tiled=True)
             return np.asarray(x)
@@ -351,6 +349,23 @@ class Workers:
             # error: neither is so in the other layouts.
             check_vma=False,
         )
+
+
+def is_key(x: Any) -> bool:
+    """Whether an array holds typed PRNG keys."""
+    return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+
+
+def as_numbers(x: Any) -> Any:
+    """PRNG keys as the numbers they are made of, which NumPy and files can hold."""
+    return jax.random.key_data(x) if is_key(x) else x
+
+
+def like_before(numbers: jax.Array, like: Any) -> jax.Array:
+    """The inverse of `as_numbers`."""
+    if not is_key(like):
+        return numbers
+    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(like))
 
 
 class _Spmd:

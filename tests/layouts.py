@@ -50,8 +50,8 @@ def _vmap(fn: Callable, shape: Shape) -> Callable:
     return jax.jit(nested_vmap(fn, shape))
 
 
-def _shard_map(fn: Callable, shape: Shape) -> Callable:
-    """One worker a device, written by hand, with check_vma on."""
+def shard_map(fn: Callable, shape: Shape, check_vma: bool = True) -> Callable:
+    """One worker a device, written by hand."""
     names, sizes = tuple(named(shape)), tuple(named(shape).values())
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
     mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
@@ -63,7 +63,11 @@ def _shard_map(fn: Callable, shape: Shape) -> Callable:
     spec = PartitionSpec(*names)
     return jax.jit(
         jax.shard_map(
-            one_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True
+            one_device,
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=spec,
+            check_vma=check_vma,
         )
     )
 
@@ -87,7 +91,7 @@ def on_devices(num_devices: int) -> Callable:
 # leading worker axis, from a function of one worker's trees.
 LAYOUTS: dict[str, Callable[..., Callable[..., Any]]] = {
     "vmap": flat(_vmap),
-    "shard_map": flat(_shard_map),
+    "shard_map": flat(shard_map),
     "pmap": flat(_pmap),
     "folded_4": flat(on_devices(4)),
     "folded_2": flat(on_devices(2)),

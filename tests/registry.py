@@ -41,8 +41,6 @@ class Algorithm(NamedTuple):
     # the constructor and its arguments beside learning_rate
     build: Callable[..., Any]
     arguments: dict[str, Any]
-    # arguments that inject_hyperparams must leave alone
-    static: tuple[str, ...]
     # 8 workers: on one axis, or on several levels
     shape: Shape = 8
     # Whether it finds the optimum of the workers' mean loss, also where local optima
@@ -56,7 +54,6 @@ class Algorithm(NamedTuple):
 def _algorithm(
     build,
     reference,
-    static=(),
     shape: Shape = 8,
     finds_optimum=True,
     **arguments,
@@ -64,7 +61,7 @@ def _algorithm(
     def make(learning_rate, **axes):
         return build(learning_rate, **arguments, **axes)
 
-    return Algorithm(make, reference, build, arguments, static, shape, finds_optimum)
+    return Algorithm(make, reference, build, arguments, shape, finds_optimum)
 
 
 def rounds(topology):
@@ -104,7 +101,6 @@ def _detag(topology, rounds, momentum, when):
         lambda g, x, lr, steps: tracking.detag(
             g, x, topology.matrix, lr, steps, rounds, momentum=momentum or 0.0
         ),
-        static=("rounds", "momentum"),
         topology=topology,
         rounds=rounds,
         momentum=momentum,
@@ -119,7 +115,6 @@ def _defacto(topology, rounds):
         lambda g, x, lr, steps: tracking.defacto(
             g, x, factors, lr, steps, rounds or len(factors)
         ),
-        static=("rounds",),
         topology=topology,
         rounds=rounds,
     )
@@ -147,7 +142,6 @@ def _feedback(build, compressor, detach, period=1, momentum=0.9):
                 *(detach, momentum, period),
             ).params
         ),
-        static=tuple(set(arguments) - {"compressor"}),
         **arguments,
     )
 
@@ -170,7 +164,6 @@ def _cser(compressor, reset_compressor, period):
                 0.9,
             ).params
         ),
-        static=("period", "momentum"),
         compressor=compressor,
         reset_compressor=reset_compressor,
         period=period,
@@ -186,7 +179,6 @@ def _choco(topology, compressor, consensus_rate):
                 consensus_rate,
             ).params
         ),
-        static=("consensus_rate", "momentum"),
         topology=topology,
         compressor=compressor,
         consensus_rate=consensus_rate,
@@ -221,7 +213,6 @@ def _slowmo(period, momentum, slow_rate, slow_momentum):
         lambda g, x, lr, steps: local_updates.slowmo(
             *(g, x, 8, lr, steps, period, slow_rate, slow_momentum, momentum)
         ),
-        static=("period", "momentum", "slow_rate", "slow_momentum"),
         period=period,
         momentum=momentum,
         slow_rate=slow_rate,
@@ -252,7 +243,6 @@ def _diloco(period, fragments):
         lambda g, x, lr, steps: local_updates.diloco(
             g, x, 8, lr, steps, period, 0.7, 0.9, parts
         ),
-        static=("period", "fragments"),
         finds_optimum=False,  # Adam's steps do not tell how far away optima are
         period=period,
         fragments=fragments,
@@ -278,7 +268,6 @@ def _mll(shape, hubs, shares, rates, tau, q):
     return _algorithm(
         dj.mll_sgd,
         reference,
-        static=("tau", "q", "rates", "shares", "seed", "hub_axis", "worker_axis"),
         shape=shape,
         finds_optimum=False,  # but a mean weighted by shares and rates
         hub_topology=hubs,
@@ -300,7 +289,6 @@ def _hl(shares):
     return _algorithm(
         dj.hl_sgd,
         reference,
-        static=("num_hubs", "tau", "q", "shares", "hub_axis", "worker_axis"),
         shape={"hub": 2, "worker": 4},
         num_hubs=2,
         tau=2,
@@ -322,7 +310,6 @@ def _sgp(topology, momentum):
         lambda g, x, lr, steps: local_updates.sgp(
             g, x, _matrices(topology), lr, steps, momentum or 0.0
         ),
-        static=("momentum",),
         topology=topology,
         momentum=momentum,
     )
@@ -335,7 +322,6 @@ def _qg(topology, momentum, factor):
             *(g, x, _matrices(topology), lr, steps),
             *(momentum, 1 - momentum if factor is None else factor),
         ),
-        static=("momentum", "factor"),
         topology=topology,
         momentum=momentum,
         factor=factor,
@@ -357,7 +343,6 @@ def _apam(trace, **options):
     return _algorithm(
         dj.apam,
         reference,
-        static=tuple(options),
         finds_optimum=False,
         trace=trace,
         **options,
@@ -406,7 +391,6 @@ ALGORITHMS = {
                 g, x, 8, lr, steps, dense(C.random_block(2)), 0.3, 0.9, 0.9
             ).params
         ),
-        static=("detach", "feedback"),
         compressor=C.random_block(2),
         detach=0.3,
         feedback=0.9,
@@ -416,19 +400,15 @@ ALGORITHMS = {
         lambda g, x, lr, steps: (
             compression.sgd_ia(g, x, 8, lr, steps, 0.25, 0.3, 0.9).params
         ),
-        static=("ratio", "detach", "momentum"),
         ratio=4.0,
     ),
     "cser": _cser(C.random_block(2), C.identity(), 2),
     "choco_sgd_top_k": _choco(DIRECTED, C.top_k(ratio=2), 0.5),
     "choco_sgd_quantize": _choco(RING, C.quantize(4), 0.3),
-    "powersgd": _algorithm(
-        dj.powersgd, _powersgd, static=("rank", "momentum"), rank=1, momentum=0.5
-    ),
+    "powersgd": _algorithm(dj.powersgd, _powersgd, rank=1, momentum=0.5),
     "local_sgd": _algorithm(
         dj.local_sgd,
         lambda g, x, lr, steps: local_updates.local_sgd(g, x, 8, lr, steps, 4),
-        static=("period",),
         period=4,
     ),
     "slowmo": _slowmo(3, 0.5, 0.8, 0.4),

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
+from tests.injection import inject
 from tests.layouts import named, nested_vmap, primitives
 from tests.registry import ALGORITHMS, diloco
 
@@ -145,10 +146,9 @@ def plain(name):
 
 @pytest.mark.parametrize("name", COMMON)
 def test_inject_hyperparams(name):
-    """A rate injected as a traced value gives what a constant rate gives."""
+    """Numbers injected as traced values give what constant ones give."""
     algorithm = COMMON[name]
-    inject = optax.inject_hyperparams(algorithm.build, static_args=algorithm.static)
-    injected = inject(learning_rate=0.1, **algorithm.arguments)
+    injected = inject(algorithm.build, learning_rate=0.1, **algorithm.arguments)
     found = path(injected, algorithm, on_one_device(algorithm))
     np.testing.assert_allclose(found, plain(name), atol=1e-6)
 
@@ -161,9 +161,8 @@ def falling(count):
 def test_an_injected_schedule_is_the_direct_one(name):
     """Injection evaluates it in every call: so must those who call it seldom."""
     algorithm = COMMON[name]
-    inject = optax.inject_hyperparams(algorithm.build, static_args=algorithm.static)
     workers = on_one_device(algorithm)
-    injected = inject(learning_rate=falling, **algorithm.arguments)
+    injected = inject(algorithm.build, learning_rate=falling, **algorithm.arguments)
     direct = algorithm.make(falling)
     found, expected = (path(tx, algorithm, workers, 13) for tx in (injected, direct))
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -180,8 +179,7 @@ def test_an_injected_schedule_is_the_direct_one(name):
 def test_an_injected_outer_schedule_is_the_direct_one(build, rate, arguments):
     algorithm = COMMON["local_sgd"]
     workers = on_one_device(algorithm)
-    inject = optax.inject_hyperparams(build, static_args=tuple(arguments))
-    injected = inject(learning_rate=0.1, **{rate: falling}, **arguments)
+    injected = inject(build, learning_rate=0.1, **{rate: falling}, **arguments)
     direct = build(0.1, **{rate: falling}, **arguments)
     found, expected = (path(tx, algorithm, workers, 13) for tx in (injected, direct))
     np.testing.assert_allclose(found, expected, atol=1e-6)
