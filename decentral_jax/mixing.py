@@ -312,6 +312,7 @@ def accelerated_mix(
       ValueError: If the topology has no spectral gap, or as in `mix`.
     """
     rounds = check_int("rounds", rounds, 1)
+    check_dtypes("tree", tree, jnp.inexact)
     step = accelerated_round(topology, axis_name)
 
     def body(_, carry):
