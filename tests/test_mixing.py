@@ -311,3 +311,16 @@ def test_workers_give_what_others_take(layout, n):
             np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-5)
             rounding = np.finfo(np.float32).eps * np.abs(expected).max()
             assert np.abs(change.sum(0)).max() < 8 * rounding
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_mean_of_integers_and_booleans(layout, wide):
+    """Metrics are counts and truths; their mean is a float, in every layout."""
+    with jax.enable_x64(wide):
+        counts, right = np.arange(8, dtype=np.int32), np.arange(8) % 4 == 0
+        tree = {"count": counts, "right": right, "unsigned": counts.astype(np.uint8)}
+        means = layout(dj.average)(tree)
+        for name, mean in {"count": 3.5, "right": 0.25, "unsigned": 3.5}.items():
+            assert means[name].dtype == (jnp.float64 if wide else jnp.float32)
+            np.testing.assert_array_equal(means[name], mean)
