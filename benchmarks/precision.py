@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import networkx as nx
 import numpy as np
 import optax
 
@@ -22,6 +23,11 @@ import decentral_jax as dj
 N, SIZE, RATE = 8, 6, 0.05
 RING = dj.topology.ring(N)
 TOP, BLOCK = dj.compression.top_k(ratio=2), dj.compression.random_block(2)
+# Worker 0 hears of more workers than the others do.
+UNBALANCED = dj.topology.from_graph(
+    nx.DiGraph([(i, (i + 1) % N) for i in range(N)] + [(i, 0) for i in (2, 3, 5)]),
+    weights="push",
+)
 TRACE = dj.traces.from_speeds([1, 1.1, 1.2, 1.3, 1.4, 1.5, 2, 3], 400_000)
 
 ALGORITHMS: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -43,6 +49,7 @@ ALGORITHMS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "local_sgd": lambda: dj.local_sgd(RATE, 4),
     "slowmo": lambda: dj.slowmo(RATE, 4, momentum=None),
     "sgp": lambda: dj.sgp(RATE, dj.topology.exponential(N)),
+    "sgp, unbalanced": lambda: dj.sgp(RATE, UNBALANCED),
     "qg_dsgdm": lambda: dj.qg_dsgdm(RATE, RING),
     "apam": lambda: dj.apam(0.01, TRACE),
 }
@@ -106,6 +113,12 @@ def _mean(x: Any) -> np.ndarray:
     return np.asarray(x, np.float64).mean(0)
 
 
+def _astray(state: Any) -> np.ndarray:
+    """How far CHOCO's sums of differences are from those of the public models."""
+    public, away = (np.asarray(x, np.float64) for x in (state.public, state.away))
+    return away - (RING.matrix @ public - public)
+
+
 # From a run's end to what should vanish, in units of the numbers that enter it.
 INVARIANTS: dict[str, Callable[[Any, Any, Any], np.ndarray]] = {
     "dsgt": lambda params, state, gradient: (
@@ -118,7 +131,10 @@ INVARIANTS: dict[str, Callable[[Any, Any, Any], np.ndarray]] = {
         _mean(state.tracker) - _mean(state.previous)
     ),
     "d2": lambda params, state, gradient: _mean(state[-1].correction),
-    "choco_sgd": lambda params, state, gradient: _mean(state[-1].away),
+    "choco_sgd": lambda params, state, gradient: np.stack(
+        [_mean(state[-1].away), *_astray(state[-1])]
+    ),
+    "sgp, unbalanced": lambda params, state, gradient: _mean(state[-1].weight) - 1,
     "def_sgd": lambda params, state, gradient: np.ptp(
         np.asarray(state[-1].shared, np.float64), axis=0
     ),

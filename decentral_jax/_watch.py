@@ -323,17 +323,20 @@ class Watch:
                 self._over.wait()
             failed = bool(self.reason)
             self._explain()
-            if failed and self.rank == 0:
-                # The others end first: the coordinator's end would abort them.
-                deadline = time.monotonic() + 3 * HEAD_START
-                while self._sockets and time.monotonic() < deadline:
-                    for rank, connection in list(self._sockets.items()):
-                        if _drained(connection):
-                            del self._sockets[rank]
-                    time.sleep(0.05)
+            if failed:
+                self._outlast()
         finally:
             if failed:
                 _abandon()
+
+    def _outlast(self) -> None:
+        """Process 0: lets the others end first, since its end would abort them."""
+        deadline = time.monotonic() + GRACE / 2
+        while self.rank == 0 and self._sockets and time.monotonic() < deadline:
+            for rank, connection in list(self._sockets.items()):
+                if _drained(connection):
+                    self._sockets.pop(rank, None)
+            time.sleep(0.05)
 
     def _close(self) -> None:
         for connection in self._sockets.values():
@@ -482,8 +485,9 @@ class Watch:
         if self._own_failure:
             time.sleep(GRACE)
             os._exit(1)
-        # Process 0 ends last, since the coordinator's end would abort the others.
-        time.sleep(0.0 if self._ended else HEAD_START * (1 + 0.5 * (self.rank == 0)))
+        if not self._ended:
+            time.sleep(HEAD_START)
+            self._outlast()
         self._explain()
         if self._ended:
             # The main thread is at its end and keeps its own exit code.

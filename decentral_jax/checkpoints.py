@@ -13,37 +13,47 @@ before. No save writes into an existing folder. Each folder holds
   as complete.
 """
 
-import dataclasses
-import hashlib
-import itertools
 import json
 import logging
 import operator
 import os
-import re
-import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
-from decentral_jax.evaluation import eval_params
-from decentral_jax.mixing import average
+from decentral_jax._checkpoint_files import (
+    DIGESTS,
+    FORMAT,
+    NOTES,
+    STATE,
+    Damage,
+    attempts,
+    delete,
+    digest_of,
+    rank,
+    verified,
+)
+from decentral_jax._checkpoint_state import (
+    as_before,
+    check_same,
+    describe,
+    dtype_of,
+    find_parts,
+    get,
+    start_anew,
+    to_json,
+    writable,
+)
 from decentral_jax.validation import check_int, check_leading_axes
 from decentral_jax.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-DIGESTS, NOTES, STATE = "digests.json", "notes.json", "state"
-FORMAT = 1  # of notes.json
-SALT = 0x64656A78  # separates new workers' PRNG keys from keys that a run splits off
 
 
 class Restored(NamedTuple):
@@ -185,7 +195,7 @@ class Checkpoints:
             raise TypeError("save needs a state: call save(step, params, opt_state).")
         check_leading_axes("state", state, self._workers.shape)
         try:
-            data = json.loads(json.dumps(data, default=_numpy))
+            data = json.loads(json.dumps(data, default=to_json))
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"data must be what JSON can hold, or NumPy arrays: {error}. Convert "
@@ -195,11 +205,11 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "workers": self._workers.sizes,
-            "state": _describe(state, len(self._workers.shape)),
+            "state": describe(state, len(self._workers.shape)),
             "data": data,
         }
         folder = self._folder / self._on_first(self._claim, step, notes)
-        arrays = {str(i): _plain(x) for i, x in enumerate(jax.tree.leaves(state))}
+        arrays = {str(i): writable(x) for i, x in enumerate(jax.tree.leaves(state))}
         # Orbax refuses arrays without entries, and trees without arrays.
         arrays = {i: x for i, x in arrays.items() if x.size}
         if arrays:
@@ -247,12 +257,12 @@ class Checkpoints:
         name, notes = found
         step, sizes = notes["step"], notes["workers"]
         reset = sizes != self._workers.sizes
-        own = _describe(like, len(self._workers.shape))
+        own = describe(like, len(self._workers.shape))
         leaves, structure = jax.tree.flatten(like)
         numbered = structure.unflatten(range(len(leaves)))
         parts = None
         if reset:
-            parts = _parts(numbered, like, init, len(self._workers.shape))
+            parts = find_parts(numbered, like, init, len(self._workers.shape))
             if parts is None:
                 raise ValueError(
                     f"the checkpoint of step {step} is of workers {sizes}, these are "
@@ -263,7 +273,7 @@ class Checkpoints:
                     "*nnx.split((model, optimizer))."
                 )
         renewed = set() if parts is None else set(jax.tree.leaves(parts.opt_state))
-        _check(step, notes["state"], own, renewed)
+        check_same(step, notes["state"], own, renewed)
         shapes = [entry[2] for entry in notes["state"] if len(entry) == 3]
         # Of other workers, whole in each process.
         place = self._workers.everywhere if reset else self._workers.sharding
@@ -274,7 +284,7 @@ class Checkpoints:
                 "from its evaluated model, optimizer states are fresh",
                 *(step, sizes, self._workers.sizes),
             )
-            leaves = self._start_anew(leaves, parts, sizes, own)
+            leaves = start_anew(self._workers, leaves, parts, sizes, own)
         state = structure.unflatten(leaves)
         self._run = notes["run"]
         return Restored(
@@ -332,7 +342,7 @@ class Checkpoints:
         """Makes a new folder for a checkpoint, after all others of its step."""
         self._folder.mkdir(parents=True, exist_ok=True)
         attempt = 0
-        for order, folder in _attempts(self._folder):
+        for order, folder in attempts(self._folder):
             if order[0] == step:
                 attempt = order[1] + 1
             later = order[0] > step and folder.name not in self._damaged
@@ -359,7 +369,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
                 digests = {
-                    str(file.relative_to(folder)): _digest(file, sync=True)
+                    str(file.relative_to(folder)): digest_of(file, sync=True)
                     for file in sorted(folder.rglob("*"))
                     if file.is_file()
                 }
@@ -376,7 +386,7 @@ class Checkpoints:
     def _delete_superseded(self, sealed: Path) -> None:
         """Deletes this run's checkpoints before `sealed`, except the last `keep`."""
         before = []
-        for _, folder in _attempts(self._folder):
+        for _, folder in attempts(self._folder):
             if folder == sealed:
                 break
             try:
@@ -384,20 +394,20 @@ class Checkpoints:
                     before.append(folder)
             except (OSError, ValueError, TypeError, LookupError):
                 continue  # not this run's, or not recognizable
-        kept = {_order(sealed)[0]}
+        kept = {rank(sealed)[0]}
         for folder in reversed(before):
-            step = _order(folder)[0]
+            step = rank(folder)[0]
             complete = (folder / DIGESTS).is_file()
             if not complete or folder.name in self._damaged or step in kept:
-                _delete(folder)
+                delete(folder)
             elif self._keep is None or len(kept) < self._keep:
                 kept.add(step)
             else:
-                _delete(folder)
+                delete(folder)
 
     def _latest(self) -> tuple[str, dict] | None:
         """The name and the notes of the latest complete checkpoint."""
-        for _, folder in reversed(_attempts(self._folder)):
+        for _, folder in reversed(attempts(self._folder)):
             notes = self._whole(folder)
             if notes is not None:
                 return folder.name, notes
@@ -407,8 +417,8 @@ class Checkpoints:
         """The notes of a checkpoint; None, with a warning, if it is not complete."""
         try:
             self._damaged.discard(folder.name)
-            return _verified(folder)
-        except (OSError, _Damage) as problem:
+            return verified(folder)
+        except (OSError, Damage) as problem:
             self._damaged.add(folder.name)
             logger.warning("the checkpoint %s is skipped: %s", folder, problem)
             return None
@@ -419,7 +429,7 @@ class Checkpoints:
         """Reads all leaves of a checkpoint, which have the dtypes of `like`."""
         axes = tuple(sizes.values())
         plain = [
-            jax.eval_shape(_plain, jax.ShapeDtypeStruct((*axes, *shape), _dtype(x)))
+            jax.eval_shape(writable, jax.ShapeDtypeStruct((*axes, *shape), dtype_of(x)))
             for x, shape in zip(like, shapes, strict=True)
         ]
         abstract = {
@@ -435,359 +445,14 @@ class Checkpoints:
                 arrays[str(i)] = jax.make_array_from_callback(
                     x.shape, place, zeros.__getitem__
                 )
-        return [_as_before(arrays[str(i)], x) for i, x in enumerate(like)]
-
-    def _start_anew(
-        self, leaves: list, parts: "_Parts", sizes: dict, description: list
-    ) -> list:
-        """All leaves for these workers, from all leaves of the old ones."""
-        workers, names = self._workers, tuple(sizes)
-        params, opt_state = jax.tree.map(
-            leaves.__getitem__, (parts.params, parts.opt_state)
-        )
-        renewed = set(jax.tree.leaves((parts.params, parts.opt_state)))
-        others = [i for i in range(len(leaves)) if i not in renewed]
-        floating = [i for i in others if jnp.issubdtype(leaves[i].dtype, jnp.inexact)]
-
-        def worker(params, opt_state, others):
-            model = eval_params(opt_state, params, names)
-            return model, average(others, names) if others else others
-
-        for name in reversed(names):
-            worker = jax.vmap(worker, axis_name=name)
-        first = (0,) * len(names)
-        model, means = jax.tree.map(
-            lambda x: x[first],
-            jax.jit(worker)(params, opt_state, [leaves[i] for i in floating]),
-        )
-        if jax.tree.structure(model) != jax.tree.structure(params):
-            raise ValueError(
-                "the evaluated model is only part of params: pass the parameters as "
-                '{"params": ..., ...}, or what lies beside them as another tree.'
-            )
-        model = workers.replicate(model)
-        fresh = workers.spmd(parts.init)(model)
-        new = dict(zip(floating, workers.replicate(means), strict=True))
-        for trees in ((parts.params, model), (parts.opt_state, fresh)):
-            new |= zip(*map(jax.tree.leaves, trees), strict=True)
-        paths = [entry[0] for entry in description if len(entry) == 3]
-        for i in others:
-            if i in new:
-                continue
-            new[i] = self._carry(leaves[i], len(names), paths[i])
-        return [new[i] for i in range(len(leaves))]
-
-    def _carry(self, x: jax.Array, axes: int, path: str) -> jax.Array:
-        """An integer or PRNG key of old workers, for these workers."""
-        values = np.asarray(_plain(x))
-        first = x[(0,) * axes]
-        if (values == values[(0,) * axes]).all():
-            return self._workers.replicate(first)
-        if not _is_key(x):
-            raise ValueError(
-                f"the workers of the checkpoint have different integers at {path}, "
-                "which another number of workers cannot share: keep only what is equal "
-                "on all workers, floating-point arrays, and typed jax.random.key keys."
-            )
-
-        def derive():
-            keys = jax.random.wrap_key_data(
-                jnp.asarray(values[(0,) * axes]), impl=jax.random.key_impl(x)
-            )
-            new = jax.vmap(
-                lambda i: jax.vmap(
-                    lambda key: jax.random.fold_in(jax.random.fold_in(key, SALT), i)
-                )(keys.reshape(-1))
-            )(jnp.arange(self._workers.num_workers))
-            return new.reshape(self._workers.shape + keys.shape)
-
-        return jax.jit(derive, out_shardings=self._workers.sharding)()
-
-
-class _Damage(Exception):
-    """A checkpoint that is unfinished, damaged, or none of ours."""
-
-
-class _Parts(NamedTuple):
-    """Where the parameters and optimizer states are among all leaves, by number."""
-
-    params: Any
-    opt_state: Any
-    init: Callable
-
-
-def _parts(numbered: tuple, like: tuple, init: Any, axes: int) -> _Parts | None:
-    """Finds parameters and optimizer states; None if they are not recognizable.
-
-    Args:
-      numbered: The state, with the numbers of its leaves in place of arrays.
-      like: The state.
-      init: The optimizer's `init`, or None.
-      axes: Number of worker axes.
-    """
-    candidates = []
-    optimizer, model = _nnx(numbered)
-    if optimizer is not None and model is not None:
-        params = _values(nnx.state(model, optimizer.wrt))
-        opt_state = _values(optimizer.opt_state)
-        candidates, init = [params], init or optimizer.tx.init
-    elif len(numbered) == 1:
-        params = _get(numbered[0], "params")
-        opt_state = _get(numbered[0], "opt_state")
-        if params is None or opt_state is None:
-            return None
-        init = init or getattr(_get(numbered[0], "tx"), "init", None)
-        candidates = [_get(params, "params"), params]
-    else:
-        params, opt_state = numbered[:2]
-        candidates = [_get(params, "params"), params]
-    if init is None:
-        return None
-
-    # The optimizer's parameters are those from which `init` makes such a state.
-    leaves = jax.tree.leaves(like)
-    for params in candidates:
-        numbers = jax.tree.leaves(params)
-        if not numbers or not all(
-            jnp.issubdtype(_dtype(leaves[i]), jnp.inexact) for i in numbers
-        ):
-            continue
-        one = jax.tree.map(
-            lambda i: jax.ShapeDtypeStruct(
-                jnp.shape(leaves[i])[axes:], _dtype(leaves[i])
-            ),
-            params,
-        )
-        try:
-            fresh = jax.eval_shape(init, one)
-        except (TypeError, ValueError, KeyError, AttributeError):
-            continue  # other trees than these
-        if jax.tree.structure(fresh) == jax.tree.structure(opt_state):
-            return _Parts(params, opt_state, init)
-    raise ValueError(
-        "init does not make optimizer states like those given from the parameters: "
-        "pass init=tx.init, and what lies beside the parameters (step counters, PRNG "
-        'keys, batch statistics) as {"params": params, ...} or as further trees: '
-        "restore(params, opt_state, others)."
-    )
-
-
-def _nnx(state: tuple) -> tuple[Any, Any]:
-    """An nnx optimizer in the state and its model, or None."""
-    if isinstance(state[0], nnx.GraphDef):
-        states = [x for x in state if isinstance(x, nnx.State)]
-        state = nnx.merge(state[0], *states)
-    kinds = (nnx.Optimizer, nnx.Module)
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
-    optimizers = [x for x in nodes if isinstance(x, nnx.Optimizer)]
-    models = [x for x in nodes if isinstance(x, nnx.Module)]
-    if len(optimizers) != 1:
-        return None, None
-    model = models[0] if len(models) == 1 else getattr(optimizers[0], "model", None)
-    return optimizers[0], model
-
-
-def _values(tree: Any) -> Any:
-    """The same tree with the value of each `nnx.Variable` in place of it."""
-
-    def is_variable(x):
-        return isinstance(x, nnx.Variable)
-
-    return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
-        tree,
-        is_leaf=is_variable,
-    )
-
-
-def _get(tree: Any, name: str) -> Any:
-    """A part of a state by the name of its key or attribute, or None."""
-    return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
+        return [as_before(arrays[str(i)], x) for i, x in enumerate(like)]
 
 
 def _part(state: Any, name: str, position: int) -> Any:
     """A part of a state by its name, or else by its position among several trees."""
-    part = _get(state, name)
+    part = get(state, name)
     if part is None and type(state) is tuple and len(state) > position:
         part = state[position]
     if part is None:
         raise AttributeError(f"the restored state has no {name}: use .state.")
     return part
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(_dtype(x), jax.dtypes.prng_key)
-
-
-def _dtype(x: Any) -> Any:
-    return jnp.result_type(x)
-
-
-def _plain(x: Any) -> Any:
-    """An array that can be written: PRNG keys as the numbers they are made of."""
-    if _is_key(x):
-        return jax.random.key_data(x)
-    return x if isinstance(x, jax.Array) else np.array(x, _dtype(x))
-
-
-def _as_before(x: jax.Array, like: Any) -> jax.Array:
-    """The inverse of `_plain`."""
-    if not _is_key(like):
-        return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))
-
-
-def _describe(state: Any, axes: int) -> list:
-    """Names what a state is made of.
-
-    Returns:
-      In the order of the tree, `[path, type]` of each node, with its static fields;
-      and `[path, dtype, shape]` of each leaf, without the worker axes.
-    """
-    entries = []
-
-    def visit(node, path):
-        children, structure = jax.tree_util.tree_flatten_with_path(
-            node, is_leaf=lambda x: x is not node
-        )
-        data: Any = structure.node_data()
-        if data is None:
-            entries.append([path, str(_dtype(node)), list(jnp.shape(node)[axes:])])
-            return
-        kind, static = data
-        # A dictionary's keys are in the paths.
-        if kind is dict or static is None:
-            text = kind.__qualname__
-        elif isinstance(static, kind):
-            text = json.dumps(_static(static))
-        else:
-            text = f"{kind.__qualname__}{json.dumps(_static(static))}"
-        entries.append([path, text])
-        for key, child in children:
-            visit(child, path + jax.tree_util.keystr(key))
-
-    for i, tree in enumerate(state):
-        visit(tree, f"state[{i}]")
-    return entries
-
-
-def _numpy(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"got {value!r} of type {type(value).__name__}")
-
-
-def _static(value: Any) -> Any:
-    """What JSON can hold of a static field, and is the same in another process."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, type):
-        return value.__qualname__
-    if isinstance(value, Mapping):
-        return {str(key): _static(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_static(x) for x in value]
-    name = type(value).__qualname__
-    if dataclasses.is_dataclass(value):
-        fields = [f.name for f in dataclasses.fields(value)]
-        return {name: {field: _static(getattr(value, field)) for field in fields}}
-    return name
-
-
-def _check(step: int, saved: list, own: list, renewed: set[int]) -> None:
-    """Checks that a checkpoint is of the state to be restored.
-
-    Args:
-      step: The step of the checkpoint, for messages.
-      saved: The description of its state.
-      own: The description of the state to be restored.
-      renewed: Numbers of leaves whose shapes may differ.
-    """
-    theirs, ours = ({path: rest for path, *rest in x} for x in (saved, own))
-    if list(theirs) != list(ours):
-        differ = theirs.keys() ^ ours.keys()
-        first = [path for path in [*theirs, *ours] if path in differ] or ["its order"]
-        more = f" and {len(first) - 3} more" if len(first) > 3 else ""
-        raise ValueError(
-            f"the checkpoint of step {step} is of another model or optimizer: only one "
-            f"of both has {', '.join(first[:3])}{more}."
-        )
-    number = 0
-    for path, expected in ours.items():
-        got, is_leaf = theirs[path], len(expected) == 2
-        if got != expected and not (
-            is_leaf and number in renewed and got[:1] == expected[:1]
-        ):
-            # Long ones, such as an nnx.GraphDef, from shortly before they differ.
-            pairs = itertools.zip_longest(got[0], expected[0])
-            same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-            start = len(list(same)) - 60
-            raise ValueError(
-                f"the checkpoint of step {step} is of another model or optimizer: at "
-                f"{path} it has {_words(got, start)}, expected "
-                f"{_words(expected, start)}."
-            )
-        number += is_leaf
-
-
-def _words(entry: list, start: int) -> str:
-    if len(entry) == 1:
-        return entry[0][max(start, 0) :][:120]
-    return f"shape {tuple(entry[1])} and dtype {entry[0]} per worker"
-
-
-def _order(folder: Path) -> tuple[int, int]:
-    """The step and the attempt that a folder is named after; (-1, 0) if neither."""
-    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", folder.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
-
-
-def _attempts(folder: Path) -> list[tuple[tuple[int, int], Path]]:
-    """All that is named like a checkpoint, the earliest first."""
-    if not folder.is_dir():
-        return []
-    named = [(_order(path), path) for path in folder.iterdir()]
-    return sorted(x for x in named if x[0][0] >= 0)
-
-
-def _verified(folder: Path) -> dict:
-    """The notes of a complete checkpoint.
-
-    Raises:
-      _Damage: If it is unfinished, damaged, or not a checkpoint of this library.
-      OSError: If it cannot be read.
-    """
-    if not (folder / NOTES).exists():
-        raise _Damage(f"{NOTES} is missing, so this library has not written it")
-    if not (folder / DIGESTS).exists():
-        raise _Damage("it is unfinished")
-    try:
-        digests = json.loads((folder / DIGESTS).read_text())
-    except ValueError:
-        digests = None
-    if not isinstance(digests, dict) or NOTES not in digests:
-        raise _Damage(f"{DIGESTS} is damaged")
-    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    for name, digest in digests.items():
-        if name not in files:
-            raise _Damage(f"{name} is missing")
-        if _digest(folder / name) != digest:
-            raise _Damage(f"{name} is damaged")
-    notes = json.loads((folder / NOTES).read_text())
-    if notes["format"] != FORMAT:
-        raise _Damage(f"its format is {notes['format']}, this version reads {FORMAT}")
-    return notes
-
-
-def _delete(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        logger.warning("the superseded checkpoint %s is not deleted: %s", folder, error)
-
-
-def _digest(file: Path, sync: bool = False) -> str:
-    with file.open("rb") as content:
-        if sync:
-            os.fsync(content.fileno())
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -96,6 +96,21 @@ def wide(x: jax.typing.ArrayLike) -> jax.Array:
     return x.astype(widened(x.dtype))
 
 
+def is_narrow(tree: Any) -> bool:
+    """Whether any array of a tree has fewer digits than the dtype to accumulate in."""
+    dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
+    return any(widened(dtype) != dtype for dtype in dtypes)
+
+
+def fitted(value: float | jax.Array, x: jax.Array) -> float | jax.Array:
+    """A hyperparameter for use with `x`: a float as it is, an array in its dtype.
+
+    An injected hyperparameter has a dtype of its own, which must not change that of
+    the state.
+    """
+    return value.astype(x.dtype) if isinstance(value, jax.Array) else value
+
+
 def cast_like(tree: Any, like: Any) -> Any:
     """A tree in the dtypes of another one, which all who use it see rounded alike.
 
@@ -278,6 +293,12 @@ def agreed(x: jax.typing.ArrayLike, axis_name: AxisName) -> jax.Array:
 @jax.jit
 def equal_on_all_workers(x: jax.Array) -> jax.Array:
     """Marks, by this function's name in the traced program, what must be equal."""
+    return lax.optimization_barrier(x)
+
+
+@jax.jit
+def value_equal_on_all_workers(x: jax.Array) -> jax.Array:
+    """Marks, likewise, the loss that an optimizer reads where models stay equal."""
     return lax.optimization_barrier(x)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from decentral_jax.validation import check_leading_axes
+from decentral_jax.validation import check_arrays, check_leading_axes
 
 # Bytes sent by a worker for an operand of b bytes among n workers.
 SENT: dict[str, Callable[[float, int], float]] = {
@@ -155,7 +155,7 @@ def communication_cost(
       The cost, with `.bytes_sent`, `.count`, `.collectives`, and a table when printed.
 
     Raises:
-      TypeError: If `fn` is no function.
+      TypeError: If `fn` is no function, or a leaf of an argument is not an array.
       ValueError: If a leaf for a `dj.Workers.spmd` function lacks the worker axes.
 
     Example:
@@ -169,6 +169,7 @@ def communication_cost(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function, got {fn!r}.")
+    check_arrays("arguments", args)
     one_worker = getattr(fn, "one_worker", None)
     if one_worker is not None:
         fn, axis_sizes = one_worker

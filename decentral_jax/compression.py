@@ -278,7 +278,7 @@ class LowRank(Compressor):
 
     def applies_to(self, x: Any) -> bool:
         """Whether the factors are smaller than the leaf; else it travels whole."""
-        if x.ndim < 2:
+        if x.ndim < 2 or not x.size:
             return False
         rows, columns = x.size // x.shape[-1], x.shape[-1]
         return self.rank * (rows + columns) < x.size

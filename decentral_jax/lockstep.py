@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from decentral_jax.collectives import equal_on_all_workers
+from decentral_jax.collectives import (
+    equal_on_all_workers,
+    value_equal_on_all_workers,
+)
 from decentral_jax.communication import (
     KINDS,
     inner_programs,
@@ -26,6 +29,7 @@ from decentral_jax.communication import (
 )
 
 MARKER = getattr(equal_on_all_workers, "__name__")  # noqa: B009
+VALUE_MARKER = getattr(value_equal_on_all_workers, "__name__")  # noqa: B009
 REMEDY = (
     "Skip a step on all workers or on none: make the condition equal, for example "
     "dj.average(is_finite.astype(jnp.float32)) == 1. To leave out one worker's "
@@ -90,8 +94,9 @@ def check_lockstep(
       kwargs: Its keyword arguments, alike.
 
     Raises:
-      ValueError: If a branch or loop with collectives in it, or a step counter that
-        decides about collectives, depends on a worker's own data.
+      ValueError: If a branch or loop with collectives in it, a step counter that
+        decides about collectives, or the loss that an optimizer reads where models stay
+        equal, depends on a worker's own data.
     """
     leaves, structure = jax.tree.flatten((args, kwargs))
     leaves = [
@@ -173,6 +178,12 @@ class _Reader:
         if len(inner) == 1 and len(inner[0].invars) == len(values):
             if equation.params.get("name") == MARKER:
                 self._decide(values[0], "a step counter")
+            if equation.params.get("name") == VALUE_MARKER and values[0].own:
+                raise ValueError(
+                    "value must be equal on all workers, because base reads it and "
+                    "would part their models, but it depends on this worker's own "
+                    "data: pass value=dj.average(loss) to update."
+                )
             results = self(inner[0], values)
             if len(results) == count:
                 return results

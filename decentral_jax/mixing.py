@@ -24,7 +24,7 @@ from decentral_jax.topology import (
     exact_factors,
     reweighted,
 )
-from decentral_jax.validation import check_dtypes, check_int
+from decentral_jax.validation import check_arrays, check_dtypes, check_int
 
 # A leaf of at least this many bytes travels alone: packing it would cost a copy, and
 # saves no message worth the name. Smaller ones share buckets by dtype. An all-reduce
@@ -70,7 +70,8 @@ def mix(
       except that an all-reduce between devices adds half precision as such.
 
     Raises:
-      TypeError: If `topology` is none, or a leaf is no floating-point array.
+      TypeError: If `topology` is none, or a leaf is no floating-point array: convert
+        integers before they are mixed.
       ValueError: If the axis is not bound or has another size than the topology, a
         schedule gets no `step`, or workers may be missing on a topology that is not
         symmetric.
@@ -86,6 +87,7 @@ def mix(
     _check_axis(topology.num_workers, f"{topology!r}", axis_name)
     if active is not None:
         return _mix_present(tree, topology, axis_name, step, jnp.asarray(active))
+    check_dtypes("tree", tree, jnp.inexact)
     if isinstance(topology, Topology):
         if topology.averages_exactly:
             return average(tree, axis_name)
@@ -204,18 +206,40 @@ def average(tree: Any, axis_name: AxisName = "workers") -> Any:
     """The exact mean over all workers by all-reduce, the same on each.
 
     Args:
-      tree: This worker's pytree of floating-point arrays.
+      tree: This worker's pytree of arrays, such as gradients or metrics.
       axis_name: The worker axis.
 
     Returns:
-      The mean, of the same shapes and dtypes.
+      The mean, of the same shapes. Floating-point and complex dtypes are kept; the mean
+      of integers or booleans is float32, or float64 under `jax_enable_x64`.
+
+    Raises:
+      TypeError: If a leaf is not an array of numbers or booleans.
+      ValueError: If the axis is not bound.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> def accuracy(labels, predictions):
+      ...     return dj.average((labels == predictions).mean())
+      >>> accuracy = jax.vmap(accuracy, axis_name="workers")
+      >>> accuracy(jnp.array([[1, 2], [3, 4]]), jnp.array([[1, 2], [3, 0]]))
+      Array([0.75, 0.75], dtype=float32)
     """
+    check_arrays("tree", tree)
     return _by_bucket(
         lambda x: collectives.mean(x, axis_name),
-        tree,
+        jax.tree.map(_as_inexact, tree),
         axis_name,
         ALL_REDUCE_BUCKET_BYTES,
     )
+
+
+def _as_inexact(x: Any) -> Any:
+    """An array as it is, but integers and booleans as floats, which have a mean."""
+    dtype = jnp.result_type(x)
+    if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.asarray(x, jnp.result_type(float))
+    return x
 
 
 def average_every(
@@ -247,6 +271,7 @@ def average_every(
       (Array([1., 3.], dtype=float32), Array([2., 2.], dtype=float32))
     """
     period = check_int("period", period, minimum=1)
+    check_dtypes("tree", tree, jnp.inexact)  # both branches return the same dtypes
     return collectives.every(
         *(period, jnp.asarray(step) + 1, axis_name),
         *(lambda tree: average(tree, axis_name), lambda tree: tree),
@@ -287,32 +312,50 @@ def accelerated_mix(
       ValueError: If the topology has no spectral gap, or as in `mix`.
     """
     rounds = check_int("rounds", rounds, 1)
-    step = accelerated_round(topology, axis_name)
+    check_dtypes("tree", tree, jnp.inexact)
+    wide = jax.tree.map(collectives.wide, tree)
+    mixed = accelerated_rounds(wide, topology, rounds, axis_name, active, like=tree)
+    return collectives.cast_like(mixed, tree)
+
+
+def accelerated_rounds(
+    tree: Any,
+    topology: Topology,
+    rounds: int,
+    axis_name: AxisName,
+    active: Any = None,
+    like: Any = None,
+) -> Any:
+    """`accelerated_mix` of a tree of at least float32, which travels as `like`."""
+    one_round = accelerated_round(topology, axis_name)
 
     def body(_, carry):
         now, before = carry
-        return step(now, before, active), now
+        return one_round(now, before, active, like), now
 
-    tree = jax.tree.map(lambda x: collectives.varying(x, axis_name), tree)
-    return lax.fori_loop(0, rounds, body, (tree, tree))[0]
+    start = jax.tree.map(lambda x: collectives.varying(x, axis_name), tree)
+    return lax.fori_loop(0, rounds, body, (start, start))[0]
 
 
 def accelerated_round(topology: Topology, axis_name: AxisName) -> Callable:
-    """One round of `accelerated_mix`, `(z_r, z_{r-1}, active) -> z_{r+1}`."""
+    """One round of `accelerated_mix`, `(z_r, z_{r-1}, active, like) -> z_{r+1}`.
+
+    Trees are at least float32 and travel in the dtypes of `like`. Written as what the
+    round adds, so that rounding leaves the mean alone; see `mix_differences`.
+    """
     check_accelerable(topology)
     eta = momentum(topology)
 
-    def step(now, before, active=None):
-        mixed = mix(now, topology, axis_name, active=active)
+    def one_round(now, before, active=None, like=None):
+        change = mix_differences(now, topology, axis_name, active=active, like=like)
 
-        def extrapolate(m, b):
-            wide = collectives.widened(m.dtype)
-            one, e = jnp.asarray(1 + eta, wide), jnp.asarray(eta, wide)
-            return (one * m.astype(wide) - e * b.astype(wide)).astype(m.dtype)
+        def extrapolate(z, c, b):
+            one, e = jnp.asarray(1 + eta, z.dtype), jnp.asarray(eta, z.dtype)
+            return z + (one * c + e * (z - b))
 
-        return jax.tree.map(extrapolate, mixed, before)
+        return jax.tree.map(extrapolate, now, change, before)
 
-    return step
+    return one_round
 
 
 def momentum(topology: Topology) -> float:

@@ -189,7 +189,7 @@ def agree(what: str, value: Any) -> None:
                 raise
             raise TimeoutError(
                 f"process {process} did not come within {seconds:g} seconds; process "
-                f"{me} waits for it with its {own}. See why it is late or gone, or set "
+                f"{me} waits for it with {own}. See why it is late or gone, or set "
                 f"{TIMEOUT} to more seconds."
             ) from None
 

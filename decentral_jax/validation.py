@@ -16,13 +16,26 @@ import optax
 from jax.core import Tracer
 
 
+def check_static(name: str, value: Any, kind: str, arrays: Any = jax.Array) -> None:
+    """Checks that a value which shapes the program is not an injected array.
+
+    Args:
+      name: The argument's name, for the message.
+      value: The value.
+      kind: What the argument must be, for the message.
+      arrays: The types refused; `Tracer` where arrays with known entries may pass.
+    """
+    if isinstance(value, arrays):
+        raise TypeError(
+            f"{name} must be {kind} known before tracing, got the array {value}: with "
+            f"optax.inject_hyperparams, pass static_args=({name!r},) and all other "
+            "arguments that shape the program."
+        )
+
+
 def check_int(name: str, value: Any, minimum: int) -> int:
     """Returns `value` as an int, or says that it is no integer >= `minimum`."""
-    if isinstance(value, (Tracer, jax.Array)):
-        raise TypeError(
-            f"{name} must be a Python integer known before tracing, got the array "
-            f"{value}: under optax.inject_hyperparams name it in static_args."
-        )
+    check_static(name, value, "a Python integer")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"{name} must be an integer, got {value!r} of type "
@@ -37,10 +50,12 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 def check_interval(
     name: str, value: Any, low: float, high: float, closed: str = "both"
-) -> None:
-    """Checks that a number lies between `low` and `high`.
+) -> float | jax.Array:
+    """Returns a number between `low` and `high`, or says that it is none.
 
-    Traced values pass: they are not known yet.
+    A value that `optax.inject_hyperparams` has made an array stays one, at least
+    float32; `collectives.fitted` gives it the dtype of what it meets. Traced values
+    pass unchecked: they are not known yet.
 
     Args:
       name: The argument's name, for the message.
@@ -48,11 +63,14 @@ def check_interval(
       low: The lower end.
       high: The upper end.
       closed: Which ends are allowed: "both", "left", "right" or "neither".
+
+    Returns:
+      A float, or an array of shape `()` if `value` is a JAX array.
     """
-    if isinstance(value, Tracer):
-        return
     if isinstance(value, (bool, str)) or np.ndim(value) != 0:
         raise TypeError(f"{name} must be a number, got {value!r}: pass a float.")
+    if isinstance(value, Tracer):
+        return _as_wide_float(value)
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -69,6 +87,14 @@ def check_interval(
             f"{name} must lie in {left}{low}, {high}{right}, got {number}: pass a "
             "number in that range."
         )
+    return _as_wide_float(value) if isinstance(value, jax.Array) else number
+
+
+def _as_wide_float(value: jax.Array) -> jax.Array:
+    """Integers as floats, half precision as float32."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return value.astype(jnp.result_type(float))
+    return value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
 
 
 def check_learning_rate(value: Any, name: str = "learning_rate") -> None:
@@ -115,6 +141,7 @@ def as_table(name: str, value: Any, fill: float) -> np.ndarray:
 
     Rows of differing lengths are hubs of differing size.
     """
+    check_static(name, value, "numbers", Tracer)
     try:
         if not (np.iterable(value) and all(map(np.iterable, value))):
             return np.asarray(value, np.float64)
@@ -136,6 +163,7 @@ def require_params(params: Any, who: str) -> Any:
         raise ValueError(
             f"{who} needs params, got None: call update(grads, state, params)."
         )
+    check_arrays("params", params)
     return params
 
 
@@ -149,15 +177,34 @@ def check_nobody_missing(extra_args: Mapping[str, Any], who: str) -> None:
         )
 
 
+def check_arrays(name: str, tree: Any) -> None:
+    """Checks that all leaves are arrays or numbers, not functions or words."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        is_array = hasattr(leaf, "dtype") or hasattr(leaf, "__jax_array__")
+        if not is_array and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"{name} must hold arrays, got {leaf!r} of type "
+                f"{type(leaf).__name__} at {_where(path)}: split the tree and pass the "
+                "arrays alone, in Equinox with params, static = "
+                "eqx.partition(model, eqx.is_inexact_array), and put the model "
+                "together in the loss with eqx.combine(params, static)."
+            )
+
+
+def _where(path: Any) -> str:
+    return jax.tree_util.keystr(path) or "the top"
+
+
 def check_dtypes(name: str, tree: Any, kind: Any) -> None:
     """Checks that all leaves are of a kind: `jnp.floating`, or `jnp.inexact`."""
+    check_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, kind):
             raise TypeError(
                 f"{name} must hold floating-point arrays, got dtype {dtype} at "
-                f"{jax.tree_util.keystr(path) or 'the top'}: leave it out, for example "
-                "with optax.masked."
+                f"{_where(path)}: convert it, for example with .astype(jnp.float32), "
+                "or leave it out, for example with optax.masked."
             )
 
 
@@ -172,7 +219,7 @@ def check_trees(name: str, tree: Any, like: Any = None) -> None:
         if of(tree) != of(like):
             raise ValueError(
                 f"{name} must have the {what} that init saw, {of(like)}, got "
-                f"{of(tree)}: pass gradients of the parameters given to init."
+                f"{of(tree)}: pass the parameters given to init, and their gradients."
             )
 
 
@@ -181,12 +228,12 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def check_leading_axes(name: str, tree: Any, shape: tuple[int, ...]) -> None:
-    """Checks that every leaf starts with the workers' axes."""
+    """Checks that every leaf is an array that starts with the workers' axes."""
+    check_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         if np.shape(leaf)[: len(shape)] != shape:
             raise ValueError(
                 f"{name} must have the leading axes {shape}, one entry a worker, got "
-                f"shape {np.shape(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'the top'}: stack the workers' "
+                f"shape {np.shape(leaf)} at {_where(path)}: stack the workers' "
                 "values, or use .replicate for a value that all share."
             )

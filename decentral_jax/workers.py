@@ -29,7 +29,12 @@ from decentral_jax._watch import calls
 from decentral_jax.collectives import DEVICES, VIRTUAL, AxisName
 from decentral_jax.lockstep import check_lockstep
 from decentral_jax.processes import agree
-from decentral_jax.validation import check_axis_name, check_int, check_leading_axes
+from decentral_jax.validation import (
+    check_arrays,
+    check_axis_name,
+    check_int,
+    check_leading_axes,
+)
 
 AUTO = AxisType.Auto
 
@@ -158,7 +163,11 @@ class Workers:
 
         Returns:
           The tree with a leading worker axis (one for each named axis), on the devices.
+
+        Raises:
+          TypeError: If a leaf is not an array.
         """
+        check_arrays("tree", tree)
         if self.sharding.is_fully_addressable:
             # Arrays that live on other devices would not enter the program.
             tree = jax.device_put(tree, self.everywhere)
@@ -206,6 +215,7 @@ class Workers:
           The same tree on the devices.
 
         Raises:
+          TypeError: If a leaf is not an array.
           ValueError: If a leaf's leading axes are not the workers'.
         """
         shape = self.local.shape if local else self.shape
@@ -282,7 +292,8 @@ class Workers:
           keyword. Calls with the same `fn` share one compiled program.
 
         Raises:
-          TypeError: If `fn` is not callable.
+          TypeError: If `fn` is not callable; when called with a leaf that is not an
+            array.
           ValueError: When called with a leaf whose leading axes are not the workers';
             if the function communicates in a branch, or counts steps, by a condition
             that depends on one worker's own data; or if another process would run

@@ -92,7 +92,10 @@ ROWS = {
         "ValueError: topology | exponential | symmetric",
     ),
     "one axis twice": (mll(worker_axis="hub"), "ValueError: axis_name | repeat"),
-    "no hubs": (lambda: dj.hl_sgd(0.1, 0, 1, 1), "ValueError: n must | 0 | >= 1"),
+    "no hubs": (
+        lambda: dj.hl_sgd(0.1, 0, 1, 1),
+        "ValueError: num_hubs must | 0 | >= 1",
+    ),
     "period 0": (lambda: dj.local_sgd(0.1, 0), "ValueError: period | 0"),
     "period 2.5": (lambda: dj.slowmo(0.1, 2.5), "TypeError: period | 2.5"),
     "outer not called": (

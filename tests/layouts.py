@@ -26,7 +26,7 @@ def nested_vmap(fn: Callable, shape: Shape = 8, **options: Any) -> Callable:
     return fn
 
 
-def _flat(build: Callable) -> Callable:
+def flat(build: Callable) -> Callable:
     """A layout of several levels as one whose trees have one worker axis in front."""
 
     def flat(fn: Callable, shape: Shape = 8) -> Callable:
@@ -36,8 +36,10 @@ def _flat(build: Callable) -> Callable:
 
         def call(*args):
             split = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), args)
-            joined = run(*split)
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(sizes) :]), joined)
+            joined, count = run(*split), int(np.prod(sizes))
+            return jax.tree.map(
+                lambda x: x.reshape(count, *x.shape[len(sizes) :]), joined
+            )
 
         return call
 
@@ -74,7 +76,7 @@ def _pmap(fn: Callable, shape: Shape) -> Callable:
     return jax.pmap(fn, axis_name=name, devices=jax.devices()[:size])
 
 
-def _workers(num_devices: int) -> Callable:
+def on_devices(num_devices: int) -> Callable:
     def build(fn: Callable, shape: Shape) -> Callable:
         return dj.Workers(shape, devices=jax.devices()[:num_devices]).spmd(fn)
 
@@ -84,12 +86,12 @@ def _workers(num_devices: int) -> Callable:
 # name -> function of (fn, shape=8) that gives a compiled function of trees with a
 # leading worker axis, from a function of one worker's trees.
 LAYOUTS: dict[str, Callable[..., Callable[..., Any]]] = {
-    "vmap": _flat(_vmap),
-    "shard_map": _flat(_shard_map),
-    "pmap": _flat(_pmap),
-    "folded_4": _flat(_workers(4)),
-    "folded_2": _flat(_workers(2)),
-    "one_device": _flat(_workers(1)),
+    "vmap": flat(_vmap),
+    "shard_map": flat(_shard_map),
+    "pmap": flat(_pmap),
+    "folded_4": flat(on_devices(4)),
+    "folded_2": flat(on_devices(2)),
+    "one_device": flat(on_devices(1)),
 }
 
 

@@ -4,6 +4,7 @@ All of it talks over loopback. `DECENTRAL_JAX_KILLS=20` kills in twenty runs.
 """
 
 import collections
+import functools
 import itertools
 import os
 import re
@@ -77,6 +78,11 @@ def gradient(x, batch):
     return x - batch
 
 
+start = functools.partial(
+    engine.run, gradient, np.zeros(3, np.float32), optimizer=optax.sgd(RATE)
+)
+
+
 def assert_replayed(result):
     """The trace and the batches' indices give the parameters."""
     iterates = [np.zeros(3, np.float32)]
@@ -115,12 +121,9 @@ def test_failures(tmp_path):
 
     Together they give a run that can be replayed.
     """
-    result = engine.run(
-        gradient,
-        np.zeros(3, np.float32),
-        lambda worker: Targets(worker, tmp_path / "died"),
-        optax.sgd(RATE),
-        60,
+    result = start(
+        batches=lambda worker: Targets(worker, tmp_path / "died"),
+        num_gradients=60,
         num_workers=3,
         max_staleness=4,
         actors={"num_cpus": 0.5},
@@ -141,14 +144,8 @@ def test_a_generator_that_raises(tmp_path):
                 raise OSError("no disk")
             yield target(worker, index)
 
-    result = engine.run(
-        gradient,
-        np.zeros(3, np.float32),
-        batches,
-        optax.sgd(RATE),
-        20,
-        num_workers=2,
-        actors={"num_cpus": 0.5},
+    result = start(
+        batches=batches, num_gradients=20, num_workers=2, actors={"num_cpus": 0.5}
     )
     assert [worker for worker, _ in result.replaced] == [1]
     np.testing.assert_array_equal(np.bincount(result.trace.workers), [10, 10])
@@ -193,12 +190,9 @@ def test_loopback_only_and_an_interrupt():
             timer.start()
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(
-            gradient,
-            np.zeros(3, np.float32),
-            batches,
-            optax.sgd(RATE),
-            10**8,
+        start(
+            batches=batches,
+            num_gradients=10**8,
             num_workers=2,
             actors={"num_cpus": 0.1},
             on_progress=on_progress,
@@ -218,27 +212,16 @@ def test_ray_elsewhere_is_stopped(ray, monkeypatch):
         "ray._private.services.resolve_ip_for_localhost", lambda _: "127.0.0.2"
     )
     with pytest.raises(RuntimeError, match=r"started on 127.0.0.2 instead"):
-        engine.run(
-            gradient,
-            np.zeros(3),
-            target,
-            optax.sgd(RATE),
-            9,
-            num_workers=1,
-            actors={},
-        )
+        start(batches=target, num_gradients=9, num_workers=1, actors={})
     assert not ray.is_initialized()
 
 
 @pytest.mark.usefixtures("no_cluster")
 def test_ray_is_stopped_after_bad_options(ray):
     with pytest.raises(ValueError, match="no_such_option"):
-        engine.run(
-            gradient,
-            np.zeros(3),
-            target,
-            optax.sgd(RATE),
-            9,
+        start(
+            batches=target,
+            num_gradients=9,
             num_workers=1,
             actors={"no_such_option": 1},
         )
@@ -252,12 +235,9 @@ def test_two_nodes(ray, cluster, tmp_path):
         for index in itertools.count():
             yield target(worker, index)
 
-    result = engine.run(
-        gradient,
-        np.zeros(3, np.float32),
-        batches,
-        optax.sgd(RATE),
-        40,
+    result = start(
+        batches=batches,
+        num_gradients=40,
         num_workers=4,
         max_staleness=3,
         actors={"num_cpus": 1, "scheduling_strategy": "SPREAD"},

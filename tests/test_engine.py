@@ -353,9 +353,14 @@ def test_a_generator_that_cannot_be_made_anew():
         yield target(worker, 0)
         raise OSError("no disk")
 
-    generators = [batches(0), endless(1)]
+    generators = [batches(0), endless(1, 0.001)]
     with pytest.raises(RuntimeError, match="worker 0 failed") as caught:
-        start(batches=generators.__getitem__, num_gradients=10**6, num_workers=2)
+        start(
+            batches=generators.__getitem__,
+            num_gradients=2000,
+            num_workers=2,
+            max_failures=2,
+        )
     assert "return a new iterator" in str(caught.value.__cause__)
 
 
@@ -373,6 +378,21 @@ def test_batches_that_are_shorter_when_made_anew():
     with pytest.raises(RuntimeError, match="worker 0 failed") as caught:
         start(batches=batches, num_gradients=10, num_workers=1)
     assert "but 3 had been drawn" in str(caught.value.__cause__)
+
+
+def test_an_end_after_an_error_is_an_end():
+    """Of an iterator that has gone on: nothing is made anew, nobody fails again."""
+
+    class Short(Source):
+        def __next__(self):
+            if self.index == 5:
+                raise StopIteration
+            return super().__next__()
+
+    sources = [Short(0, fails=lambda draw: draw == 2), Source(1)]
+    result = start(batches=sources.__getitem__, num_gradients=60, num_workers=2)
+    assert [worker for worker, _ in result.replaced] == [0]
+    assert np.bincount(result.trace.workers)[0] == 5
 
 
 def test_gradients_that_are_not_finite(caplog):

@@ -1,11 +1,38 @@
 """What all named algorithms share: the optimizer that each worker runs."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import optax
 
-from decentral_jax.validation import check_learning_rate, check_optimizer
+from decentral_jax.collectives import value_equal_on_all_workers
+from decentral_jax.validation import (
+    check_arrays,
+    check_learning_rate,
+    check_optimizer,
+)
 
 Optimizer = optax.GradientTransformationExtraArgs
 LearningRate = optax.ScalarOrSchedule | None
+
+# Optimizers by their states' types. These find their step sizes from whether their own
+# earlier steps made progress. Where workers' data differ, their gradients do not vanish
+# at the optimum of the mean loss, and other workers move the parameters: step sizes
+# grow without bound.
+OWN_PROGRESS = {
+    "COCOBState": "cocob",
+    "DAdaptAdamWState": "dadapt_adamw",
+    "MechanicState": "mechanize",
+    "ProdigyState": "prodigy",
+    "ScaleByRpropState": "rprop",
+}
+# These evaluate a worker's own loss, and its slope, at points that others do not see.
+LINE_SEARCHES = {
+    "ScaleByBacktrackingLinesearchState": "scale_by_backtracking_linesearch",
+    "ScaleByZoomLinesearchState": "scale_by_zoom_linesearch",
+}
 
 
 def at_calls(rate: LearningRate, calls: int) -> LearningRate:
@@ -23,8 +50,91 @@ def local_optimizer(
     learning_rate: LearningRate,
     base: optax.GradientTransformation | None,
     momentum: float | None = None,
+    alone: bool = False,
+) -> Optimizer:
+    """The optimizer that each worker runs: `base`, or SGD at `learning_rate`.
+
+    Args:
+      learning_rate: A number or schedule; None with `base`.
+      base: Any optax optimizer, or None for SGD.
+      momentum: SGD's.
+      alone: Whether the optimizer gets the same gradients on all workers, and nothing
+        else moves the parameters.
+
+    Returns:
+      The optimizer. It refuses parameters that are not arrays, and what `check_base`
+      refuses. With `alone`, `dj.Workers.spmd` refuses a `value` that is a worker's own,
+      if the optimizer reads it.
+    """
+    inner = optax.with_extra_args_support(_chosen(learning_rate, base, momentum))
+
+    def init_fn(params):
+        check_arrays("params", params)
+        state = inner.init(params)
+        check_base(state, alone)
+        return state
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        check_arrays("updates", updates)
+        check_arrays("params", params)
+        value = extra_args.pop("value", None)
+        if value is None:
+            return inner.update(updates, state, params, **extra_args)
+        update = functools.partial(inner.update, updates, state, params, **extra_args)
+        if alone and isinstance(value, jax.Array) and _reads_value(update, value):
+            value = value_equal_on_all_workers(value)
+        return update(value=value)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_base(state: Any, alone: bool = False) -> None:
+    """Checks that an optimizer works as one of several workers' optimizers.
+
+    Args:
+      state: Its state, in which `optax.chain`, `masked`, `partition`,
+        `inject_hyperparams`, `MultiSteps` and the like keep the states of their parts.
+      alone: As in `local_optimizer`.
+
+    Raises:
+      ValueError: If it contains one of `LINE_SEARCHES` or, unless `alone`, one of
+        `OWN_PROGRESS`.
+    """
+
+    def name_of(node):
+        kind = type(node)
+        ours = kind.__module__.startswith("optax")
+        return (OWN_PROGRESS | LINE_SEARCHES).get(kind.__name__) if ours else None
+
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: name_of(node) is not None)
+    for name in filter(None, map(name_of, nodes)):
+        if name in LINE_SEARCHES.values():
+            raise ValueError(
+                f"base must not contain {name}: it chooses a step by one worker's own "
+                "loss, so that workers choose differently. Pass a base with a learning "
+                "rate, such as optax.lbfgs(0.1, linesearch=None)."
+            )
+        if not alone:
+            raise ValueError(
+                f"base must not contain {name}: it finds its step size from the "
+                "progress of its own steps, but here other workers move the parameters "
+                "too. Pass a base with a learning rate, such as optax.adam(1e-3), or "
+                f"use {name} on averaged gradients: dj.all_reduce_sgd(None, base=...)."
+            )
+
+
+def _reads_value(update: Callable, value: jax.Array) -> bool:
+    """Whether the result of an update follows from its argument `value`."""
+    program = jax.make_jaxpr(lambda value: update(value=value))(value).jaxpr
+    read = [x for equation in program.eqns for x in equation.invars]
+    return any(program.invars[0] is x for x in [*read, *program.outvars])
+
+
+def _chosen(
+    learning_rate: LearningRate,
+    base: optax.GradientTransformation | None,
+    momentum: float | None,
 ) -> optax.GradientTransformation:
-    """The optimizer that each worker runs: `base`, or SGD at `learning_rate`."""
     if base is None:
         if learning_rate is None:
             raise ValueError(

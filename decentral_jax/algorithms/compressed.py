@@ -148,7 +148,7 @@ def sgd_ia(
       Xu & Huang, "Detached Error Feedback for Distributed SGD with Random
       Sparsification", ICML 2022, Section 4.
     """
-    check_interval("ratio", ratio, 1.0, math.inf, closed="left")
+    ratio = check_interval("ratio", ratio, 1.0, math.inf, closed="left")
     return optax.chain(
         average_gradients(axis_name),
         local_optimizer(learning_rate, base, momentum),
@@ -248,4 +248,5 @@ def powersgd(
       for Distributed Optimization", NeurIPS 2019, Algorithms 1 and 2.
     """
     feedback = error_feedback(low_rank(rank), axis_name=axis_name)
-    return optax.chain(feedback, local_optimizer(learning_rate, base, momentum))
+    local = local_optimizer(learning_rate, base, momentum, alone=True)
+    return optax.chain(feedback, local)

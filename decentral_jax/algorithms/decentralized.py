@@ -43,7 +43,7 @@ def all_reduce_sgd(
       The transformation.
     """
     return optax.chain(
-        average_gradients(axis_name), local_optimizer(learning_rate, base)
+        average_gradients(axis_name), local_optimizer(learning_rate, base, alone=True)
     )
 
 
@@ -224,4 +224,5 @@ def defacto(
     averaging = len(exact_factors(topology))
     rounds = averaging if rounds is None else check_int("rounds", rounds, minimum=1)
     rate = at_calls(learning_rate, rounds + averaging)
-    return exact_phases(local_optimizer(rate, base), topology, rounds, axis_name)
+    inner = local_optimizer(rate, base, alone=True)
+    return exact_phases(inner, topology, rounds, axis_name)

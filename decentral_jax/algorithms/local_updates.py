@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer
-from decentral_jax.collectives import AxisName
+from decentral_jax.collectives import AxisName, wide
 from decentral_jax.topology import AnyTopology, complete
 from decentral_jax.transforms.averaging import average_parameters
 from decentral_jax.transforms.multi_level import multi_level
@@ -86,7 +86,9 @@ def slowmo(
       Wang et al., "SlowMo: Improving Communication-Efficient Distributed SGD with Slow
       Momentum", ICLR 2020, Algorithm 1.
     """
-    check_interval("slow_momentum", slow_momentum, 0.0, 1.0, closed="left")
+    slow_momentum = check_interval(
+        "slow_momentum", slow_momentum, 0.0, 1.0, closed="left"
+    )
     check_learning_rate(slow_rate, "slow_rate")
     period = check_int("period", period, minimum=1)
     outer = _outer_sgd(slow_rate, slow_momentum)
@@ -130,7 +132,9 @@ def diloco(
       Models", 2023, Algorithm 1; Douillard et al., "Streaming DiLoCo with overlapping
       communication", 2025, Section 2.1.
     """
-    check_interval("outer_momentum", outer_momentum, 0.0, 1.0, closed="left")
+    outer_momentum = check_interval(
+        "outer_momentum", outer_momentum, 0.0, 1.0, closed="left"
+    )
     check_learning_rate(outer_rate, "outer_rate")
     if base is None and learning_rate is not None:
         check_learning_rate(learning_rate)
@@ -225,7 +229,7 @@ def hl_sgd(
       Lin, Stich, Patel & Jaggi, "Don't Use Large Mini-Batches, Use Local SGD", ICLR
       2020, Section 4 (hierarchical local SGD).
     """
-    hubs = complete(num_hubs)
+    hubs = complete(check_int("num_hubs", num_hubs, minimum=1))
     local = local_optimizer(learning_rate, base)
     return optax.chain(local, multi_level(hubs, tau, q, shares, hub_axis, worker_axis))
 
@@ -295,6 +299,8 @@ def _outer_sgd(
 ) -> optax.GradientTransformation:
     """SGD for `average_parameters`, whose schedule counts iterations."""
     if not callable(rate):
+        # Models are averaged at least in float32, and an injected rate meets them.
+        rate = wide(rate) if isinstance(rate, jax.Array) else rate
         return optax.sgd(rate, momentum, nesterov)
 
     def scale(updates, state, params=None, **extra_args: Any) -> Any:

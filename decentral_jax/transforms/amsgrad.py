@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import wide, wide_zeros
+from decentral_jax.collectives import fitted, wide, wide_zeros
 from decentral_jax.validation import check_interval, check_learning_rate, require_params
 
 
@@ -63,23 +63,42 @@ def amsgrad(
       methods", Math. Prog. Comp. 2023, (3) to (6).
     """
     check_learning_rate(learning_rate)
-    check_interval("b1", b1, 0.0, 1.0, closed="left")
-    check_interval("b2", b2, 0.0, 1.0, closed="left")
-    check_interval("eps", eps, 0.0, float("inf"))
+    b1 = check_interval("b1", b1, 0.0, 1.0, closed="left")
+    b2 = check_interval("b2", b2, 0.0, 1.0, closed="left")
+    eps = check_interval("eps", eps, 0.0, float("inf"))
     parts = [
         _scale_by_amsgrad(b1, b2, eps),
         optax.scale_by_learning_rate(learning_rate),
     ]
     if weight_decay is not None:
-        check_interval("weight_decay", weight_decay, 0.0, float("inf"))
-        parts.insert(0, optax.add_decayed_weights(weight_decay))
+        decay = check_interval("weight_decay", weight_decay, 0.0, float("inf"))
+        parts.insert(0, _add_decayed_weights(decay))
     if projection is not None:
         parts.append(project(projection))
     return optax.chain(*parts)
 
 
+def _add_decayed_weights(
+    decay: float | jax.Array,
+) -> optax.GradientTransformationExtraArgs:
+    """As optax's, for a master's iterate in a wider dtype than a number injected."""
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        del extra_args
+        params = require_params(params, "amsgrad with weight_decay")
+
+        def add(g: jax.Array, x: jax.Array) -> jax.Array:
+            return g + (fitted(decay, x) * x).astype(g.dtype)
+
+        return jax.tree.map(add, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update_fn
+    )
+
+
 def _scale_by_amsgrad(
-    b1: float, b2: float, eps: float
+    b1: float | jax.Array, b2: float | jax.Array, eps: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
     def init_fn(params):
         zeros = [jax.tree.map(wide_zeros, params) for _ in range(3)]
@@ -89,22 +108,28 @@ def _scale_by_amsgrad(
         del params, extra_args
         count = optax.safe_increment(jnp.asarray(state.count))
         gradient = jax.tree.map(wide, updates)
-        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, gradient)
+        mean = jax.tree.map(lambda m, g: _toward(m, g, b1), state.mean, gradient)
         square = jax.tree.map(
-            lambda v, g: b2 * v + (1 - b2) * g * g, state.square, gradient
+            lambda v, g: _toward(v, g * g, b2), state.square, gradient
         )
         largest = jax.tree.map(jnp.maximum, state.largest, square)
         steps = jnp.asarray(count, jnp.result_type(float))
-        factor = jnp.sqrt(1 - b2**steps) / (1 - b1**steps)
+        first, second = (1 - fitted(b, steps) ** steps for b in (b1, b2))
+        factor = jnp.sqrt(second) / first
 
         def direction(m: jax.Array, v: jax.Array, g: jax.Array) -> jax.Array:
-            step = factor.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
+            step = factor.astype(m.dtype) * m / (jnp.sqrt(v) + fitted(eps, v))
             return step.astype(jnp.result_type(g))
 
         updates = jax.tree.map(direction, mean, largest, updates)
         return updates, ScaleByAmsgradState(count, mean, square, largest)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _toward(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:
+    """An exponential moving average's next value."""
+    return fitted(decay, old) * old + fitted(1 - decay, new) * new
 
 
 def project(projection: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
@@ -117,8 +142,15 @@ def project(projection: Callable[[Any], Any]) -> optax.GradientTransformationExt
       The transformation; place it last in a chain.
 
     Raises:
+      TypeError: If `projection` is not a function.
       ValueError: If `update` gets no `params`.
     """
+    if not callable(projection):
+        raise TypeError(
+            f"projection must be a function of parameters, got {projection!r}: with "
+            "optax.inject_hyperparams, which takes functions for schedules, pass "
+            'static_args=("projection",).'
+        )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del extra_args

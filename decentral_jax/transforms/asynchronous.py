@@ -17,8 +17,10 @@ from decentral_jax.collectives import AxisName
 from decentral_jax.traces import Trace
 from decentral_jax.validation import (
     check_axis_name,
+    check_interval,
     check_nobody_missing,
     check_optimizer,
+    check_static,
     check_trees,
     require_params,
 )
@@ -104,6 +106,7 @@ def asynchronous(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "asynchronous")
         params = require_params(params, "asynchronous")
+        check_trees("params", params, state.master)
         check_trees("updates", updates, state.master)
         size = collectives.bound_axis(axis_name).size
         if size != trace.num_workers:
@@ -216,8 +219,7 @@ def scale_by_staleness(power: float = 1.0) -> optax.GradientTransformationExtraA
       Zhang et al., "Staleness-aware Async-SGD for Distributed Deep Learning", IJCAI
       2016.
     """
-    if not 0 < power < float("inf"):
-        raise ValueError(f"power must be positive and finite, got {power!r}.")
+    power = check_interval("power", power, 0.0, float("inf"), closed="neither")
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del params
@@ -227,7 +229,8 @@ def scale_by_staleness(power: float = 1.0) -> optax.GradientTransformationExtraA
                 "chain of dj.asynchronous, which passes it."
             )
         staleness = jnp.asarray(extra_args["staleness"])
-        factor = jnp.maximum(staleness, 1).astype(jnp.result_type(float)) ** -power
+        base = jnp.maximum(staleness, 1).astype(jnp.result_type(float))
+        factor = base ** -collectives.fitted(power, base)
 
         def scale(u: jax.Array) -> jax.Array:
             return u * factor.astype(u.dtype)
@@ -267,6 +270,7 @@ def delay_gradients(
       TypeError: If a delay is no integer.
       ValueError: If a delay is negative.
     """
+    check_static("delay", delay, "integers")
     delays = np.atleast_1d(np.asarray(delay))
     if delays.dtype.kind not in "iu":
         raise TypeError(f"delay must be integers, got {delay!r}.")

@@ -14,7 +14,9 @@ import optax
 from decentral_jax.collectives import AxisName, advance, every, wide, wide_copy
 from decentral_jax.mixing import average
 from decentral_jax.validation import (
+    check_arrays,
     check_axis_name,
+    check_dtypes,
     check_int,
     check_nobody_missing,
     check_optimizer,
@@ -50,12 +52,13 @@ def average_gradients(
     check_axis_name(axis_name)
 
     def init_fn(params):
-        del params
+        check_arrays("params", params)
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del params
         check_nobody_missing(extra_args, "average_gradients")
+        check_dtypes("updates", updates, jnp.inexact)
         return average(updates, axis_name), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -89,7 +89,7 @@ def compressed_gossip(
             f"compressor={compressor!r} needs an average over all workers at each "
             "exchange: take another one for gossip, such as random_block(64)."
         )
-    check_interval("consensus_rate", consensus_rate, 0.0, 1.0, closed="right")
+    rate = check_interval("consensus_rate", consensus_rate, 0.0, 1.0, closed="right")
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
 
@@ -104,6 +104,7 @@ def compressed_gossip(
     ) -> Any:
         del extra_args
         params = require_params(params, "compressed_gossip")
+        check_trees("params", params, state.public)
         check_trees("updates", updates, state.public)
         half = jax.tree.map(
             lambda x, u: collectives.wide(x) + collectives.wide(u), params, updates
@@ -132,9 +133,9 @@ def compressed_gossip(
         public = jax.tree.map(jnp.add, state.public, back(own))
         away = jax.tree.map(jnp.add, state.away, back(arrived))
         updates = jax.tree.map(
-            lambda x, s, p: (x - collectives.wide(p) + consensus_rate * s).astype(
-                p.dtype
-            ),
+            lambda x, s, p: (
+                x - collectives.wide(p) + collectives.fitted(rate, s) * s
+            ).astype(p.dtype),
             *(half, away, params),
         )
         count = collectives.advance(state.count)

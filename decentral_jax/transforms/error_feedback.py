@@ -17,6 +17,8 @@ from decentral_jax.collectives import (
     advance,
     cast_like,
     every,
+    fitted,
+    is_narrow,
     wide,
     wide_copy,
     wide_zeros,
@@ -64,7 +66,7 @@ class ErrorFeedbackState(NamedTuple):
 class _Model:
     """Which model `eval_params` finds."""
 
-    detach: float
+    detach: float | None  # None if both copies are kept, which do without it
     evaluate: str
 
     def __call__(self, shared, residual, params):
@@ -136,7 +138,8 @@ def error_feedback(
       The transformation. It keeps one copy of the parameters, at least float32: the
       residual if `detach` is 0, else the shared model. It keeps both if `period` is
       above 1, or if the parameters are in half precision and `detach` is not 0: the
-      difference of two numbers in half precision is too coarse for a residual. With a
+      difference of two numbers in half precision is too coarse for a residual. It also
+      keeps both if `detach` is an array, as under `optax.inject_hyperparams`. With a
       selecting compressor such as `random_block`, `feedback` 1 and float32 a step reads
       and writes only the selected entries of the copy where `detach` is not 0.
 
@@ -158,29 +161,28 @@ def error_feedback(
       ... )
     """
     check_compressor(compressor)
-    check_interval("detach", detach, 0.0, 1.0)
+    detach = check_interval("detach", detach, 0.0, 1.0)
     period = check_int("period", period, minimum=1)
-    check_interval("feedback", feedback, 0.0, 1.0, closed="right")
+    feedback = check_interval("feedback", feedback, 0.0, 1.0, closed="right")
     check_choice("evaluate", evaluate, EVALUATED)
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
-    detached = detach > 0
-    model = _Model(float(detach), evaluate)
-
-    def is_narrow(params):
-        return any(wide(x).dtype != jnp.result_type(x) for x in jax.tree.leaves(params))
+    # Injected numbers may change from step to step: they decide no branch.
+    injected = isinstance(detach, jax.Array)
+    detached = injected or detach > 0
+    weighs = isinstance(feedback, jax.Array) or feedback < 1
 
     def init_fn(params):
         params = require_params(params, "error_feedback")
         check_trees("params", params)
-        both = period > 1 or (detached and is_narrow(params))
+        both = period > 1 or injected or (detached and is_narrow(params))
         zeros, copies = (jax.tree.map(make, params) for make in (wide_zeros, wide_copy))
         return ErrorFeedbackState(
             count=jnp.zeros([], jnp.int32),
             shared=copies if detached or both else (),
             residual=zeros if not detached or both else (),
             memory=start_memory(compressor, params),
-            model=model,
+            model=_Model(None if both else float(detach), evaluate),
         )
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
@@ -189,6 +191,8 @@ def error_feedback(
             params = require_params(params, "error_feedback with detach or period")
         like = state.residual if _none(state.shared) else state.shared
         check_trees("updates", updates, like)
+        if params is not None:
+            check_trees("params", params, like)
         own_dtypes = updates if params is None else params
         us = jax.tree.map(wide, updates)
 
@@ -203,14 +207,14 @@ def error_feedback(
         def send(us, shared, residual, params):
             key = step_key(seed, state.count, axis_name)
             one_copy = _none(shared) or _none(residual)
-            selects = isinstance(compressor, Selection) and feedback == 1 and one_copy
+            selects = isinstance(compressor, Selection) and not weighs and one_copy
             if selects and not is_narrow(own_dtypes):
                 return select(key, us, shared, residual, params)
             if _none(residual):
                 residual = _between(shared, params, detach)
             # With a period, the last exchange has weighed what it kept back.
             weight = feedback if period == 1 else 1.0
-            p = jax.tree.map(lambda e, u: weight * e + u, residual, us)
+            p = jax.tree.map(lambda e, u: fitted(weight, e) * e + u, residual, us)
             # The residual also takes what the cast to the parameters' dtype loses.
             own, mean, memory = average_compressed(
                 *(compressor, key, cast_like(p, own_dtypes)),
@@ -222,12 +226,13 @@ def error_feedback(
                 return cast(mean), shared, residual, memory
             shared = jax.tree.map(jnp.add, shared, mean)
             moved = jax.tree.map(
-                lambda x, e, y: (x + detach * e) - wide(y), shared, residual, params
+                lambda x, e, y: (x + fitted(detach, e) * e) - wide(y),
+                *(shared, residual, params),
             )
             if _none(state.residual):
                 residual = ()
             elif period > 1:
-                residual = jax.tree.map(lambda e: feedback * e, residual)
+                residual = jax.tree.map(lambda e: fitted(feedback, e) * e, residual)
             return cast(moved), shared, residual, memory
 
         def select(key, us, shared, residual, params):
@@ -250,7 +255,7 @@ def error_feedback(
             *(period, count, axis_name, send, alone),
             *(us, state.shared, state.residual, params),
         )
-        return moved, ErrorFeedbackState(count, shared, residual, memory, model)
+        return moved, ErrorFeedbackState(count, shared, residual, memory, state.model)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -31,7 +31,9 @@ class ErrorResetState(NamedTuple):
     """State of `error_reset`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    shared: optax.Params  # like params, at least float32: x_i - e_i, bitwise equal
+    # Like params, at least float32.
+    shared: optax.Params  # x_i - e_i, bitwise equal on all workers
+    error: Any  # e_i; () if it lies between the shared model and the parameters
     memory: tuple  # what the compressors remember, equal on all workers
 
 
@@ -57,7 +59,9 @@ def error_reset(
        e_i \leftarrow e_i - C'(e_i).
 
     :math:`x_i - e_i` is the same on all workers. It is kept, and the errors follow from
-    it and the parameters, so that rounding does not part the workers.
+    it and the parameters, so that rounding does not part the workers. Of parameters in
+    half precision the errors are kept as well: the difference of two numbers in half
+    precision is too coarse, and small steps would be lost.
 
     Args:
       compressor: :math:`C`, for the updates, every step.
@@ -68,7 +72,7 @@ def error_reset(
 
     Returns:
       The transformation; place it after the base optimizer. It keeps one copy of the
-      parameters, at least float32.
+      parameters, at least float32; two if they are in half precision.
 
     Raises:
       TypeError: If a compressor is none, or leaves are no floating-point arrays.
@@ -92,6 +96,11 @@ def error_reset(
         return ErrorResetState(
             count=jnp.zeros([], jnp.int32),
             shared=jax.tree.map(collectives.wide_copy, params),
+            error=(
+                jax.tree.map(collectives.wide_zeros, params)
+                if collectives.is_narrow(params)
+                else ()
+            ),
             memory=(
                 start_memory(compressor, params),
                 start_memory(reset_compressor, params),
@@ -101,6 +110,7 @@ def error_reset(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "error_reset")
         params = require_params(params, "error_reset")
+        check_trees("params", params, state.shared)
         check_trees("updates", updates, state.shared)
         key = step_key(seed, state.count, axis_name)
         keys = jax.random.split(key)
@@ -119,9 +129,10 @@ def error_reset(
         rest, shared, memory = synchronize(
             compressor, keys[0], step, state.shared, state.memory[0]
         )
-        error = jax.tree.map(
-            lambda r, p, x: r + (collectives.wide(p) - x), rest, params, state.shared
-        )
+        error = state.error
+        if not collectives.is_narrow(params):
+            error = jax.tree.map(jnp.subtract, params, state.shared)
+        error = jax.tree.map(jnp.add, rest, error)
 
         def reset(error, shared, memory):
             return synchronize(reset_compressor, keys[1], error, shared, memory)
@@ -137,6 +148,8 @@ def error_reset(
             lambda x, e, p: (x + e - collectives.wide(p)).astype(p.dtype),
             *(shared, error, params),
         )
-        return updates, ErrorResetState(count, shared, (memory, reset_memory))
+        if not collectives.is_narrow(params):
+            error = ()
+        return updates, ErrorResetState(count, shared, error, (memory, reset_memory))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

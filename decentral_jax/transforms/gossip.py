@@ -15,6 +15,7 @@ from decentral_jax.collectives import AxisName, advance, wide, wide_zeros
 from decentral_jax.mixing import mix, mix_differences
 from decentral_jax.topology import AnyTopology, Topology, check_topology
 from decentral_jax.validation import (
+    check_arrays,
     check_axis_name,
     check_choice,
     check_nobody_missing,
@@ -79,7 +80,7 @@ def gossip(
     check_axis_name(axis_name)
 
     def init_fn(params):
-        del params
+        check_arrays("params", params)
         return GossipState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
@@ -87,6 +88,7 @@ def gossip(
     ) -> Any:
         del extra_args
         params = require_params(params, "gossip")
+        check_arrays("updates", updates)
         if order == "adapt_then_combine":
             adapted = optax.apply_updates(params, updates)
             mixed = mix(adapted, topology, axis_name, state.count, active)
@@ -166,6 +168,7 @@ def exact_diffusion(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "exact_diffusion")
         params = require_params(params, "exact_diffusion")
+        check_arrays("updates", updates)
         corrected = jax.tree.map(
             lambda x, u, c: wide(x) + (wide(u) + c), params, updates, state.correction
         )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from decentral_jax.collectives import wide, wide_copy
+from decentral_jax.collectives import fitted, wide, wide_copy
 from decentral_jax.validation import check_interval, check_trees, require_params
 
 
@@ -51,8 +51,8 @@ def iterate_averaging(
       Xu & Huang, "Detached Error Feedback for Distributed SGD with Random
       Sparsification", ICML 2022, Section 4.
     """
-    check_interval("delta", delta, 0.0, 1.0, closed="right")
-    check_interval("detach", detach, 0.0, 1.0)
+    delta = check_interval("delta", delta, 0.0, 1.0, closed="right")
+    detach = check_interval("detach", detach, 0.0, 1.0)
 
     def init_fn(params):
         params = require_params(params, "iterate_averaging")
@@ -63,11 +63,14 @@ def iterate_averaging(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del extra_args
         params = require_params(params, "iterate_averaging")
+        check_trees("params", params, state.iterate)
         check_trees("updates", updates, state.iterate)
         z = jax.tree.map(lambda z, u: z + u.astype(z.dtype), state.iterate, updates)
-        x = jax.tree.map(lambda x, z: x + delta * (z - x), state.average, z)
+        x = jax.tree.map(lambda x, z: x + fitted(delta, x) * (z - x), state.average, z)
         updates = jax.tree.map(
-            lambda x, z, y: ((x + detach * (z - x)) - wide(y)).astype(y.dtype),
+            lambda x, z, y: ((x + fitted(detach, x) * (z - x)) - wide(y)).astype(
+                y.dtype
+            ),
             *(x, z, params),
         )
         return updates, IterateAveragingState(x, z)

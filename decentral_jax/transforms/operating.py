@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.core import Tracer
 
 from decentral_jax import collectives
 from decentral_jax.collectives import AxisName
@@ -69,8 +69,10 @@ def operating_rates(
     """
     check_optimizer("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    table = as_table("rates", rates, fill=1.0)
-    if not ((table > 0) & (table <= 1)).all():
+    # Injected rates stay an array, which is not known yet.
+    traced = isinstance(rates, Tracer)
+    table = rates if traced else as_table("rates", rates, fill=1.0)
+    if not traced and not ((table > 0) & (table <= 1)).all():
         wrong = table[~((table > 0) & (table <= 1))].flat[0]
         raise ValueError(
             f"rates must lie in (0, 1], got {wrong:.6g}: pass the probability that a "
@@ -96,7 +98,7 @@ def operating_rates(
         )
         # All workers' draws by each: cheaper than a key for each worker.
         drawn = jax.random.uniform(key, sizes, jnp.float32)[index]
-        p = jnp.asarray(np.broadcast_to(table, sizes), jnp.float32)[index]
+        p = jnp.asarray(jnp.broadcast_to(table, sizes), jnp.float32)[index]
         operates = drawn < p
         new, inner_state = inner.update(updates, state.inner, params, **extra_args)
         new = jax.tree.map(lambda u: jnp.where(operates, u, jnp.zeros_like(u)), new)

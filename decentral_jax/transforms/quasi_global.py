@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, advance, wide, wide_zeros
+from decentral_jax.collectives import AxisName, advance, fitted, wide, wide_zeros
 from decentral_jax.mixing import mix_differences
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import (
@@ -66,10 +66,10 @@ def quasi_global_momentum(
     """
     check_learning_rate(learning_rate)
     check_topology(topology)
-    check_interval("momentum", momentum, 0.0, 1.0, closed="left")
+    momentum = check_interval("momentum", momentum, 0.0, 1.0, closed="left")
     if factor is None:
         factor = 1 - momentum
-    check_interval("factor", factor, 0.0, 1.0)
+    share = check_interval("factor", factor, 0.0, 1.0)
     check_axis_name(axis_name)
 
     def init_fn(params):
@@ -86,12 +86,12 @@ def quasi_global_momentum(
         rate = jnp.asarray(rate)
 
         def adapt(x, m, g):
-            return wide(x) - rate.astype(m.dtype) * (momentum * m + wide(g))
+            return wide(x) - rate.astype(m.dtype) * (fitted(momentum, m) * m + wide(g))
 
         def remember(m, x, mixed):
             gamma = rate.astype(m.dtype)
             way = (wide(x) - mixed) / jnp.where(gamma > 0, gamma, 1)
-            return jnp.where(gamma > 0, m + factor * (way - m), m)
+            return jnp.where(gamma > 0, m + fitted(share, m) * (way - m), m)
 
         adapted = jax.tree.map(adapt, params, state.momentum, updates)
         change = mix_differences(adapted, topology, axis_name, state.count, like=params)

@@ -1,0 +1,37 @@
+"""Which arguments optax.inject_hyperparams may make arrays, and how to call it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+# Two values of each number that may be an array, exact in bfloat16.
+FLOATS = {
+    "b1": (0.5, 0.75),
+    "b2": (0.75, 0.875),
+    "consensus_rate": (0.5, 0.25),
+    "delta": (0.5, 0.25),
+    "detach": (0.25, 0.5),
+    "eps": (2**-8, 2**-6),
+    "factor": (0.5, 0.25),
+    "feedback": (0.75, 0.5),
+    "momentum": (0.5, 0.75),
+    "outer_momentum": (0.5, 0.75),
+    "outer_rate": (0.75, 0.5),
+    "power": (1.0, 0.5),
+    "rates": (0.5, 0.75),
+    "ratio": (4.0, 2.0),
+    "slow_momentum": (0.5, 0.25),
+    "slow_rate": (0.75, 0.5),
+    "weight_decay": (0.125, 0.25),
+}
+
+
+def inject(
+    build: Callable[..., Any], *, learning_rate_too: bool = True, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation all of whose numbers are arrays that may be."""
+    may = set(FLOATS) | ({"learning_rate"} if learning_rate_too else set())
+    static = inspect.signature(build).parameters.keys() - may
+    return optax.inject_hyperparams(build, static_args=static)(**arguments)
