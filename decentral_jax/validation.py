@@ -50,7 +50,7 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 def check_interval(
     name: str, value: Any, low: float, high: float, closed: str = "both"
-) -> float | jax.Array:
+) -> Any:
     """Returns a number between `low` and `high`, or says that it is none.
 
     A value that `optax.inject_hyperparams` has made an array stays one, at least

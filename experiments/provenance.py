@@ -64,6 +64,13 @@ def commit() -> str:
     return f"{name} with changes" if name and changed else name or "unknown"
 
 
+def _program() -> str:
+    """The module that `python -m` runs: the experiments, or a benchmark."""
+    spec = sys.modules["__main__"].__spec__
+    name = "" if spec is None else spec.name.removesuffix(".__main__")
+    return name if name.startswith("benchmarks") else "experiments"
+
+
 def provenance(options: Any = None) -> dict[str, str]:
     """The command, options, date, version, commit, packages and code of this run.
 
@@ -71,7 +78,7 @@ def provenance(options: Any = None) -> dict[str, str]:
       options: All options of the experiment, those left at their defaults too.
     """
     return {
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _program(), *sys.argv[1:]]),
         "options": repr(options),
         "date": datetime.date.today().isoformat(),
         "version": f"decentral_jax {dj.__version__}",

@@ -84,6 +84,7 @@ def main() -> None:
         for name, (module, like) in PEERS.items()
         if found["torch"] and found[module]
     }
+    output = report.Output(options)
     rows, messages = [], []
     with Hosts(options.hosts) as hosts, tempfile.TemporaryDirectory() as folder:
         x, y, x_test, y_test = tasks.load()
@@ -103,8 +104,8 @@ def main() -> None:
             if peers:
                 with _started(hosts, *torch) as group:
                     rows += _train(group, hosts, peers, mbit, options, seconds)
-            report.write_csv(options.out / "network.csv", rows)
-            report.write_csv(options.out / "messages.csv", messages)
+            output.csv("network", rows)
+            output.csv("messages", messages)
     figure.draw(rows, options.out / "network.png")
     print(f"\nWrote network.csv, messages.csv and network.png to {options.out}.")
 

@@ -74,6 +74,7 @@ class _Model:
             shared = jax.tree.map(wide, params)
         if self.evaluate == "averaged":
             if _none(residual):
+                assert self.detach is not None
                 residual = _between(shared, params, self.detach)
             shared = jax.tree.map(jnp.add, shared, residual)
         return jax.tree.map(lambda x, y: x.astype(y.dtype), shared, params)

@@ -71,7 +71,7 @@ def operating_rates(
     inner = optax.with_extra_args_support(inner)
     # Injected rates stay an array, which is not known yet.
     traced = isinstance(rates, Tracer)
-    table = rates if traced else as_table("rates", rates, fill=1.0)
+    table: Any = rates if traced else as_table("rates", rates, fill=1.0)
     if not traced and not ((table > 0) & (table <= 1)).all():
         wrong = table[~((table > 0) & (table <= 1))].flat[0]
         raise ValueError(
