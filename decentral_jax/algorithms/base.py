@@ -101,7 +101,6 @@ def check_base(state: Any, alone: bool = False) -> None:
       ValueError: If it contains one of `LINE_SEARCHES` or, unless `alone`, one of
         `MOVES_ALONE`.
     """
-
     nodes = jax.tree.leaves(state, is_leaf=lambda node: _refused(node) is not None)
     for name in filter(None, map(_refused, nodes)):
         if name in LINE_SEARCHES.values():
