@@ -23,7 +23,8 @@ import decentral_jax as dj
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
-    pytest.mark.filterwarnings("ignore:.*optimistic_adam. is deprecated"),
+    # Of optax: of one alias, and within another.
+    pytest.mark.filterwarnings("ignore:.*(optimistic_adam|seed).* is deprecated"),
 ]
 RING = dj.topology.ring(8)
 STEPS = 900
