@@ -331,13 +331,19 @@ class Watch:
                 _abandon()
 
     def _outlast(self) -> None:
-        """Process 0: lets the others end first, since its end would abort them."""
+        """Ends after the process that failed, and process 0 after all the others.
+
+        A launcher passes on the exit code that it sees first, and the coordinator's end
+        would abort the others.
+        """
         deadline = time.monotonic() + GRACE / 2
         while self.rank == 0 and self._sockets and time.monotonic() < deadline:
             for rank, connection in list(self._sockets.items()):
                 if _drained(connection):
                     self._sockets.pop(rank, None)
             time.sleep(0.05)
+        if not (self._own_failure or self._ended):
+            time.sleep(HEAD_START / 2)
 
     def _close(self) -> None:
         for connection in self._sockets.values():

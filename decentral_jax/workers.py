@@ -381,8 +381,13 @@ class _Spmd:
         self._call = jitted if alone else _compared(jitted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._own_mesh():
-            return self._call(*args, **kwargs)
+        try:
+            with self._own_mesh():
+                return self._call(*args, **kwargs)
+        except TypeError:
+            # Asked only now: looking through large trees in every step takes time.
+            check_arrays("arguments", (args, kwargs))
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)

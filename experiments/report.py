@@ -142,13 +142,18 @@ def rate(rates: Sequence[float], best: int) -> str:
 
 
 def comparison(results: Sequence[Result], title: str) -> Table:
-    """The final numbers of algorithms, mean and standard deviation over seeds."""
+    """Numbers of algorithms, early and at the end, mean and deviation over seeds."""
+    first, last = (results[0].curves.iteration[e] for e in (0, -1))
     return Table(
         title,
-        ("algorithm", "accuracy %", "train loss", "consensus", "MB sent", "best rate"),
+        (
+            *("algorithm", f"accuracy % after {first}", f"after {last}", "train loss"),
+            *("consensus", "MB sent", "best rate"),
+        ),
         [
             (
                 result.name,
+                spread(100 * result.at_best("test_accuracy")[:, 0], 1),
                 spread(100 * result.at_best("test_accuracy")[:, -1], 1),
                 spread(result.at_best("train_loss")[:, -1], 3),
                 f"{result.at_best('consensus')[:, -1].mean():.2g}",
@@ -164,16 +169,17 @@ def comparison(results: Sequence[Result], title: str) -> Table:
     )
 
 
-def summary(cells: Mapping[str, Sequence[Result]], title: str) -> Table:
-    """The same algorithms in several settings, one column for each setting."""
-    names = [result.name for result in next(iter(cells.values()))]
+def summary(settings: Mapping[str, Sequence[Result]], title: str) -> Table:
+    """The same algorithms in several settings; the fewer of the two are columns."""
+    names = [result.name for result in next(iter(settings.values()))]
+    cells = np.array([[_short(r) for r in results] for results in settings.values()])
+    rows, columns, corner = list(settings), names, ""
+    if len(rows) <= len(columns):
+        rows, columns, corner, cells = columns, rows, "algorithm", cells.T
     return Table(
         f"{title}: test accuracy %, train loss (best rate)",
-        ("algorithm", *cells),
-        [
-            (name, *(_short(cells[cell][i]) for cell in cells))
-            for i, name in enumerate(names)
-        ],
+        (corner, *columns),
+        [(row, *of_row) for row, of_row in zip(rows, cells, strict=True)],
         ["Mean over seeds; of the accuracy, the standard deviation as well."],
     )
 

@@ -73,30 +73,33 @@ RUNS = {
     "herding": Run("ordering.md", "d-grab --parts herding --draws 5", ("herding",)),
     "order-logistic-digits": Run(
         "ordering.md",
-        f"{_TRAINING} logistic --workers 4 16 64 --epochs 30",
+        f"{_TRAINING} logistic --workers 4 16 64 --epochs 30 "
+        "--rates 0.05 0.1 0.2 0.4 0.8 1.6 3.2 6.4",
         ("logistic_digits",),
         (("d_grab_logistic_digits.png", "logistic_digits.png"),),
     ),
     "order-logistic-a9a": Run(
         "ordering.md",
         f"{_TRAINING} logistic --source a9a --data-dir {FOLDER} --workers 4 16 64 "
-        "--epochs 10 --rates 0.05 0.1 0.2 0.4 0.8",
+        "--epochs 10 --rates 0.025 0.05 0.1 0.2 0.4 0.8 1.6 3.2",
         ("logistic_a9a",),
     ),
     "order-forecast": Run(
         "ordering.md",
-        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20",
+        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20 "
+        "--rates 0.04 0.08 0.16 0.32 0.64 1.28",
         ("forecast_m4",),
         (("d_grab_forecast_m4.png", "forecast_m4.png"),),
     ),
     "order-lstm": Run(
         "ordering.md",
-        f"{_TRAINING} lstm --examples 640 --epochs 8 --rates 1 2 --workers 4",
+        f"{_TRAINING} lstm --examples 640 --epochs 8 --rates 0.5 1 2 4 8 --workers 4",
         ("lstm_python",),
     ),
     "order-lenet": Run(
         "ordering.md",
-        f"{_TRAINING} lenet --workers 4 16 --epochs 12",
+        f"{_TRAINING} lenet --workers 4 16 --epochs 12 "
+        "--rates 0.01 0.02 0.05 0.1 0.2 0.4",
         ("lenet_digits",),
     ),
     "delay-logistic": Run(

@@ -249,6 +249,28 @@ def test_two_nodes(ray, cluster, tmp_path):
     assert set(nodes) == {node["NodeID"] for node in ray.nodes()}
 
 
+@pytest.mark.usefixtures("cluster")
+def test_busy_actors_are_ended(tmp_path):
+    """In a cluster that goes on."""
+
+    def batches(worker):
+        (tmp_path / str(worker)).write_text(str(os.getpid()))
+        for index in itertools.count():
+            if (worker, index) == (1, 2):
+                (tmp_path / "busy").touch()
+                time.sleep(300)
+            time.sleep(0.05)
+            yield target(worker, index)
+
+    start(batches=batches, num_gradients=60, num_workers=2, actors={"num_cpus": 0.5})
+    assert (tmp_path / "busy").exists()
+    deadline = time.monotonic() + 20
+    pids = [int((tmp_path / str(worker)).read_text()) for worker in range(2)]
+    while any(os.path.exists(f"/proc/{pid}") for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_a_killed_process(cluster, tmp_path, seed, caplog):
     """`kill -9` at a random moment: each gradient is one entry, applied once."""

@@ -23,7 +23,8 @@ from tests import (
     bad_topologies,
 )
 from tests.bad_topologies import HALVES, ONE_PEER, RING
-from tests.layouts import compilations
+from tests.layouts import compilations, nested_vmap
+from tests.registry import ALGORITHMS as ALL_ALGORITHMS
 
 T = dj.topology
 # Alternating sides without a weight of one's own: an eigenvalue of -1.
@@ -59,6 +60,28 @@ class Hidden(NamedTuple):
         return params
 
 
+class Activation:
+    """A leaf that is not an array, as functions in Equinox modules are."""
+
+
+MODULE = {"layers": [{"kernel": np.ones((8, 2), np.float32), "act": Activation()}]}
+NOT_ARRAYS = "TypeError: must hold arrays | Activation | 'layers'.*'act' | partition"
+NOT_ARRAY_ROWS = {
+    "mix": traced(lambda x: dj.mix(MODULE, RING)),
+    "average": traced(lambda x: dj.average(MODULE)),
+    "average_every": traced(lambda x: dj.average_every(MODULE, 2, 0)),
+    "accelerated_mix": traced(lambda x: dj.accelerated_mix(MODULE, RING, 2)),
+    "average_by_factors": traced(lambda x: dj.average_by_factors(MODULE, RING)),
+    "eval_params": traced(lambda x: dj.eval_params((), MODULE)),
+    "consensus_distance": traced(lambda x: dj.consensus_distance(MODULE)),
+    "replicate": lambda: dj.Workers(8).replicate(MODULE),
+    "shard": lambda: dj.Workers(8).shard(MODULE),
+    "spmd": lambda: dj.Workers(8).spmd(lambda x: x)(MODULE),
+    "cost": lambda: dj.communication_cost(lambda x: x, MODULE, axis_sizes={"a": 2}),
+    "cost of spmd": lambda: dj.communication_cost(
+        dj.Workers(8).spmd(lambda x: x), MODULE
+    ),
+}
 TWO_HIDDEN = (Hidden(1.0), Hidden(2.0))
 MIXING = {
     "axis unbound": (
@@ -113,6 +136,18 @@ MIXING = {
     "integers": (
         traced(lambda x: dj.mix({"count": x}, RING), INTS),
         r"TypeError: tree.*\['count'\] | int32 | optax.masked",
+    ),
+    "integers, exactly averaged": (
+        traced(lambda x: dj.mix({"count": x}, T.complete(8)), INTS),
+        r"TypeError: tree.*\['count'\] | int32 | astype",
+    ),
+    "integer gradients": (
+        traced(lambda x: dj.average_gradients().update(x, optax.EmptyState()), INTS),
+        "TypeError: updates | int32 | astype",
+    ),
+    "integers now and then": (
+        traced(lambda x: dj.average_every({"count": x}, 2, 0), INTS),
+        r"TypeError: tree.*\['count'\] | int32 | astype",
     ),
     "keys": (
         traced(lambda x: dj.average(jax.random.key(0))),
@@ -340,6 +375,16 @@ WORKERS = {
 }
 
 
+def module_update(tx, shape, arrays, what):
+    """Traces a step with leaves that are not arrays in the gradients or params."""
+    trees = {"updates": arrays, "params": arrays, what: MODULE}
+
+    def step():
+        return tx.update(trees["updates"], tx.init(arrays), trees["params"])[0]
+
+    return jax.eval_shape(nested_vmap(step, shape))
+
+
 def table():
     """All rows: (id, call, what the message must match)."""
     yield from bad_topologies.rows()
@@ -353,6 +398,17 @@ def table():
     for name, make in BY_NAME.items():
         for row, (call, words) in BY_NAME_ROWS.items():
             yield f"{name} {row}", partial(call, make), words
+    for name, call in NOT_ARRAY_ROWS.items():
+        yield f"{name} of a module", call, NOT_ARRAYS
+    for name, algorithm in ALL_ALGORITHMS.items():
+        if not hasattr(dj, algorithm.build.__name__):
+            continue  # begins with a part of optax, which does not check
+        tx, words = algorithm.make(0.1), NOT_ARRAYS
+        yield f"{name} init of a module", partial(tx.init, MODULE), words
+        arrays = jax.tree.map(lambda x: np.ones(2, np.float32), MODULE)
+        for what in ("updates", "params"):
+            call = partial(module_update, tx, algorithm.shape, arrays, what)
+            yield f"{name} update of a module in {what}", call, words
     for name, tx in NEED_PARAMS.items():
         words = f"ValueError: {name} needs params | None | update"
         yield f"{name} without params", updated(tx), words

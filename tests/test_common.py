@@ -315,6 +315,32 @@ def test_float32_is_kept_where_integers_are_wide(algorithm, num_devices, x64):
     )
 
 
+@pytest.mark.parametrize("name", COMMON)
+def test_leaves_without_entries_change_nothing(name):
+    """As in plain optax: packed for the way between devices, and in each of them."""
+    algorithm = COMMON[name]
+    workers = dj.Workers(algorithm.shape, devices=jax.devices()[:2])
+    tx, targets = algorithm.make(0.1), targets_of(algorithm)
+    empty = {"c": jnp.zeros(0), "d": jnp.zeros((0, 3)), "e": jnp.zeros((3, 0))}
+
+    def step(params, state, target):
+        grads = {"a": params["a"] - target[:2], "b": params["b"] - target[2:]}
+        updates, state = tx.update(grads | empty, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, dj.eval_params(state, params, workers.axis_name)
+
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(3)} | empty
+    params, state = workers.replicate((params, tx.init(params)))
+    step = workers.spmd(step)
+    for _ in range(4):
+        params, state, model = jax.block_until_ready(step(params, state, targets))
+    full = {key: params[key] for key in ("a", "b")}
+    np.testing.assert_allclose(stacked(full), plain(name)[3], atol=1e-5)
+    for key, leaf in empty.items():
+        assert params[key].shape[-leaf.ndim :] == leaf.shape
+        assert model[key].shape[-leaf.ndim :] == leaf.shape
+
+
 def test_checkpoint_round_trip(algorithm, tmp_path):
     """Saved half-way with Orbax and restored, a run ends where it would have."""
     workers = on_one_device(algorithm)

@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax.mixing import momentum
+from decentral_jax.mixing import mix_differences, momentum
 from decentral_jax.topology import Topology
 from tests.layouts import LAYOUTS, primitives
 
@@ -280,3 +280,47 @@ def test_what_is_not_finite_reaches_neighbors_only(num_devices, bad):
         np.testing.assert_allclose(
             found[~reached, 1], (topology.matrix @ good)[~reached, 1], atol=1e-6
         )
+
+
+@pytest.mark.parametrize(
+    ("layout", "n"),
+    [("vmap", 8), ("folded_2", 8), ("shard_map", 8), ("vmap", 32), ("folded_4", 32)],
+)
+def test_workers_give_what_others_take(layout, n):
+    """The sum of all differences is 0 to their own rounding, not to the values'."""
+    topologies = [dj.topology.ring(n), dj.topology.star(n)]
+    topologies.append(dj.topology.erdos_renyi(n, 0.4, seed=2))
+    sent_as = [jnp.float32, jnp.bfloat16]
+
+    def differences(x):
+        return [
+            mix_differences(x, topology, like=x.astype(dtype))
+            for topology in topologies
+            for dtype in sent_as
+        ]
+
+    x = 1000 + 20 * np.random.default_rng(3).normal(size=(n, 5)).astype(np.float32)
+    found = iter(LAYOUTS[layout](differences, n)(x))
+    for topology in topologies:
+        for dtype in sent_as:
+            change = np.asarray(next(found), np.float64)
+            # On one device nothing is sent, and many neighbors are one product.
+            whole = layout == "vmap" and topology.max_degree > 24
+            sent = np.asarray(x if whole else x.astype(dtype), np.float64)
+            expected = topology.matrix @ sent - sent
+            np.testing.assert_allclose(change, expected, rtol=1e-5, atol=1e-5)
+            rounding = np.finfo(np.float32).eps * np.abs(expected).max()
+            assert np.abs(change.sum(0)).max() < 8 * rounding
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_mean_of_integers_and_booleans(layout, wide):
+    """Metrics are counts and truths; their mean is a float, in every layout."""
+    with jax.enable_x64(wide):
+        counts, right = np.arange(8, dtype=np.int32), np.arange(8) % 4 == 0
+        tree = {"count": counts, "right": right, "unsigned": counts.astype(np.uint8)}
+        means = layout(dj.average)(tree)
+        for name, mean in {"count": 3.5, "right": 0.25, "unsigned": 3.5}.items():
+            assert means[name].dtype == (jnp.float64 if wide else jnp.float32)
+            np.testing.assert_array_equal(means[name], mean)

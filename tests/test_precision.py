@@ -45,10 +45,13 @@ def test_d2_in_float32_follows_float64(x64):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", precision.INVARIANTS)
 def test_invariants_hold_to_rounding_after_many_steps(name, dtype):
-    """What docstrings call equal is, to a thousand roundings of float32."""
+    """What docstrings call equal is, to some roundings of float32.
+
+    D2's correction is exchanged alone, and so vanishes with the differences.
+    """
     with jax.numpy_dtype_promotion("standard"):
         error = precision.invariant(name, jnp.dtype(dtype), STEPS)
-    assert error < 1000 * np.finfo(np.float32).eps
+    assert error < (1 if name == "d2" else 50) * np.finfo(np.float32).eps
 
 
 SMALL = 1e-3

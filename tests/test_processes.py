@@ -507,6 +507,21 @@ def test_one_batch_less(who):
         assert re.search(r"process \d did not come within 4 seconds", output), output
 
 
+def test_gather_alone():
+    """Nobody waits for a process that has ended as long as for one that is slow."""
+    ends = """
+from decentral_jax import _watch
+_watch.ENDED = 3.0
+"""
+    codes, outputs = started(ends + TRAIN % (5, 1, "sys.exit(3)"), timeout=60.0)
+    assert codes == [1, 3], outputs
+    assert re.search(
+        r"process 1 did not come within 3 seconds to call \d+ \(gather\), in which "
+        "process 0 waits; process 1 ended after call",
+        outputs[0],
+    ), outputs[0]
+
+
 STOP = """import subprocess
         wake = "import os, sys, time; time.sleep(9); os.kill(int(sys.argv[1]), 18)"
         wake = [sys.executable, "-c", wake, str(os.getpid())]

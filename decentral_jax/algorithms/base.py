@@ -17,15 +17,16 @@ from decentral_jax.validation import (
 Optimizer = optax.GradientTransformationExtraArgs
 LearningRate = optax.ScalarOrSchedule | None
 
-# Optimizers by their states' types. These find their step sizes from whether their own
-# earlier steps made progress. Where workers' data differ, their gradients do not vanish
-# at the optimum of the mean loss, and other workers move the parameters: step sizes
-# grow without bound.
-OWN_PROGRESS = {
+# Optimizers by their states' types. These derive a step from where their own earlier
+# steps have led: from a copy of the parameters, or from the progress made. Where other
+# workers move the parameters too, they undo it, or their step sizes grow without bound.
+MOVES_ALONE = {
     "COCOBState": "cocob",
     "DAdaptAdamWState": "dadapt_adamw",
+    "MadgradState": "madgrad",
     "MechanicState": "mechanize",
     "ProdigyState": "prodigy",
+    "SAMState": "sam",
     "ScaleByRpropState": "rprop",
 }
 # These evaluate a worker's own loss, and its slope, at points that others do not see.
@@ -98,16 +99,10 @@ def check_base(state: Any, alone: bool = False) -> None:
 
     Raises:
       ValueError: If it contains one of `LINE_SEARCHES` or, unless `alone`, one of
-        `OWN_PROGRESS`.
+        `MOVES_ALONE`.
     """
-
-    def name_of(node):
-        kind = type(node)
-        ours = kind.__module__.startswith("optax")
-        return (OWN_PROGRESS | LINE_SEARCHES).get(kind.__name__) if ours else None
-
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: name_of(node) is not None)
-    for name in filter(None, map(name_of, nodes)):
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: _refused(node) is not None)
+    for name in filter(None, map(_refused, nodes)):
         if name in LINE_SEARCHES.values():
             raise ValueError(
                 f"base must not contain {name}: it chooses a step by one worker's own "
@@ -116,11 +111,21 @@ def check_base(state: Any, alone: bool = False) -> None:
             )
         if not alone:
             raise ValueError(
-                f"base must not contain {name}: it finds its step size from the "
-                "progress of its own steps, but here other workers move the parameters "
-                "too. Pass a base with a learning rate, such as optax.adam(1e-3), or "
-                f"use {name} on averaged gradients: dj.all_reduce_sgd(None, base=...)."
+                f"base must not contain {name}: it derives a step from where its own "
+                "earlier steps have led, but here other workers move the parameters "
+                "too. Pass another base, such as optax.adam(1e-3), or use "
+                f"{name} on averaged gradients: dj.all_reduce_sgd(None, base=...)."
             )
+
+
+def _refused(node: Any) -> str | None:
+    """The name of an optimizer in one of the tables, of which this is the state."""
+    kind = type(node)
+    if not kind.__module__.startswith("optax."):
+        return None
+    if kind.__name__ == "SAMState" and node.cache is None:
+        return None  # in opaque mode it keeps no copy of the parameters
+    return (MOVES_ALONE | LINE_SEARCHES).get(kind.__name__)
 
 
 def _reads_value(update: Callable, value: jax.Array) -> bool:

@@ -222,6 +222,7 @@ def accelerated_tracking(
         updates, state, params=None, *, active: Any = None, **extra_args: Any
     ) -> Any:
         params = require_params(params, "accelerated_tracking")
+        check_arrays("updates", updates)
         count = collectives.agreed(state.count, axis_name)
         first, last = count % rounds == 0, count % rounds == rounds - 1
         total = jax.tree.map(
@@ -349,6 +350,7 @@ def exact_phases(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "exact_phases")
         params = require_params(params, "exact_phases")
+        check_arrays("updates", updates)
         position = collectives.agreed(state.count, axis_name) % phase
 
         def accumulate(average):

@@ -1,5 +1,7 @@
 """The experiments run from the command line and write what they promise."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -142,3 +144,19 @@ def test_phase_length_grows_with_sparsity():
 def test_parts_of_the_detag_options():
     assert detag.DeTAG().out.name == "detag"
     assert set(models.MODELS) >= {"small_mlp", "logistic", "resnet20"}
+
+
+def test_compare_leaves_no_algorithm_out_but_asynchronous_ones(monkeypatch):
+    called = set()
+
+    def record(name, real, *args, **kwargs):
+        called.add(name)
+        return real(*args, **kwargs)
+
+    for name in dj.algorithms.__all__:
+        recorded = functools.partial(record, name, getattr(dj, name))
+        monkeypatch.setattr(dj, name, recorded)
+    topology = dj.topology.ring(8).lazy(0.5)
+    for entry in settings.everything(topology, rounds=2).values():
+        entry.make(0.1)
+    assert set(dj.algorithms.__all__) - called == {"apam"}

@@ -6,7 +6,7 @@ from experiments import synthetic
 
 
 def test_order_and_size(tmp_path):
-    options = synthetic.Synthetic(seeds=4, out=tmp_path)
+    options = synthetic.Synthetic(rates=(0.01, 0.03, 0.1, 0.3), seeds=4, out=tmp_path)
     errors = synthetic.main(options)
     best = {
         name: np.exp(np.nanmin(np.log(error).mean(1))) for name, error in errors.items()
