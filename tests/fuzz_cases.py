@@ -114,7 +114,8 @@ class Algorithm(NamedTuple):
     dtypes: tuple[str, ...] = tuple(DTYPES)
     has_base: bool = True  # Any optimizer may be the local one.
     two_axes: bool = False  # It asks for hubs and workers.
-    every_tick: bool = True  # A worker takes one gradient an iteration.
+    # Whether the reference asks for each worker's gradient once an iteration.
+    asks_once: bool = True
 
 
 def only(*values):
@@ -224,7 +225,10 @@ def _shares(s):
 
 def _multi_level(g, x, s, W, shares, operates, tau, q):
     table = np.full((s.hubs, s.n // s.hubs), 1 / s.n) if shares is None else shares
-    H = local_updates.hub_matrix(W, table.sum(1))
+    b = table.sum(1)
+    # A matrix that averages exactly keeps doing so.
+    exact = np.allclose(W, 1 / s.hubs)
+    H = np.tile(b, (s.hubs, 1)) if exact else local_updates.hub_matrix(W, b)
     return local_updates.multi_level(g, x, H, table, operates, RATE, STEPS, tau, q)
 
 
@@ -312,6 +316,7 @@ ALGORITHMS = {
             rounds or len(dj.topology.exact_factors(s.topology)),
         ),
         _with_topology,
+        asks_once=False,
     ),
     "ef_sgd": _feedback(False, SENT),
     "ef_sgd_choosing": _feedback(False, CHOSEN, decides=True),
@@ -338,7 +343,10 @@ ALGORITHMS = {
     "choco_sgd": _choco(SENT),
     "choco_sgd_choosing": _choco(only(C.top_k(ratio=2), C.sign()), decides=True),
     "powersgd": Algorithm(
-        {"rank": only(1, 2), "momentum": MOMENTUM}, _powersgd, decides=True
+        {"rank": only(1, 2), "momentum": MOMENTUM},
+        _powersgd,
+        decides=True,
+        asks_once=False,
     ),
     "local_sgd": Algorithm(
         {"period": PERIOD},
@@ -368,6 +376,7 @@ ALGORITHMS = {
         _mll,
         _mll_arguments,
         two_axes=True,
+        asks_once=False,
     ),
     "hl_sgd": Algorithm(
         HUB_OPTIONS,
@@ -397,7 +406,7 @@ ALGORITHMS = {
         lambda s, **options: {"trace": _trace(s)},
         dtypes=ADAPTIVE,
         has_base=False,
-        every_tick=False,
+        asks_once=False,
     ),
     "qg_dsgdm": Algorithm(
         {"momentum": only(0.0, 0.5), "factor": only(None, 0.3)},
@@ -490,7 +499,7 @@ def cases(draw, name):
     dtype = draw(st.sampled_from(dtypes))
     if getattr(options.get("compressor"), "whole_model", False) and dtype == "mixed":
         dtype = "float32"
-    before = [w for w in sorted(WRAPPERS) if algorithm.every_tick or w not in STATEFUL]
+    before = [w for w in sorted(WRAPPERS) if algorithm.asks_once or w not in STATEFUL]
 
     def fits(devices):
         """Whether two axes taken as one lie on devices in one piece."""

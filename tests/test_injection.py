@@ -264,3 +264,24 @@ def test_a_number_out_of_range_is_refused_where_it_is_known():
         inject(delta=0.5, detach=1.5).init(jnp.zeros(2))
     with pytest.raises(TypeError, match="detach must be a number"):
         dj.iterate_averaging(0.5, jnp.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "mixed"])
+@pytest.mark.parametrize("name", ["detag", "defacto"])
+def test_a_wider_number_in_a_base(name, dtype, standard_promotion):
+    """It widens the base's steps and state, but not in every iteration."""
+    inject = optax.inject_hyperparams(optax.sgd, hyperparam_dtype=jnp.float32)
+    tx = getattr(dj, name)(
+        None, OTHERS["topology"], rounds=2, base=inject(0.125, momentum=0.5)
+    )
+    params, _ = start(jnp.bfloat16)
+    if dtype == "mixed":
+        params["a"] = params["a"].astype(jnp.float32)
+    carry = params, tx.init(params)
+
+    def run(_):
+        return step(name, tx, *carry, params)
+
+    after = jax.eval_shape(jax.vmap(run, axis_name="workers"), jnp.zeros(8))
+    before = jax.tree.map(lambda x: jnp.result_type(x), carry)
+    assert jax.tree.map(lambda x: x.dtype, after) == before

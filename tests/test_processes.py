@@ -43,6 +43,17 @@ def test_trajectories(capfd):
     assert lines == [f"[{i}] {len(NAMES)} equal on 4 processes" for i in range(4)]
 
 
+def test_kinds_of_leaves(capfd, tmp_path):
+    program = str(HERE / "kinds_of_leaves.py")
+    ended = launch.run([sys.executable, program, str(tmp_path)], processes=2, devices=2)
+    out, error = capfd.readouterr()
+    assert ended == 0, error[-3000:]
+    lines = sorted(line for line in out.splitlines() if "kinds" in line)
+    assert lines == [f"[{i}] all kinds equal on 2 processes" for i in range(2)]
+    # The thread that watches the others has survived.
+    assert "Traceback" not in error, error[-3000:]
+
+
 # Starting
 
 

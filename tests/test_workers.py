@@ -9,6 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import decentral_jax as dj
 from decentral_jax import collectives
+from tests import kinds_of_leaves
 from tests.layouts import compilations
 
 
@@ -352,3 +353,10 @@ def test_a_callable_object_may_be_unhashable():
 
     found = workers_on(8).spmd(Step())(jnp.arange(8.0))
     np.testing.assert_array_equal(found, np.full(8, 3.5))
+
+
+@pytest.mark.parametrize("num_devices", [4, 2, 1])
+def test_kinds_of_leaves(tmp_path, num_devices):
+    workers = dj.Workers(kinds_of_leaves.N, devices=jax.devices()[:num_devices])
+    kinds_of_leaves.check(workers)
+    kinds_of_leaves.check_checkpoints(workers, tmp_path)

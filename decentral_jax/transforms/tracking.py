@@ -242,9 +242,7 @@ def accelerated_tracking(
                     start, topology, rounds, axis_name, active, like
                 )
             mixed, tracked = now
-            step, inner_state = inner.update(
-                _like(tracked, params), inner_state, params, **extra_args
-            )
+            step, inner_state = _step(inner, tracked, inner_state, params, extra_args)
             moved = jax.tree.map(
                 lambda m, x, u: m - x + collectives.wide(u), mixed, start[0], step
             )
@@ -368,10 +366,8 @@ def exact_phases(
         )
 
         def finish_phase(average, inner_state):
-            moved, inner_state = inner.update(
-                _like(average, params), inner_state, params, **extra_args
-            )
-            moved = reunite(moved, params)
+            moved, inner_state = _step(inner, average, inner_state, params, extra_args)
+            moved = _like(reunite(moved, params), params)
             return moved, optax.tree.zeros_like(average), inner_state
 
         def go_on(average, inner_state):
@@ -398,6 +394,21 @@ def _wide_zeros(tree: Any) -> Any:
 def _like(updates: Any, reference: Any) -> Any:
     """Updates in the dtypes of another tree."""
     return jax.tree.map(lambda u, r: u.astype(jnp.result_type(r)), updates, reference)
+
+
+def _step(inner: Any, updates: Any, state: Any, params: Any, extra_args: dict) -> Any:
+    """The inner optimizer's step, and its state in the dtypes that it had.
+
+    Hyperparameters injected in a wider dtype would widen it, but in the iterations in
+    between it stays.
+    """
+    step, new = inner.update(_like(updates, params), state, params, **extra_args)
+
+    def as_it_was(new, old):
+        dtype = jnp.result_type(old)
+        return new if jnp.result_type(new) == dtype else jnp.asarray(new, dtype)
+
+    return step, jax.tree.map(as_it_was, new, state)
 
 
 def _correct(tracker: Any, new: Any, old: Any) -> Any:
