@@ -59,7 +59,7 @@ RUNS = {
         ("ratio_64",),
         (("def_mnist.png", "ratio_64.png"),),
     ),
-    "def-digits": Run("compression.md", "def", ("summary",)),
+    "def-digits": Run("compression.md", "def", ("ratio_16", "ratio_64", "ratio_256")),
     "faults": Run("faults.md", "faults", ("summary",), (("faults.png", "faults.png"),)),
     "mll-mnist": Run(
         "local_updates.md",
