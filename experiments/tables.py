@@ -73,8 +73,7 @@ RUNS = {
     "herding": Run("ordering.md", "d-grab --parts herding --draws 5", ("herding",)),
     "order-logistic-digits": Run(
         "ordering.md",
-        f"{_TRAINING} logistic --workers 4 16 64 --epochs 30 "
-        "--rates 0.05 0.1 0.2 0.4 0.8 1.6 3.2 6.4",
+        f"{_TRAINING} logistic --workers 4 16 64 --epochs 30",
         ("logistic_digits",),
         (("d_grab_logistic_digits.png", "logistic_digits.png"),),
     ),
@@ -86,8 +85,7 @@ RUNS = {
     ),
     "order-forecast": Run(
         "ordering.md",
-        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20 "
-        "--rates 0.04 0.08 0.16 0.32 0.64 1.28",
+        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20",
         ("forecast_m4",),
         (("d_grab_forecast_m4.png", "forecast_m4.png"),),
     ),
