@@ -1,6 +1,7 @@
 """Eight fake devices, strict promotion: set before JAX starts."""
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -11,6 +12,11 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
 import pytest
+
+# A shell that starts pytest with `&` has SIGINT ignored: tests that interrupt themselves
+# would run on without end, in this process or in those that inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
