@@ -13,7 +13,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
-# A shell that starts pytest with `&` has SIGINT ignored: tests that interrupt themselves
+# A shell that starts pytest with `&` ignores SIGINT: tests that interrupt themselves
 # would run on without end, in this process or in those that inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
