@@ -40,9 +40,6 @@ from tests.reference import local_updates
 
 COUNT = int(os.environ.get("DECENTRAL_JAX_FUZZ", "0"))
 SEED = int(os.environ.get("DECENTRAL_JAX_FUZZ_SEED", "0"))
-# Largest error in units in the last place of the largest entry of a leaf's path, or 1.
-UNITS = 64
-
 # optax's optimizers mix dtypes themselves.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -129,7 +126,10 @@ def transformation(case):
         given["axis_name"] = tuple(case.axis_sizes)
     if case.injected == "base":
         momentum = given.pop("momentum", None)
-        base = optax.inject_hyperparams(optax.sgd)(RATE, momentum)
+        # Wider numbers would widen the state of optax's momentum.
+        narrow = jnp.bfloat16 if case.dtype == "mixed" else None
+        base = optax.inject_hyperparams(optax.sgd, hyperparam_dtype=narrow)
+        base = base(RATE, momentum)
         tx = build(None, **given, base=base)
     elif case.injected == "algorithm":
         tx = inject(build, learning_rate=RATE, **given)
@@ -204,13 +204,16 @@ def found(case):
     path = [params]
     for t in range(STEPS):
         now = [x[:, t] for x in noise]
-        params, state = step(curvature, optimum, params, state, now)
+        # Waiting keeps fake devices from running into each other.
+        params, state = jax.block_until_ready(
+            step(curvature, optimum, params, state, now)
+        )
         path.append(params)
     return [np.stack(leaf, 1) for leaf in zip(*path, strict=True)]
 
 
-def check(case):
-    """The largest error in units in the last place of the dtype."""
+def worst_error(case):
+    """In units in the last place of the dtype."""
     with jax.enable_x64(case.dtype == "float64"):
         paths = jax.tree.map(np.asarray, found(case))
         wanted = expected(case)
@@ -220,8 +223,12 @@ def check(case):
         error = np.abs(path.astype(np.float64) - want).max(initial=0.0)
         size = max(1.0, np.abs(want).max(initial=0.0))
         worst = max(worst, error / size / float(jnp.finfo(dtype).eps))
-    assert worst <= UNITS, worst
     return worst
+
+
+def check(case):
+    error = worst_error(case)
+    assert error <= ALGORITHMS[case.algorithm].units, error
 
 
 def each(count, run, **options):

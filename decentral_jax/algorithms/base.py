@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from decentral_jax.collectives import value_equal_on_all_workers
+from decentral_jax.collectives import fitted, value_equal_on_all_workers
 from decentral_jax.validation import (
     check_arrays,
     check_learning_rate,
@@ -45,6 +45,27 @@ def at_calls(rate: LearningRate, calls: int) -> LearningRate:
     if not callable(rate):
         return rate
     return lambda step: rate(calls * (step + 1) - 1)
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool = False
+) -> optax.GradientTransformation:
+    """`optax.sgd`; an injected momentum leaves its buffers' dtypes as they are."""
+    if not isinstance(momentum, jax.Array):
+        return optax.sgd(learning_rate, momentum, nesterov)
+
+    def update_fn(updates, state, params=None):
+        del params
+
+        def add(g: jax.Array, buffer: jax.Array) -> jax.Array:
+            return (g + fitted(momentum, buffer) * buffer).astype(buffer.dtype)
+
+        buffers = jax.tree.map(add, updates, state.trace)
+        moved = jax.tree.map(add, updates, buffers) if nesterov else buffers
+        return moved, optax.TraceState(buffers)
+
+    heavy_ball = optax.GradientTransformation(optax.trace(0.0).init, update_fn)
+    return optax.chain(heavy_ball, optax.scale_by_learning_rate(learning_rate))
 
 
 def local_optimizer(
@@ -147,7 +168,7 @@ def _chosen(
                 "base=optax.adam(1e-3) or the like."
             )
         check_learning_rate(learning_rate)
-        return optax.sgd(learning_rate, momentum)
+        return sgd(learning_rate, momentum)
     check_optimizer("base", base)
     if learning_rate is not None:
         raise ValueError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer
+from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer, sgd
 from decentral_jax.collectives import AxisName, wide
 from decentral_jax.topology import AnyTopology, complete
 from decentral_jax.transforms.averaging import average_parameters
@@ -301,7 +301,7 @@ def _outer_sgd(
     if not callable(rate):
         # Models are averaged at least in float32, and an injected rate meets them.
         rate = wide(rate) if isinstance(rate, jax.Array) else rate
-        return optax.sgd(rate, momentum, nesterov)
+        return sgd(rate, momentum, nesterov)
 
     def scale(updates, state, params=None, **extra_args: Any) -> Any:
         del params
@@ -312,7 +312,7 @@ def _outer_sgd(
     by_step = optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), scale
     )
-    return optax.chain(optax.sgd(1.0, momentum, nesterov), by_step)
+    return optax.chain(sgd(1.0, momentum, nesterov), by_step)
 
 
 def _average_by_mean_rate(
