@@ -213,7 +213,7 @@ def found(case):
 
 
 def errors(case):
-    """Of each leaf, in units in the last place of its dtype; and the largest allowed."""
+    """Of each leaf, in units in its dtype's last place; and the largest allowed."""
     algorithm = ALGORITHMS[case.algorithm]
     with jax.enable_x64(case.dtype == "float64"):
         paths = jax.tree.map(np.asarray, found(case))
