@@ -67,7 +67,7 @@ SYMMETRIC = {
     "complete": lambda n, seed: dj.topology.complete(n),
 }
 STATIC = SYMMETRIC | {"exponential": lambda n, seed: dj.topology.exponential(n)}
-STOCHASTIC = STATIC | {
+SCHEDULES = {
     "mixed": lambda n, seed: dj.topology.schedule(
         [permutations(n, seed), dj.topology.star(n)]
     ),
@@ -76,6 +76,7 @@ STOCHASTIC = STATIC | {
         dj.topology.one_peer_ring(n) if n % 2 == 0 and n > 2 else dj.topology.ring(n)
     ),
 }
+STOCHASTIC = SCHEDULES | STATIC
 PUSHING = STOCHASTIC | {"push": pushing}
 TOPOLOGIES = PUSHING
 

@@ -178,6 +178,9 @@ def found(case):
         for share in (0.5, 1.5) if case.multi_steps else (1,):
             part = [g * jnp.asarray(share, g.dtype) for g in gradient]
             updates, state = tx.update(part, state, params)
+            # optax's own updates take an injected rate's dtype.
+            if case.injected == "no":
+                assert [u.dtype for u in updates] == [x.dtype for x in params]
             params = optax.apply_updates(params, updates)
         return params, state
 
