@@ -1,4 +1,8 @@
-"""What the fuzz test draws: topologies, algorithms with their options, wrappers."""
+"""What the fuzz test draws: topologies, algorithms with their options, wrappers.
+
+What comes first in a list is the simplest to Hypothesis, which tries it first. Here it
+is what tells the most.
+"""
 
 import math
 from collections.abc import Callable
@@ -24,8 +28,8 @@ from tests.reference import (
 C = dj.compression
 # Numbers that may be injected are exact in bfloat16.
 STEPS, RATE = 10, 2**-4
-SHAPES = [(), (3,), (2, 3), (3, 4), (1,), (4, 1), (0,)]
-DTYPES = ["bfloat16", "float16", "float32", "float64", "mixed"]
+SHAPES = [(3, 4), (3,), (2, 3), (), (1,), (4, 1), (0,)]
+DTYPES = ["bfloat16", "mixed", "float16", "float32", "float64"]
 AXES = ("hub", "worker")
 
 # Topologies, by what an algorithm asks of them.
@@ -55,15 +59,15 @@ def pushing(n, seed):
 
 
 SYMMETRIC = {
+    "permutations": permutations,
+    "erdos_renyi": connected,
     "ring": lambda n, seed: dj.topology.ring(n),
     "path": lambda n, seed: dj.topology.path(n),
     "star": lambda n, seed: dj.topology.star(n),
     "complete": lambda n, seed: dj.topology.complete(n),
-    "erdos_renyi": connected,
-    "permutations": permutations,
 }
 STATIC = SYMMETRIC | {"exponential": lambda n, seed: dj.topology.exponential(n)}
-STOCHASTIC = STATIC | {
+SCHEDULES = {
     "mixed": lambda n, seed: dj.topology.schedule(
         [permutations(n, seed), dj.topology.star(n)]
     ),
@@ -72,6 +76,7 @@ STOCHASTIC = STATIC | {
         dj.topology.one_peer_ring(n) if n % 2 == 0 and n > 2 else dj.topology.ring(n)
     ),
 }
+STOCHASTIC = SCHEDULES | STATIC
 PUSHING = STOCHASTIC | {"push": pushing}
 TOPOLOGIES = PUSHING
 
@@ -114,8 +119,10 @@ class Algorithm(NamedTuple):
     # dtypes in which rounding does not grow beyond the tolerances
     dtypes: tuple[str, ...] = tuple(DTYPES)
     # Largest error in units in the last place of the largest entry of a leaf's path, or
-    # of 1: what ten steps of rounding in every operation come to.
+    # of 1: what ten steps of rounding in every operation come to. In half precision
+    # only the parameters are rounded.
     units: float = 16
+    half_units: float = 4
     has_base: bool = True  # Any optimizer may be the local one.
     two_axes: bool = False  # It asks for hubs and workers.
     # Whether the reference asks for each worker's gradient once an iteration.
@@ -487,12 +494,12 @@ class Case(NamedTuple):
 @st.composite
 def cases(draw, name):
     algorithm = ALGORITHMS[name]
-    n = draw(st.integers(2, 8))
+    n = draw(only(8, 6, 4, 3, 2, 5, 7))
     pairs = [h for h in range(2, n) if n % h == 0]
     if algorithm.two_axes and not pairs:
         n, pairs = 8, [2, 4]
     two = algorithm.two_axes or (bool(pairs) and draw(st.booleans()))
-    hubs = draw(st.sampled_from(pairs)) if two else 0
+    hubs = draw(st.sampled_from(pairs[::-1])) if two else 0
     shapes = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
     if all(math.prod(shape) == 0 for shape in shapes):
         shapes.append((3,))
@@ -513,14 +520,16 @@ def cases(draw, name):
         return not together or hubs % devices == 0 or devices % hubs == 0
 
     ways = ["no", "algorithm"] + ["base"] * algorithm.has_base
-    folds = [f"devices_{d}" for d in range(1, n + 1) if n % d == 0 and fits(d)]
-    layouts = ["vmap", "shard_map", *folds]
+    folds = [d for d in range(1, n + 1) if n % d == 0 and fits(d)]
+    # Several workers on each of several devices first.
+    folds.sort(key=lambda d: (d in (1, n), d))
+    layouts = [*(f"devices_{d}" for d in folds), "vmap", "shard_map"]
     return Case(
         n=n,
         hubs=hubs,
         layout=draw(st.sampled_from(layouts)),
         scan=draw(st.booleans()),
-        topology=draw(st.sampled_from(sorted(algorithm.topologies))),
+        topology=draw(st.sampled_from(list(algorithm.topologies))),
         algorithm=name,
         options=options,
         wrappers=tuple(

@@ -286,3 +286,14 @@ def test_a_wider_number_in_a_base(name, dtype, standard_promotion):
     after = jax.eval_shape(jax.vmap(run, axis_name="workers"), jnp.zeros(8))
     before = jax.tree.map(lambda x: jnp.result_type(x), carry)
     assert jax.tree.map(lambda x: x.dtype, after) == before
+
+
+def test_numbers_in_half_precision_are_computed_with_in_float32():
+    """What follows from them, here 1 / 3, is not rounded to half precision."""
+    tx = dj.sgd_ia(1.0, ratio=jnp.bfloat16(3.0), detach=0.0, momentum=None)
+
+    def run(x):
+        return tx.update(jnp.ones(()), tx.init(x), x)[0]
+
+    found = jax.vmap(run, axis_name="workers")(jnp.zeros(2))
+    np.testing.assert_allclose(found, -1 / 3, rtol=1e-6)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from decentral_jax.algorithms.base import Optimizer
@@ -15,10 +16,10 @@ from decentral_jax.transforms.asynchronous import asynchronous
 def apam(
     learning_rate: optax.ScalarOrSchedule,
     trace: Trace,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float | None = None,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array | None = None,
     projection: Callable[[Any], Any] | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:

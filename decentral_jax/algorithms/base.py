@@ -71,7 +71,7 @@ def sgd(
 def local_optimizer(
     learning_rate: LearningRate,
     base: optax.GradientTransformation | None,
-    momentum: float | None = None,
+    momentum: float | jax.Array | None = None,
     alone: bool = False,
 ) -> Optimizer:
     """The optimizer that each worker runs: `base`, or SGD at `learning_rate`.
@@ -159,7 +159,7 @@ def _reads_value(update: Callable, value: jax.Array) -> bool:
 def _chosen(
     learning_rate: LearningRate,
     base: optax.GradientTransformation | None,
-    momentum: float | None,
+    momentum: float | jax.Array | None,
 ) -> optax.GradientTransformation:
     if base is None:
         if learning_rate is None:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import optax
 
 from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer
@@ -19,7 +20,7 @@ from decentral_jax.validation import check_interval
 def ef_sgd(
     learning_rate: LearningRate,
     compressor: Compressor,
-    momentum: float | None = 0.9,
+    momentum: float | jax.Array | None = 0.9,
     period: int = 1,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
@@ -50,8 +51,8 @@ def ef_sgd(
 def def_sgd(
     learning_rate: LearningRate,
     compressor: Compressor,
-    detach: float = 0.3,
-    momentum: float | None = 0.9,
+    detach: float | jax.Array = 0.3,
+    momentum: float | jax.Array | None = 0.9,
     period: int = 1,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
@@ -88,8 +89,8 @@ def def_sgd(
 def def_a_sgd(
     learning_rate: LearningRate,
     compressor: Compressor,
-    detach: float = 0.3,
-    momentum: float | None = 0.9,
+    detach: float | jax.Array = 0.3,
+    momentum: float | jax.Array | None = 0.9,
     period: int = 1,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
@@ -123,9 +124,9 @@ def def_a_sgd(
 
 def sgd_ia(
     learning_rate: LearningRate,
-    ratio: float,
-    detach: float = 0.3,
-    momentum: float | None = 0.9,
+    ratio: float | jax.Array,
+    detach: float | jax.Array = 0.3,
+    momentum: float | jax.Array | None = 0.9,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -161,7 +162,7 @@ def cser(
     compressor: Compressor,
     reset_compressor: Compressor | None = None,
     period: int = 8,
-    momentum: float | None = 0.9,
+    momentum: float | jax.Array | None = 0.9,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -191,8 +192,8 @@ def choco_sgd(
     learning_rate: LearningRate,
     topology: Topology,
     compressor: Compressor,
-    consensus_rate: float,
-    momentum: float | None = None,
+    consensus_rate: float | jax.Array,
+    momentum: float | jax.Array | None = None,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -223,7 +224,7 @@ def choco_sgd(
 def powersgd(
     learning_rate: LearningRate,
     rank: int,
-    momentum: float | None = 0.9,
+    momentum: float | jax.Array | None = 0.9,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:

@@ -1,5 +1,6 @@
 """Exact averaging and gossip: from synchronous SGD to DeTAG, by their papers' names."""
 
+import jax
 import optax
 
 from decentral_jax.algorithms.base import (
@@ -150,7 +151,7 @@ def detag(
     learning_rate: LearningRate,
     topology: Topology,
     rounds: int,
-    momentum: float | None = None,
+    momentum: float | jax.Array | None = None,
     when: str = "every_step",
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",

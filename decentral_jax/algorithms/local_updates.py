@@ -21,7 +21,7 @@ from decentral_jax.validation import check_int, check_interval, check_learning_r
 def local_sgd(
     learning_rate: LearningRate,
     period: int,
-    momentum: float | None = None,
+    momentum: float | jax.Array | None = None,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -49,9 +49,9 @@ def local_sgd(
 def slowmo(
     learning_rate: LearningRate,
     period: int,
-    slow_momentum: float = 0.5,
-    slow_rate: float = 1.0,
-    momentum: float | None = 0.9,
+    slow_momentum: float | jax.Array = 0.5,
+    slow_rate: float | jax.Array = 1.0,
+    momentum: float | jax.Array | None = 0.9,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -104,8 +104,8 @@ def slowmo(
 def diloco(
     learning_rate: LearningRate,
     period: int,
-    outer_rate: float = 0.7,
-    outer_momentum: float = 0.9,
+    outer_rate: float | jax.Array = 0.7,
+    outer_momentum: float | jax.Array = 0.9,
     fragments: int = 1,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
@@ -237,7 +237,7 @@ def hl_sgd(
 def sgp(
     learning_rate: LearningRate,
     topology: AnyTopology,
-    momentum: float | None = None,
+    momentum: float | jax.Array | None = None,
     base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -264,8 +264,8 @@ def sgp(
 def qg_dsgdm(
     learning_rate: optax.ScalarOrSchedule,
     topology: AnyTopology,
-    momentum: float = 0.9,
-    factor: float | None = None,
+    momentum: float | jax.Array = 0.9,
+    factor: float | jax.Array | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""Decentralized SGD with quasi-global momentum. See `dj.quasi_global_momentum`.

@@ -23,10 +23,10 @@ class ScaleByAmsgradState(NamedTuple):
 
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float | None = None,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    weight_decay: float | jax.Array | None = None,
     projection: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AMSGrad as APAM's master runs it; without workers, too.

@@ -200,7 +200,9 @@ class _Plan:
         return recent, given
 
 
-def scale_by_staleness(power: float = 1.0) -> optax.GradientTransformationExtraArgs:
+def scale_by_staleness(
+    power: float | jax.Array = 1.0,
+) -> optax.GradientTransformationExtraArgs:
     r"""Smaller steps for staler gradients, :math:`u / \max(1, \tau)^p`.
 
     Place it in the `inner` chain of `asynchronous`, which says how stale a gradient is;

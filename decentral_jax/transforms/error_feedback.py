@@ -85,16 +85,16 @@ def _none(kept: Any) -> bool:
     return isinstance(kept, tuple) and not kept
 
 
-def _between(shared: Any, params: Any, detach: float) -> Any:
+def _between(shared: Any, params: Any, detach: float | jax.Array) -> Any:
     """The residual that lies between the shared model and the parameters."""
     return jax.tree.map(lambda x, y: (wide(y) - x) / detach, shared, params)
 
 
 def error_feedback(
     compressor: Compressor,
-    detach: float = 0.0,
+    detach: float | jax.Array = 0.0,
     period: int = 1,
-    feedback: float = 1.0,
+    feedback: float | jax.Array = 1.0,
     evaluate: str = "shared",
     seed: int = 0,
     axis_name: AxisName = "workers",
@@ -287,7 +287,7 @@ def _send_detached(
     us: list,
     xs: list,
     ys: list,
-    detach: float,
+    detach: float | jax.Array,
     axis_name: AxisName,
 ) -> tuple[list, list]:
     """The same with the residual between shared model and parameters.

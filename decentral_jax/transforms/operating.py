@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -69,15 +70,8 @@ def operating_rates(
     """
     check_optimizer("inner", inner)
     inner = optax.with_extra_args_support(inner)
-    # Injected rates stay an array, which is not known yet.
-    traced = isinstance(rates, Tracer)
-    table: Any = rates if traced else as_table("rates", rates, fill=1.0)
-    if not traced and not ((table > 0) & (table <= 1)).all():
-        wrong = table[~((table > 0) & (table <= 1))].flat[0]
-        raise ValueError(
-            f"rates must lie in (0, 1], got {wrong:.6g}: pass the probability that a "
-            "worker takes a step in a tick."
-        )
+    # Injected rates are not known yet.
+    table = rates if isinstance(rates, Tracer) else _rates(rates)
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -107,3 +101,15 @@ def operating_rates(
         return new, OperatingRatesState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _rates(rates: Any) -> np.ndarray:
+    """Rates as a checked array."""
+    table = as_table("rates", rates, fill=1.0)
+    if not ((table > 0) & (table <= 1)).all():
+        wrong = table[~((table > 0) & (table <= 1))].flat[0]
+        raise ValueError(
+            f"rates must lie in (0, 1], got {wrong:.6g}: pass the probability that a "
+            "worker takes a step in a tick."
+        )
+    return table

@@ -32,8 +32,8 @@ class QuasiGlobalState(NamedTuple):
 def quasi_global_momentum(
     learning_rate: optax.ScalarOrSchedule,
     topology: AnyTopology,
-    momentum: float = 0.9,
-    factor: float | None = None,
+    momentum: float | jax.Array = 0.9,
+    factor: float | jax.Array | None = None,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""A decentralized step with momentum :math:`\beta` along the mixed model's way.
