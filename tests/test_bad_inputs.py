@@ -385,6 +385,16 @@ def module_update(tx, shape, arrays, what):
     return jax.eval_shape(nested_vmap(step, shape))
 
 
+def counted_update(tx, shape, arrays):
+    """Traces a step whose parameters have an integer that init has not seen."""
+    grads, params = arrays | {"count": None}, arrays | {"count": np.ones(2, np.int32)}
+
+    def step():
+        return tx.update(grads, tx.init(grads), params)[0]
+
+    return jax.eval_shape(nested_vmap(step, shape))
+
+
 def table():
     """All rows: (id, call, what the message must match)."""
     yield from bad_topologies.rows()
@@ -409,6 +419,10 @@ def table():
         for what in ("updates", "params"):
             call = partial(module_update, tx, algorithm.shape, arrays, what)
             yield f"{name} update of a module in {what}", call, words
+        if algorithm.build is dj.all_reduce_sgd:
+            continue  # leaves parameters to optax
+        call = partial(counted_update, tx, algorithm.shape, arrays)
+        yield f"{name} update of a count in params", call, "TypeError: int32 | count"
     for name, tx in NEED_PARAMS.items():
         words = f"ValueError: {name} needs params | None | update"
         yield f"{name} without params", updated(tx), words

@@ -179,6 +179,7 @@ def average_parameters(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "average_parameters")
         params = require_params(params, "average_parameters")
+        check_trees("params", params)
         check_trees("updates", updates, params)
         count = advance(state.count, period)
         us, structure = jax.tree.flatten(updates)

@@ -18,6 +18,7 @@ from decentral_jax.validation import (
     check_arrays,
     check_axis_name,
     check_choice,
+    check_dtypes,
     check_nobody_missing,
     require_params,
 )
@@ -88,6 +89,7 @@ def gossip(
     ) -> Any:
         del extra_args
         params = require_params(params, "gossip")
+        check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
         if order == "adapt_then_combine":
             adapted = optax.apply_updates(params, updates)
@@ -168,6 +170,7 @@ def exact_diffusion(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "exact_diffusion")
         params = require_params(params, "exact_diffusion")
+        check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
         corrected = jax.tree.map(
             lambda x, u, c: wide(x) + (wide(u) + c), params, updates, state.correction

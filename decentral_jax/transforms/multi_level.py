@@ -103,6 +103,7 @@ def multi_level(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "multi_level")
         params = require_params(params, "multi_level")
+        check_trees("params", params)
         check_trees("updates", updates, params)
         count = advance(state.count, q * tau * hub_topology.period)
         tick = agreed(count, axes)

@@ -84,6 +84,7 @@ def push_sum(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "push_sum")
         params = require_params(params, "push_sum")
+        check_trees("params", params)
         check_trees("updates", updates, params)
         adapted = jax.tree.map(
             lambda z, u: weighted(z, state.weight) + u.astype(z.dtype), params, updates

@@ -81,6 +81,7 @@ def quasi_global_momentum(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "quasi_global_momentum")
         params = require_params(params, "quasi_global_momentum")
+        check_trees("params", params)
         check_trees("updates", updates, params)
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate)

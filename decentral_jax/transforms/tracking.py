@@ -31,6 +31,7 @@ from decentral_jax.validation import (
     check_arrays,
     check_axis_name,
     check_choice,
+    check_dtypes,
     check_int,
     check_nobody_missing,
     check_optimizer,
@@ -222,6 +223,7 @@ def accelerated_tracking(
         updates, state, params=None, *, active: Any = None, **extra_args: Any
     ) -> Any:
         params = require_params(params, "accelerated_tracking")
+        check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
         count = collectives.agreed(state.count, axis_name)
         first, last = count % rounds == 0, count % rounds == rounds - 1
@@ -350,6 +352,7 @@ def exact_phases(
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         check_nobody_missing(extra_args, "exact_phases")
         params = require_params(params, "exact_phases")
+        check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
         position = collectives.agreed(state.count, axis_name) % phase
 
