@@ -175,7 +175,9 @@ def main(options: Tables) -> None:
         else:
             console.print(f"{name}: {run.shown_command}", soft_wrap=True)
             folder = (options.out / name).resolve()
-            if subprocess.run(_argv(run, folder, options), cwd=ROOT).returncode:
+            ended = subprocess.run(_argv(run, folder, options), cwd=ROOT).returncode
+            if ended:
+                console.print(f"{name}: failed with exit status {ended}")
                 failed.append(name)
             elif options.write:
                 write(name, folder, options.write)

@@ -273,6 +273,7 @@ def test_skips_and_failures(quick, monkeypatch, capsys):
     monkeypatch.setattr(tables.subprocess, "run", run)
     with pytest.raises(SystemExit, match="error: failed: quick"):
         quick("--data-dir", "data")
+    assert "quick: failed with exit status 1" in capsys.readouterr().out
     assert commands[0][4:6] == ["--data-dir", str(Path("data").resolve())]
     assert "--resume" in commands[0]
     with pytest.raises(SystemExit, match="names must be among quick, got"):
