@@ -62,6 +62,7 @@ def verified(folder: Path) -> dict:
 
 
 def delete(folder: Path) -> None:
+    """Deletes a folder, or warns if it cannot."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -69,6 +70,7 @@ def delete(folder: Path) -> None:
 
 
 def digest_of(file: Path, sync: bool = False) -> str:
+    """The SHA-256 of a file, after it has reached the disk if `sync`."""
     with file.open("rb") as content:
         if sync:
             os.fsync(content.fileno())

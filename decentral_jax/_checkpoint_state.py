@@ -65,12 +65,12 @@ def find_parts(numbered: tuple, like: tuple, init: Any, axes: int) -> Parts | No
     for params in candidates:
         numbers = jax.tree.leaves(params)
         if not numbers or not all(
-            jnp.issubdtype(dtype_of(leaves[i]), jnp.inexact) for i in numbers
+            jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact) for i in numbers
         ):
             continue
         one = jax.tree.map(
             lambda i: jax.ShapeDtypeStruct(
-                jnp.shape(leaves[i])[axes:], dtype_of(leaves[i])
+                jnp.shape(leaves[i])[axes:], jnp.result_type(leaves[i])
             ),
             params,
         )
@@ -121,10 +121,6 @@ def get(tree: Any, name: str) -> Any:
     return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
 
 
-def dtype_of(x: Any) -> Any:
-    return jnp.result_type(x)
-
-
 def writable(x: Any) -> Any:
     """An array that can be written: PRNG keys as the numbers they are made of.
 
@@ -133,25 +129,25 @@ def writable(x: Any) -> Any:
     x = as_numbers(x)
     if is_packed(x):
         return lax.bitcast_convert_type(jnp.asarray(x), bits_of(x)).astype(jnp.uint8)
-    return x if isinstance(x, jax.Array) else np.array(x, dtype_of(x))
+    return x if isinstance(x, jax.Array) else np.array(x, jnp.result_type(x))
 
 
 def as_before(x: jax.Array, like: Any) -> jax.Array:
     """The inverse of `writable`."""
     if is_packed(like):
-        return lax.bitcast_convert_type(x.astype(bits_of(like)), dtype_of(like))
+        return lax.bitcast_convert_type(x.astype(bits_of(like)), jnp.result_type(like))
     return like_before(x, like)
 
 
 def is_packed(x: Any) -> bool:
     """Whether the dtype is int4, float8 or the like, of any variant."""
-    dtype = dtype_of(x)
+    dtype = jnp.result_type(x)
     return dtype.itemsize == 1 and dtype.name not in ("bool", "int8", "uint8")
 
 
 def bits_of(x: Any) -> Any:
     """The dtype of unsigned integers that are as wide."""
-    dtype = dtype_of(x)
+    dtype = jnp.result_type(x)
     info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return jnp.dtype(f"uint{info(dtype).bits}")
 
@@ -171,7 +167,9 @@ def describe(state: Any, axes: int) -> list:
         )
         data: Any = structure.node_data()
         if data is None:
-            entries.append([path, str(dtype_of(node)), list(jnp.shape(node)[axes:])])
+            entries.append(
+                [path, str(jnp.result_type(node)), list(jnp.shape(node)[axes:])]
+            )
             return
         kind, static = data
         # A dictionary's keys are in the paths.
@@ -191,6 +189,7 @@ def describe(state: Any, axes: int) -> list:
 
 
 def to_json(value: Any) -> Any:
+    """Converts what JSON does not know: NumPy arrays and numbers."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"got {value!r} of type {type(value).__name__}")

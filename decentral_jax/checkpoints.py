@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -43,7 +44,6 @@ from decentral_jax._checkpoint_state import (
     as_before,
     check_same,
     describe,
-    dtype_of,
     find_parts,
     get,
     start_anew,
@@ -429,7 +429,9 @@ class Checkpoints:
         """Reads all leaves of a checkpoint, which have the dtypes of `like`."""
         axes = tuple(sizes.values())
         plain = [
-            jax.eval_shape(writable, jax.ShapeDtypeStruct((*axes, *shape), dtype_of(x)))
+            jax.eval_shape(
+                writable, jax.ShapeDtypeStruct((*axes, *shape), jnp.result_type(x))
+            )
             for x, shape in zip(like, shapes, strict=True)
         ]
         abstract = {

@@ -155,7 +155,7 @@ def communication_cost(
       The cost, with `.bytes_sent`, `.count`, `.collectives`, and a table when printed.
 
     Raises:
-      TypeError: If `fn` is no function, or a leaf of an argument is not an array.
+      TypeError: If `fn` is not a function, or any leaf of an argument is not an array.
       ValueError: If a leaf for a `dj.Workers.spmd` function lacks the worker axes.
 
     Example:

@@ -70,8 +70,8 @@ def mix(
       except that an all-reduce between devices adds half precision as such.
 
     Raises:
-      TypeError: If `topology` is none, or a leaf is no floating-point array: convert
-        integers before they are mixed.
+      TypeError: If `topology` is not a topology, or any leaf is not floating-point.
+        Convert integers first.
       ValueError: If the axis is not bound or has another size than the topology, a
         schedule gets no `step`, or workers may be missing on a topology that is not
         symmetric.

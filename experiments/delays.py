@@ -78,9 +78,9 @@ def show(
 
     Args:
       found: From a delay to what `accuracies` returns.
-      iterations: Of the whole runs.
+      iterations: Number of iterations of each run.
       title: What was trained.
-      name: Of the files.
+      name: Name of the files, without their ending.
       output: Where to show it.
     """
     evaluations = next(iter(found.values())).shape[1]

@@ -85,7 +85,8 @@ RUNS = {
     ),
     "order-forecast": Run(
         "ordering.md",
-        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20",
+        f"{_TRAINING} forecast --data-dir {FOLDER} --workers 4 16 64 --epochs 20 "
+        "--rates 0.04 0.08 0.16 0.32 0.64 1.28",
         ("forecast_m4",),
         (("d_grab_forecast_m4.png", "forecast_m4.png"),),
     ),
@@ -134,7 +135,7 @@ BY_HAND = {
     "benchmarks.multi_process": "times processes beside PyTorch DDP and Decent-DP",
     "benchmarks.network": "makes network namespaces, as root, beside PyTorch DDP",
     "benchmarks.ordering": "times steps: needs a machine without other load",
-    "benchmarks.precision": "takes hours",
+    "benchmarks.precision": "one sentence sums up its many rows",
     "benchmarks.steps_alone": "times steps: needs a machine without other load",
 }
 

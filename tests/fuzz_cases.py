@@ -166,6 +166,18 @@ def _feedback(detach, sent, **more):
     return Algorithm(options, reference, **more)
 
 
+def _ordered(reference):
+    """Gossip before or after the step."""
+    return Algorithm(
+        {"order": ORDER},
+        lambda g, x, s, order: reference(
+            g, x, matrices(s.topology), RATE, STEPS, order=order
+        ),
+        _with_topology,
+        STOCHASTIC,
+    )
+
+
 def _cser(g, x, s, compressor, reset_compressor, period, momentum):
     first = s.compress(compressor, lambda key: jax.random.split(key)[0])
     second = s.compress(
@@ -288,27 +300,13 @@ ALGORITHMS = {
     "all_reduce_sgd": Algorithm(
         {}, lambda g, x, s: averaging.all_reduce_sgd(g, x, s.n, RATE, STEPS)
     ),
-    "d_psgd": Algorithm(
-        {"order": ORDER},
-        lambda g, x, s, order: gossip.d_psgd(
-            g, x, matrices(s.topology), RATE, STEPS, order=order
-        ),
-        _with_topology,
-        STOCHASTIC,
-    ),
+    "d_psgd": _ordered(gossip.d_psgd),
     "d2": Algorithm(
         {},
         lambda g, x, s: gossip.d2(g, x, [s.topology.lazy(0.5).matrix], RATE, STEPS),
         _lazy,
     ),
-    "dsgt": Algorithm(
-        {"order": ORDER},
-        lambda g, x, s, order: tracking.dsgt(
-            g, x, matrices(s.topology), RATE, STEPS, order=order
-        ),
-        _with_topology,
-        STOCHASTIC,
-    ),
+    "dsgt": _ordered(tracking.dsgt),
     "detag": Algorithm(
         {
             "rounds": PERIOD,

@@ -129,8 +129,9 @@ def error_reset(
         rest, shared, memory = synchronize(
             compressor, keys[0], step, state.shared, state.memory[0]
         )
+        follows = not collectives.is_narrow(params)  # and so is not kept
         error = state.error
-        if not collectives.is_narrow(params):
+        if follows:
             error = jax.tree.map(jnp.subtract, params, state.shared)
         error = jax.tree.map(jnp.add, rest, error)
 
@@ -148,8 +149,8 @@ def error_reset(
             lambda x, e, p: (x + e - collectives.wide(p)).astype(p.dtype),
             *(shared, error, params),
         )
-        if not collectives.is_narrow(params):
-            error = ()
-        return updates, ErrorResetState(count, shared, error, (memory, reset_memory))
+        memories = (memory, reset_memory)
+        kept = () if follows else error
+        return updates, ErrorResetState(count, shared, kept, memories)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -331,15 +331,15 @@ def exact_phases(
     def reunite(moved, params):
         """Adds a round of gossip to how parameters in half precision move."""
         moved, structure = jax.tree.flatten(moved)
-        params = [jnp.asarray(x) for x in jax.tree.leaves(params)]
-        half = [i for i, x in enumerate(params) if x.dtype.itemsize < 4]
-        models = [params[i] for i in half]
+        leaves = jax.tree.leaves(params)
+        half = [i for i, x in enumerate(leaves) if collectives.is_narrow(x)]
+        models = [leaves[i] for i in half]
         change = mix_differences(
             [collectives.wide(x) for x in models], around, axis_name, like=models
         )
         for i, c in zip(half, change, strict=True):
-            moved[i] = (collectives.wide(moved[i]) + c).astype(moved[i].dtype)
-        return structure.unflatten(moved)
+            moved[i] = collectives.wide(moved[i]) + c
+        return _like(structure.unflatten(moved), params)
 
     def init_fn(params):
         params = require_params(params, "exact_phases")
@@ -370,7 +370,7 @@ def exact_phases(
 
         def finish_phase(average, inner_state):
             moved, inner_state = _step(inner, average, inner_state, params, extra_args)
-            moved = _like(reunite(moved, params), params)
+            moved = reunite(moved, params)
             return moved, optax.tree.zeros_like(average), inner_state
 
         def go_on(average, inner_state):
