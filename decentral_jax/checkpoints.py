@@ -178,7 +178,8 @@ class Checkpoints:
             scalars come back as lists and numbers.
 
         Raises:
-          TypeError: If `step` is not an integer, or JSON cannot hold `data`.
+          TypeError: If `step` is not an integer, any leaf is not an array, or JSON
+            cannot hold `data`.
           ValueError: If the folder holds a later checkpoint, which `restore` would
             prefer, or a leaf lacks the worker axes.
           RuntimeError: If the save before this one failed in the background.
@@ -244,6 +245,7 @@ class Checkpoints:
           no complete checkpoint.
 
         Raises:
+          TypeError: If any leaf is not an array.
           ValueError: If the checkpoint belongs to another model or optimizer, or to
             another number of workers and there is no `init`.
         """
