@@ -538,25 +538,22 @@ def test_a_hanging_worker(draws, mode, caplog):
 
 def test_interrupt():
     """Ctrl-C while the master waits."""
-    main = threading.main_thread().ident
+    main, wake = threading.main_thread().ident, threading.Event()
     timer = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
 
     def batches(worker):
         yield target(worker, 0)
         timer.start()
-        time.sleep(1.5)
+        wake.wait(30)
         yield target(worker, 1)
 
     begin = time.monotonic()
-    # Ignored, and so passed on by pytest, if a shell started it with `&`.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start(batches=batches, num_gradients=2, num_workers=1)
-        timer.join()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        start(batches=batches, num_gradients=2, num_workers=1)
     assert time.monotonic() - begin < 10
+    wake.set()
+    for thread in threads():
+        thread.join(5)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
