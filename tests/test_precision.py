@@ -61,6 +61,9 @@ SMALL_STEPS = {
     "ef_sgd, period 4": lambda: dj.ef_sgd(SMALL, BLOCK, None, period=4),
     "sgd_ia": lambda: dj.sgd_ia(SMALL, 4.0, 0.3, None),
     "cser": lambda: dj.cser(SMALL, BLOCK, period=4, momentum=None),
+    "average_parameters": lambda: optax.chain(
+        optax.sgd(SMALL), dj.average_parameters(1, optax.sgd(1.0))
+    ),
     "slowmo": lambda: dj.slowmo(0.05, 4, 0.0, 10 * SMALL, None),
     "apam": lambda: dj.apam(SMALL / 5, TRACE),
 }

@@ -160,9 +160,19 @@ def average_parameters(
         return PeriodicAveragingState(jnp.zeros([], jnp.int32), start, tuple(states))
 
     def exchange(updates, params, start, state, count):
-        mean = average(optax.apply_updates(params, updates), axis_name)
-        if outer is not None:
-            way = jax.tree.map(lambda z, x: z - wide(x), start, mean)
+        if outer is None:
+            mean = average(optax.apply_updates(params, updates), axis_name)
+        else:
+            # Send how far this worker moved from where all of them started, not where
+            # it is: half precision then rounds the small difference. The model that
+            # they started from is `start` in the parameters' dtype.
+            way = jax.tree.map(
+                lambda z, p, u: (wide(z.astype(p.dtype)) - wide(p) - wide(u)).astype(
+                    p.dtype
+                ),
+                *(start, params, updates),
+            )
+            way = jax.tree.map(wide, average(way, axis_name))
             # Where in the run the exchange is, for rates that follow a schedule.
             step, state = with_step.update(way, state, start, step=count - 1)
             start = mean = optax.apply_updates(start, step)
