@@ -45,7 +45,7 @@ OTHERS: dict[str, Any] = {
     "inner": optax.sgd(0.125),
     "projection": functools.partial(jax.tree.map, lambda x: jnp.clip(x, -0.5, 0.5)),
     "topology": dj.topology.ring(8).lazy(0.75),
-    "trace": dj.traces.uniform_delay(3, 100, 8),
+    "trace": dj.traces.uniform_delay(3, 100, num_workers=8),
 }
 # What `asynchronous` passes to its inner optimizer.
 PASSED = {"scale_by_staleness": {"staleness": 3}}
@@ -263,4 +263,4 @@ def test_a_number_out_of_range_is_refused_where_it_is_known():
     with pytest.raises(ValueError, match="detach must lie in"):
         inject(delta=0.5, detach=1.5).init(jnp.zeros(2))
     with pytest.raises(TypeError, match="detach must be a number"):
-        dj.iterate_averaging(0.5, jnp.zeros(3))
+        dj.iterate_averaging(0.5, detach=jnp.zeros(3))

@@ -23,6 +23,7 @@ class ScaleByAmsgradState(NamedTuple):
 
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,

@@ -21,7 +21,7 @@ class IterateAveragingState(NamedTuple):
 
 
 def iterate_averaging(
-    delta: float, detach: float = 0.0
+    delta: float, *, detach: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes gradients between an iterate and its running average.
 
