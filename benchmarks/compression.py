@@ -27,9 +27,9 @@ def main() -> None:
     block = dj.compression.random_block(64)
     variants = {
         "momentum SGD": optax.sgd(0.01, 0.9),
-        "DEF, ratio 64": dj.def_sgd(0.01, block),
-        "EF, ratio 64": dj.ef_sgd(0.01, block),
-        "EF, sign": dj.ef_sgd(0.01, dj.compression.sign()),
+        "DEF, ratio 64": dj.def_sgd(optax.sgd(0.01, momentum=0.9), block),
+        "EF, ratio 64": dj.ef_sgd(optax.sgd(0.01, momentum=0.9), block),
+        "EF, sign": dj.ef_sgd(optax.sgd(0.01, momentum=0.9), dj.compression.sign()),
     }
     for width in (128, 560):
         params = _params(width, options.workers)

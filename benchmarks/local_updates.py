@@ -73,7 +73,7 @@ def _batches(num_hubs, batch, ticks):
 def _run(model, data, num_hubs, batch, ticks, evaluate):
     """One compiled program of all ticks."""
     hubs = dj.topology.path(num_hubs)
-    tx = dj.mll_sgd(0.01, hubs, TAU, Q)
+    tx = dj.mll_sgd(0.01, hubs, tau=TAU, q=Q)
     workers = dj.Workers({"hub": num_hubs, "worker": 10}, devices=jax.devices()[:1])
 
     def loss_fn(params, x, y):

@@ -33,7 +33,7 @@ def main() -> None:
     algorithms = {
         "D-PSGD, ring": lambda n: dj.d_psgd(0.1, dj.topology.ring(n)),
         "D-PSGD, exponential": lambda n: dj.d_psgd(0.1, dj.topology.exponential(n)),
-        "DeTAG, ring, R=8": lambda n: dj.detag(0.1, dj.topology.ring(n), 8),
+        "DeTAG, ring, R=8": lambda n: dj.detag(0.1, dj.topology.ring(n), rounds=8),
     }
     for name, make in algorithms.items():
         runs = {n: _run(make(n), model, n, options.batch_size) for n in COUNTS}

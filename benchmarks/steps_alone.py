@@ -36,13 +36,13 @@ def main() -> None:
     hubs = dj.topology.ring(4)
     variants = {
         "SGD alone": (sgd, 8),
-        "Local SGD, alone": (dj.local_sgd(0.01, NEVER), 8),
+        "Local SGD, alone": (dj.local_sgd(0.01, period=NEVER), 8),
         "MLL-SGD, alone": (
-            dj.mll_sgd(0.01, hubs, NEVER, 2),
+            dj.mll_sgd(0.01, hubs, tau=NEVER, q=2),
             {"hub": 4, "worker": 2},
         ),
-        "DiLoCo on SGD, alone": (dj.diloco(None, NEVER, base=sgd), 8),
-        "an average every step": (dj.local_sgd(0.01, 1), 8),
+        "DiLoCo on SGD, alone": (dj.diloco(sgd, period=NEVER), 8),
+        "an average every step": (dj.local_sgd(0.01, period=1), 8),
     }
     for num_devices, length in ((1, 1), (1, 10), (4, 1)):
         runs = {

@@ -400,7 +400,7 @@ def random_k(ratio: float) -> RandomK:
 
 
 def top_k(
-    ratio: float | None = None, k: int | None = None, whole_model: bool = False
+    ratio: float | None = None, *, k: int | None = None, whole_model: bool = False
 ) -> TopK:
     r"""The entries of largest magnitude travel, with their positions.
 

@@ -14,6 +14,7 @@ from decentral_jax.validation import check_int
 def takes_part(
     step: jax.typing.ArrayLike,
     missing: int,
+    *,
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> jax.Array:

@@ -37,6 +37,7 @@ def mix(
     tree: Any,
     topology: AnyTopology,
     axis_name: AxisName = "workers",
+    *,
     step: jax.Array | int | None = None,
     active: jax.Array | bool | None = None,
 ) -> Any:
@@ -145,7 +146,7 @@ def mix_differences(
 
         return jax.tree.map(dense, tree)
     if many or (isinstance(topology, Topology) and topology.averages_exactly):
-        mixed = mix(tree, topology, axis_name, step, active)
+        mixed = mix(tree, topology, axis_name, step=step, active=active)
         return jax.tree.map(jnp.subtract, mixed, tree)
     if like is None:
         like = tree
@@ -193,7 +194,7 @@ def _mix_present(tree, topology, axis_name, step, active):
     dtypes = [collectives.widened(jnp.asarray(x).dtype) for x in jax.tree.leaves(tree)]
     share = active.astype(functools.reduce(jnp.promote_types, dtypes))
     shown = jax.tree.map(lambda x: collectives.weighted(x, share), tree)
-    mixed, present = mix((shown, share), topology, axis_name, step)
+    mixed, present = mix((shown, share), topology, axis_name, step=step)
 
     def own(m, x):
         y = m.astype(share.dtype) + (1 - present) * x.astype(share.dtype)
@@ -246,6 +247,7 @@ def average_every(
     tree: Any,
     period: int,
     step: jax.Array | int,
+    *,
     axis_name: AxisName = "workers",
 ) -> Any:
     """The mean over all workers in each `period`-th step, else the tree as it is.
@@ -283,6 +285,7 @@ def accelerated_mix(
     tree: Any,
     topology: Topology,
     rounds: int,
+    *,
     axis_name: AxisName = "workers",
     active: jax.Array | bool | None = None,
 ) -> Any:

@@ -109,7 +109,7 @@ def round_robin(num_workers: int, num_ticks: int) -> Trace:
 
 
 def from_speeds(
-    seconds: ArrayLike, num_ticks: int, jitter: float = 0.0, seed: int = 0
+    seconds: ArrayLike, num_ticks: int, *, jitter: float = 0.0, seed: int = 0
 ) -> Trace:
     """Workers that take a time each for a gradient, and start again at once.
 
@@ -156,7 +156,7 @@ def from_speeds(
 
 
 def uniform_delay(
-    max_delay: int, num_ticks: int, num_workers: int = 1, seed: int = 0
+    max_delay: int, num_ticks: int, *, num_workers: int = 1, seed: int = 0
 ) -> Trace:
     r"""Artificial delay: each gradient is taken at one of the last iterates.
 

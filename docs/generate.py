@@ -111,9 +111,9 @@ def algorithm_table(size: int = 1000, rounds: int = 4) -> str:
         "d_psgd": (dj.d_psgd(0.1, ring), 1),
         "d2": (dj.d2(0.1, ring.lazy(0.9)), 1),
         "dsgt": (dj.dsgt(0.1, ring), 1),
-        "detag": (dj.detag(0.1, ring, rounds), rounds),
+        "detag": (dj.detag(0.1, ring, rounds=rounds), rounds),
         'detag(when="phase_end")': (
-            dj.detag(0.1, ring, rounds, when="phase_end"),
+            dj.detag(0.1, ring, rounds=rounds, when="phase_end"),
             rounds,
         ),
         "defacto": (dj.defacto(0.1, ring), 2 * len(dj.topology.exact_factors(ring))),

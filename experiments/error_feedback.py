@@ -42,7 +42,7 @@ def dense() -> dict[str, Entry]:
     """The baseline that sends everything."""
 
     def make(rate):
-        return dj.all_reduce_sgd(None, base=optax.sgd(rate, momentum=0.9))
+        return dj.all_reduce_sgd(optax.sgd(rate, momentum=0.9))
 
     return {"dense SGD": Entry(make)}
 

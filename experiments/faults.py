@@ -59,8 +59,10 @@ def main(options: Faults) -> dict[int, list[results.Result]]:
     top = dj.compression.top_k(options.ratio)
     algorithms: dict[str, Callable] = {
         "D-PSGD": lambda rate: dj.d_psgd(rate, ring),
-        "DeTAG": lambda rate: dj.detag(rate, ring, settings.phase_length(ring)),
-        "CHOCO-SGD": lambda rate: dj.choco_sgd(rate, ring, top, options.consensus_rate),
+        "DeTAG": lambda rate: dj.detag(rate, ring, rounds=settings.phase_length(ring)),
+        "CHOCO-SGD": lambda rate: dj.choco_sgd(
+            rate, ring, top, consensus_rate=options.consensus_rate
+        ),
     }
     found, rows = {}, []
     for missing in options.missing:

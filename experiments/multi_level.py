@@ -186,7 +186,7 @@ class Runs:
         return self(
             name,
             Entry(
-                lambda rate: dj.mll_sgd(rate, path, tau, q, table),
+                lambda rate: dj.mll_sgd(rate, path, tau=tau, q=q, rates=table),
                 phase=q * tau,
                 levels={"hub": hubs, "worker": per_hub},
             ),
@@ -195,7 +195,7 @@ class Runs:
     def local(self, period, name, slots=None):
         """Local SGD; with a period of one tick, distributed SGD."""
         steps = period * self.options.steps_per_tick
-        entry = Entry(lambda rate: dj.local_sgd(rate, steps), steps)
+        entry = Entry(lambda rate: dj.local_sgd(rate, period=steps), steps)
         return self(name, entry, slots)
 
     def hl(self, name, slots=None):
@@ -204,7 +204,7 @@ class Runs:
         tau = options.tau * options.steps_per_tick
 
         def make(rate):
-            return dj.hl_sgd(rate, options.hubs, tau, options.q)
+            return dj.hl_sgd(rate, options.hubs, tau=tau, q=options.q)
 
         levels = {"hub": options.hubs, "worker": options.workers}
         return self(name, Entry(make, options.q * tau, levels), slots)

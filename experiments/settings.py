@@ -39,7 +39,7 @@ def decentralized(topology: dj.topology.Topology, rounds: int) -> dict[str, Entr
         "D-PSGD": Entry(lambda rate: dj.d_psgd(rate, topology)),
         "D2": Entry(lambda rate: dj.d2(rate, topology)),
         "DSGT": Entry(lambda rate: dj.dsgt(rate, topology)),
-        "DeTAG": Entry(lambda rate: dj.detag(rate, topology, rounds)),
+        "DeTAG": Entry(lambda rate: dj.detag(rate, topology, rounds=rounds)),
     }
 
 
@@ -57,10 +57,24 @@ def compressed(
     block = dj.compression.random_block
     resets = (block(2 * ratio), block(max(1.0, 2 * ratio / RESET_PERIOD)))
     return {
-        "EF-SGD": Entry(lambda rate: dj.ef_sgd(rate, block(ratio), momentum)),
-        "DEF": Entry(lambda rate: dj.def_sgd(rate, block(ratio), detach, momentum)),
-        "DEF-A": Entry(lambda rate: dj.def_a_sgd(rate, block(ratio), detach, momentum)),
-        "SGD-IA": Entry(lambda rate: dj.sgd_ia(rate, ratio, detach, momentum)),
+        "EF-SGD": Entry(
+            lambda rate: dj.ef_sgd(optax.sgd(rate, momentum=momentum), block(ratio))
+        ),
+        "DEF": Entry(
+            lambda rate: dj.def_sgd(
+                optax.sgd(rate, momentum=momentum), block(ratio), detach=detach
+            )
+        ),
+        "DEF-A": Entry(
+            lambda rate: dj.def_a_sgd(
+                optax.sgd(rate, momentum=momentum), block(ratio), detach=detach
+            )
+        ),
+        "SGD-IA": Entry(
+            lambda rate: dj.sgd_ia(
+                optax.sgd(rate, momentum=momentum), ratio=ratio, detach=detach
+            )
+        ),
         "CSER": Entry(
             lambda rate: dj.cser(rate, *resets, RESET_PERIOD, momentum),
             phase=RESET_PERIOD,
@@ -89,20 +103,20 @@ def local_updates(
     one_peer = dj.topology.one_peer_exponential(n)
 
     def slowmo(rate):
-        return dj.slowmo(rate, PERIOD, momentum=None)
+        return dj.slowmo(rate, period=PERIOD)
 
     def diloco(rate):
-        return dj.diloco(None, PERIOD, base=optax.sgd(rate))
+        return dj.diloco(optax.sgd(rate), period=PERIOD)
 
     return {
-        "Local SGD": Entry(lambda rate: dj.local_sgd(rate, PERIOD), PERIOD),
+        "Local SGD": Entry(lambda rate: dj.local_sgd(rate, period=PERIOD), PERIOD),
         "SlowMo": Entry(slowmo, PERIOD),
         "DiLoCo": Entry(diloco, PERIOD),
         "HL-SGD": Entry(
-            lambda rate: dj.hl_sgd(rate, hubs["hub"], tau, q), q * tau, hubs
+            lambda rate: dj.hl_sgd(rate, hubs["hub"], tau=tau, q=q), q * tau, hubs
         ),
         "MLL-SGD": Entry(
-            lambda rate: dj.mll_sgd(rate, ring, tau, q, rates),
+            lambda rate: dj.mll_sgd(rate, ring, tau=tau, q=q, rates=rates),
             *(q * tau, hubs),
             waits=False,
         ),
@@ -130,9 +144,11 @@ def everything(
             lambda rate: dj.d_psgd(rate, one_peer), one_peer.period
         ),
         **compressed(ratio=16),
-        "PowerSGD": Entry(lambda rate: dj.powersgd(rate, 1, None)),
+        "PowerSGD": Entry(lambda rate: dj.powersgd(rate, rank=1)),
         "CHOCO-SGD": Entry(
-            lambda rate: dj.choco_sgd(rate, topology, dj.compression.sign(), 1.0)
+            lambda rate: dj.choco_sgd(
+                rate, topology, dj.compression.sign(), consensus_rate=1.0
+            )
         ),
         **local_updates(topology, slow),
     }

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import decentral_jax as dj
 
@@ -27,7 +28,10 @@ ROWS = {
     "ratio below 1": (lambda: C.random_block(0.5), "ValueError: ratio | 0.5"),
     "ratio a string": (lambda: C.random_k("64"), "TypeError: ratio | 64"),
     "ratio a function": (lambda: C.random_block(lambda: 64), "TypeError: ratio"),
-    "ratio of sgd_ia": (lambda: dj.sgd_ia(0.1, 0.5), "ValueError: ratio | 0.5"),
+    "ratio of sgd_ia": (
+        lambda: dj.sgd_ia(optax.sgd(0.1, momentum=0.9), ratio=0.5),
+        "ValueError: ratio | 0.5",
+    ),
     "k above the leaf": (
         updated(dj.error_feedback(C.top_k(k=4))),
         r"ValueError: k=4 | \(3,\) | smaller k",
@@ -45,11 +49,17 @@ ROWS = {
         "TypeError: compressor | function sign | call",
     ),
     "not called in cser": (
-        lambda: dj.cser(0.1, BLOCK, C.sign),
+        lambda: dj.cser(optax.sgd(0.1, momentum=0.9), BLOCK, reset_compressor=C.sign),
         "TypeError: reset_compressor | function sign | call",
     ),
-    "detach -0.1": (lambda: dj.def_sgd(0.1, BLOCK, -0.1), "ValueError: detach | -0.1"),
-    "detach 1.5": (lambda: dj.def_sgd(0.1, BLOCK, 1.5), "ValueError: detach | 1.5"),
+    "detach -0.1": (
+        lambda: dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK, detach=-0.1),
+        "ValueError: detach | -0.1",
+    ),
+    "detach 1.5": (
+        lambda: dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK, detach=1.5),
+        "ValueError: detach | 1.5",
+    ),
     "period 0": (
         lambda: dj.error_feedback(BLOCK, period=0),
         "ValueError: period | 0",
@@ -81,7 +91,7 @@ ROWS = {
         r"ValueError: updates | shapes | \(2,\)",
     ),
     "detached without params": (
-        updated(dj.def_sgd(0.1, BLOCK), given=lambda x: None),
+        updated(dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK), given=lambda x: None),
         "ValueError: params | None | update",
     ),
     "whole_model of two dtypes": (
@@ -89,19 +99,21 @@ ROWS = {
         "TypeError: whole_model | bfloat16 | float32",
     ),
     "low_rank in gossip": (
-        lambda: dj.choco_sgd(0.1, RING, C.low_rank(1), 0.5),
+        lambda: dj.choco_sgd(0.1, RING, C.low_rank(1), consensus_rate=0.5),
         "TypeError: compressor | LowRank | random_block",
     ),
     "consensus_rate 0": (
-        lambda: dj.compressed_gossip(RING, BLOCK, 0),
+        lambda: dj.compressed_gossip(RING, BLOCK, consensus_rate=0),
         "ValueError: consensus_rate | 0",
     ),
     "consensus_rate 1.5": (
-        lambda: dj.compressed_gossip(RING, BLOCK, 1.5),
+        lambda: dj.compressed_gossip(RING, BLOCK, consensus_rate=1.5),
         "ValueError: consensus_rate | 1.5",
     ),
     "schedule in gossip": (
-        lambda: dj.compressed_gossip(dj.topology.one_peer_exponential(N), BLOCK, 0.5),
+        lambda: dj.compressed_gossip(
+            dj.topology.one_peer_exponential(N), BLOCK, consensus_rate=0.5
+        ),
         "TypeError: topology | schedule|static",
     ),
 }

@@ -44,11 +44,11 @@ ROWS = {
         r"ValueError: rates | \(4, 2\) | \(8,\)",
     ),
     "rates of fewer workers": (
-        updated(lambda: dj.operating_rates(SGD, [0.5, 1.0]), {"workers": 8}),
+        updated(lambda: dj.operating_rates(SGD, rates=[0.5, 1.0]), {"workers": 8}),
         r"ValueError: rates | \(8,\) | \(2,\)",
     ),
     "inner not called": (
-        lambda: dj.operating_rates(optax.sgd, 0.5),
+        lambda: dj.operating_rates(optax.sgd, rates=0.5),
         "TypeError: inner | function sgd | call",
     ),
     "shares not 1": (
@@ -93,34 +93,46 @@ ROWS = {
     ),
     "one axis twice": (mll(worker_axis="hub"), "ValueError: axis_name | repeat"),
     "no hubs": (
-        lambda: dj.hl_sgd(0.1, 0, 1, 1),
+        lambda: dj.hl_sgd(0.1, 0, tau=1, q=1),
         "ValueError: num_hubs must | 0 | >= 1",
     ),
-    "period 0": (lambda: dj.local_sgd(0.1, 0), "ValueError: period | 0"),
-    "period 2.5": (lambda: dj.slowmo(0.1, 2.5), "TypeError: period | 2.5"),
+    "period 0": (lambda: dj.local_sgd(0.1, period=0), "ValueError: period | 0"),
+    "period 2.5": (
+        lambda: dj.slowmo(optax.sgd(0.1, momentum=0.9), period=2.5),
+        "TypeError: period | 2.5",
+    ),
     "outer not called": (
-        lambda: dj.average_parameters(2, outer=optax.sgd),
+        lambda: dj.average_parameters(period=2, outer=optax.sgd),
         "TypeError: outer | function sgd | call",
     ),
     "fragments above the period": (
-        lambda: dj.diloco(0.1, 2, fragments=3),
+        lambda: dj.diloco(optax.adamw(0.1), period=2, fragments=3),
         "ValueError: fragments | period=2 | 3",
     ),
     "fragments above the leaves": (
-        updated(lambda: dj.diloco(0.1, 9, fragments=3), {"workers": 8}),
+        updated(
+            lambda: dj.diloco(optax.adamw(0.1), period=9, fragments=3), {"workers": 8}
+        ),
         "ValueError: fragments | leaves | 3 for 1",
     ),
-    "fragments 0": (lambda: dj.diloco(0.1, 9, fragments=0), "ValueError: fragments"),
+    "fragments 0": (
+        lambda: dj.diloco(optax.adamw(0.1), period=9, fragments=0),
+        "ValueError: fragments",
+    ),
     "slow momentum 1": (
-        lambda: dj.slowmo(0.1, 2, slow_momentum=1.0),
+        lambda: dj.slowmo(optax.sgd(0.1, momentum=0.9), period=2, slow_momentum=1.0),
         "ValueError: slow_momentum | 1.0",
     ),
     "slow rate -1": (
-        lambda: dj.slowmo(0.1, 2, slow_rate=-1.0),
+        lambda: dj.slowmo(optax.sgd(0.1, momentum=0.9), period=2, slow_rate=-1.0),
         "ValueError: slow_rate | -1.0",
     ),
     "outer momentum 1": (
-        lambda: dj.diloco(0.1, 2, outer_momentum=1.0),
+        lambda: dj.diloco(
+            optax.adamw(0.1),
+            period=2,
+            outer=optax.sgd(0.7, momentum=1.0, nesterov=True),
+        ),
         "ValueError: outer_momentum | 1.0",
     ),
     "quasi-global momentum 1": (
@@ -173,7 +185,11 @@ ROWS |= {
         "ValueError: learning_rate | -1.0",
     ),
     "outer rate -1": (
-        lambda: dj.diloco(0.1, 2, outer_rate=-1.0),
+        lambda: dj.diloco(
+            optax.adamw(0.1),
+            period=2,
+            outer=optax.sgd(-1.0, momentum=0.9, nesterov=True),
+        ),
         "ValueError: outer_rate | -1.0",
     ),
     "seed of who operates": (mll(seed=-1), "ValueError: seed | -1 | >= 0"),
@@ -186,7 +202,7 @@ ROWS |= {
         "TypeError: topology | schedule | static",
     ),
     "rates' axis": (
-        lambda: dj.operating_rates(SGD, 0.5, axis_name=["a"]),
+        lambda: dj.operating_rates(SGD, rates=0.5, axis_name=["a"]),
         "TypeError: axis_name | 'a' | string",
     ),
     "quasi-global axis": (
@@ -195,8 +211,8 @@ ROWS |= {
     ),
 }
 TRANSFORMATIONS = {
-    "average_parameters": (dj.average_parameters(2), {"workers": 4}),
-    "multi_level": (dj.multi_level(RING, 2, 3), HUBS),
+    "average_parameters": (dj.average_parameters(period=2), {"workers": 4}),
+    "multi_level": (dj.multi_level(RING, tau=2, q=3), HUBS),
     "push_sum": (dj.push_sum(RING), {"workers": 4}),
     "quasi_global_momentum": (dj.quasi_global_momentum(0.1, RING), {"workers": 4}),
 }

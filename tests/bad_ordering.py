@@ -39,7 +39,7 @@ ROWS = {
         "ValueError: num_workers | 'workers' | 2 | got 3",
     ),
     "balance": (
-        lambda: dj.independent_grab(8, "median"),
+        lambda: dj.independent_grab(8, balance="median"),
         "ValueError: balance | 'median' | 'pair'",
     ),
     "an odd batch": (

@@ -49,7 +49,7 @@ COUNTS = (
 )
 GRAPHS = {
     "weights word": (
-        lambda: T.from_graph(CYCLE, "uniform"),
+        lambda: T.from_graph(CYCLE, weights="uniform"),
         "ValueError: weights | 'uniform' | 'metropolis', 'max_degree', 'given'",
     ),
     "no graph": (
@@ -73,19 +73,19 @@ GRAPHS = {
         "ValueError: weights='metropolis' | DiGraph | to_undirected",
     ),
     "weight missing": (
-        lambda: T.from_graph(CYCLE, "given"),
+        lambda: T.from_graph(CYCLE, weights="given"),
         r'ValueError: edge \(0, 1\) | None | edge attribute "weight"',
     ),
     "weight above 1": (
-        lambda: T.from_graph(weighted(1.5), "given"),
+        lambda: T.from_graph(weighted(1.5), weights="given"),
         r'ValueError: edge \(0, 1\) | 1.5 | edge attribute "weight"',
     ),
     "weight nan": (
-        lambda: T.from_graph(weighted(np.nan), "given"),
+        lambda: T.from_graph(weighted(np.nan), weights="given"),
         r'ValueError: edge \(0, 1\) | nan | edge attribute "weight"',
     ),
     "weights' sum": (
-        lambda: T.from_graph(weighted(0.75, 0.5), "given"),
+        lambda: T.from_graph(weighted(0.75, 0.5), weights="given"),
         "ValueError: weights | 1.25 for worker 0 | scale them down",
     ),
     "rows": (lambda: T.grid(0, 3), "ValueError: rows | 0 | >= 1"),

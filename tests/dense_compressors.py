@@ -59,7 +59,7 @@ def _nothing(compressor, key, size):
 
 def _top_k(compressor, v, _):
     k = compressor.k or int(np.ceil(v.size / compressor.ratio))
-    return compression.top_k(v, k)
+    return compression.top_k(v, k=k)
 
 
 # What is drawn for a part, and what becomes of the part with it.

@@ -279,7 +279,7 @@ def _hl(g, x, s, unequal, tau, q):
 
 def _trace(s):
     if s.seed % 2:
-        return dj.traces.uniform_delay(4, 3 * STEPS, s.n, seed=s.seed)
+        return dj.traces.uniform_delay(4, 3 * STEPS, num_workers=s.n, seed=s.seed)
     speeds = np.random.default_rng(s.seed).uniform(1, 3, s.n)
     return dj.traces.from_speeds(speeds, 3 * STEPS)
 

@@ -382,7 +382,7 @@ TOPOLOGIES = {
 
 
 def _mix(topology):
-    return lambda x, axis: dj.mix(x, topology, step=1, axis_name=axis)
+    return lambda x, axis: dj.mix(x, topology, axis_name=axis, step=1)
 
 
 for _name, _topology in TOPOLOGIES.items():
@@ -395,7 +395,7 @@ PROGRAMS["gradient_through_average"] = through(
 @program
 def mix_in_scan(data, axis):
     def body(x, step):
-        x = dj.mix(x, TOPOLOGIES["one_peer"], step=step, axis_name=axis)
+        x = dj.mix(x, TOPOLOGIES["one_peer"], axis_name=axis, step=step)
         return x, x[0]
 
     return lax.scan(body, data["x"], jnp.arange(4))
@@ -436,9 +436,9 @@ OPTIMIZERS = {
     "multi_steps": lambda axis: optax.MultiSteps(optax.sgd(0.1), 2),
     "d_psgd": lambda axis: dj.d_psgd(0.1, TOPOLOGIES["ring"], axis_name=axis),
     "dsgt": lambda axis: dj.dsgt(0.1, TOPOLOGIES["one_peer"], axis_name=axis),
-    "local_sgd": lambda axis: dj.local_sgd(0.1, 2, axis_name=axis),
+    "local_sgd": lambda axis: dj.local_sgd(0.1, period=2, axis_name=axis),
     "ef_sgd": lambda axis: dj.ef_sgd(
-        0.1, dj.compression.random_block(2), axis_name=axis
+        optax.sgd(0.1, momentum=0.9), dj.compression.random_block(2), axis_name=axis
     ),
 }
 for _name, _make in OPTIMIZERS.items():

@@ -148,7 +148,9 @@ def _feedback(build, compressor, detach, period=1, momentum=0.9):
 
 def _partial(learning_rate, compressor, detach, feedback, axis_name="workers"):
     """Partial error feedback, for which there is no name beside `error_feedback`."""
-    last = dj.error_feedback(compressor, detach, feedback=feedback, axis_name=axis_name)
+    last = dj.error_feedback(
+        compressor, detach=detach, feedback=feedback, axis_name=axis_name
+    )
     return optax.chain(optax.sgd(learning_rate, 0.9), last)
 
 
@@ -428,7 +430,9 @@ ALGORITHMS = {
     "sgp": _sgp(PUSH, None),
     "sgp_one_peer": _sgp(ONE_PEER, 0.5),
     "apam": _apam(SPEEDS, b2=0.99),
-    "apam_delayed": _apam(dj.traces.uniform_delay(9, 5000, 8), weight_decay=0.1),
+    "apam_delayed": _apam(
+        dj.traces.uniform_delay(9, 5000, num_workers=8), weight_decay=0.1
+    ),
     "qg_dsgdm": _qg(RING, 0.9, None),
     "qg_dsgdm_schedule": _qg(SCHEDULE, 0.6, 0.3),
 }

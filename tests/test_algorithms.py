@@ -36,7 +36,7 @@ def run(tx, gradients=GRADIENTS, layout="vmap"):
 
 @pytest.mark.parametrize("order", ["combine_then_adapt", "adapt_then_combine"])
 def test_tracker_mean_is_gradient_mean(order):
-    _, state = run(dj.track_gradients(RING, order))
+    _, state = run(dj.track_gradients(RING, order=order))
     tracked = np.asarray(state.tracker).mean(0)
     np.testing.assert_allclose(tracked, GRADIENTS.mean(0), atol=1e-6)
 
@@ -49,8 +49,10 @@ def test_detag_tracker_mean_is_phase_gradient_mean():
 
 
 def test_detag_at_phase_end_is_the_same():
-    spread, _ = run(dj.detag(0.1, RING, rounds=4, momentum=0.9))
-    at_end, state = run(dj.detag(0.1, RING, rounds=4, momentum=0.9, when="phase_end"))
+    spread, _ = run(dj.detag(optax.sgd(0.1, momentum=0.9), RING, rounds=4))
+    at_end, state = run(
+        dj.detag(optax.sgd(0.1, momentum=0.9), RING, rounds=4, when="phase_end")
+    )
     assert state.now is None
     np.testing.assert_allclose(spread, at_end, atol=1e-6)
 
@@ -59,10 +61,12 @@ def test_detag_takes_any_base_whose_schedule_counts_phases(standard_promotion):
     def schedule(count):
         return 0.1 / (1.0 + count.astype(jnp.float32))
 
-    by_base, _ = run(dj.detag(None, RING, 4, base=optax.sgd(schedule)))
-    by_rate, _ = run(dj.detag(lambda iteration: schedule(iteration // 4), RING, 4))
+    by_base, _ = run(dj.detag(optax.sgd(schedule), RING, rounds=4))
+    by_rate, _ = run(
+        dj.detag(lambda iteration: schedule(iteration // 4), RING, rounds=4)
+    )
     np.testing.assert_array_equal(by_base, by_rate)
-    _, state = run(dj.detag(None, RING, 4, base=optax.adam(0.1)))
+    _, state = run(dj.detag(optax.adam(0.1), RING, rounds=4))
     counts = optax.tree.get(state.inner, "count")
     np.testing.assert_array_equal(counts[0], np.repeat([0, 1, 2, 3], 4)[1:13])
 
@@ -79,7 +83,7 @@ def test_complete_graph_follows_the_mean_gradient(name):
 
 @pytest.mark.parametrize("layout", ["vmap", "shard_map", "folded_4"])
 def test_all_reduce_is_bitwise_equal_on_all_workers(layout, standard_promotion):
-    tx = dj.all_reduce_sgd(None, base=optax.adam(0.1))
+    tx = dj.all_reduce_sgd(optax.adam(0.1))
     for dtype in (jnp.float32, jnp.bfloat16):
         params, _ = run(tx, jnp.asarray(GRADIENTS, dtype), layout)
         params = np.asarray(params)

@@ -24,7 +24,7 @@ TRACES = {
     "one alone": dj.traces.round_robin(1, TICKS),
     "speeds": dj.traces.from_speeds([1, 2, 2.5, 7], TICKS, jitter=0.3, seed=1),
     "delayed": dj.traces.uniform_delay(6, TICKS, seed=2),
-    "delayed, 3 workers": dj.traces.uniform_delay(5, TICKS, 3, seed=3),
+    "delayed, 3 workers": dj.traces.uniform_delay(5, TICKS, num_workers=3, seed=3),
     # Workers that wait before they start, or never come.
     "waiting": dj.traces.Trace([0, 2, 2, 0, 2, 0], [0, 0, 2, 0, 1, 2], 4),
 }
@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "sgd": (optax.sgd(0.1), asynchronous.sgd(0.1)),
     "momentum": (optax.sgd(0.1, 0.9), asynchronous.momentum_sgd(0.1, 0.9)),
     "adam": (optax.adam(0.05, eps=1e-3), asynchronous.adam(0.05, eps=1e-3)),
-    "amsgrad": (dj.amsgrad(0.05, 0.8, 0.9), asynchronous.amsgrad(0.05, 0.8, 0.9)),
+    "amsgrad": (dj.amsgrad(0.05, b1=0.8, b2=0.9), asynchronous.amsgrad(0.05, 0.8, 0.9)),
     "weight decay": (
         dj.amsgrad(0.05, b2=0.9, weight_decay=0.3),
         asynchronous.amsgrad(0.05, b2=0.9, weight_decay=0.3),

@@ -221,23 +221,29 @@ BY_NAME_ROWS = {
 NEED_PARAMS = {
     "gossip": dj.gossip(RING),
     "exact_diffusion": dj.exact_diffusion(RING.lazy(0.5)),
-    "accelerated_tracking": dj.detag(0.1, RING, 4),
+    "accelerated_tracking": dj.detag(0.1, RING, rounds=4),
     "exact_phases": dj.defacto(0.1, RING),
 }
 ALGORITHMS = {
     "momentum beside base": (
-        lambda: dj.detag(None, RING, 4, momentum=0.9, base=ADAM),
+        lambda: dj.detag(ADAM, RING, rounds=4),
         "ValueError: momentum | 0.9 | base its own",
     ),
     "momentum 1": (
-        lambda: dj.detag(0.1, RING, 4, momentum=1.0),
+        lambda: dj.detag(optax.sgd(0.1, momentum=1.0), RING, rounds=4),
         r"ValueError: momentum | 1.0 | \[0.0, 1.0\)",
     ),
-    "rounds 0": (lambda: dj.detag(0.1, RING, 0), "ValueError: rounds | 0 | >= 1"),
-    "rounds 2.5": (lambda: dj.detag(0.1, RING, 2.5), "TypeError: rounds | 2.5 | >= 1"),
+    "rounds 0": (
+        lambda: dj.detag(0.1, RING, rounds=0),
+        "ValueError: rounds | 0 | >= 1",
+    ),
+    "rounds 2.5": (
+        lambda: dj.detag(0.1, RING, rounds=2.5),
+        "TypeError: rounds | 2.5 | >= 1",
+    ),
     "rounds traced": (injected, "TypeError: rounds | before tracing | static_args"),
     "defacto rounds": (
-        lambda: dj.defacto(0.1, RING, -1),
+        lambda: dj.defacto(0.1, RING, rounds=-1),
         "ValueError: rounds | -1 | >= 1",
     ),
     "order": (
@@ -249,7 +255,7 @@ ALGORITHMS = {
         "ValueError: order | 'cta' | combine_then_adapt",
     ),
     "when": (
-        lambda: dj.detag(0.1, RING, 4, when="later"),
+        lambda: dj.detag(0.1, RING, rounds=4, when="later"),
         "ValueError: when | 'later' | phase_end",
     ),
     "d2 on a ring": (
@@ -265,11 +271,11 @@ ALGORITHMS = {
         "ValueError: topology | exponential | symmetric",
     ),
     "detag on a schedule": (
-        lambda: dj.detag(0.1, ONE_PEER, 4),
+        lambda: dj.detag(0.1, ONE_PEER, rounds=4),
         "TypeError: topology | one_peer_ring | static",
     ),
     "detag on a bipartite graph": (
-        lambda: dj.detag(0.1, BIPARTITE, 4),
+        lambda: dj.detag(0.1, BIPARTITE, rounds=4),
         r"ValueError: topology | eigenvalue is -1 | lazy\(0.5\)",
     ),
     "defacto on a schedule": (
@@ -293,7 +299,7 @@ ALGORITHMS = {
         r"TypeError: topology | None | dj\.topology\.ring",
     ),
     "inner a class": (
-        lambda: dj.accelerated_tracking(optax.sgd, RING, 4),
+        lambda: dj.accelerated_tracking(optax.sgd, RING, rounds=4),
         r"TypeError: inner | function sgd | optax\.adam",
     ),
     "inner of phases": (

@@ -217,7 +217,7 @@ def cost(tx, count: Any = None):
 def test_error_feedback_sends_the_payloads_and_nothing_else(compressor):
     reduced, gathered = PAYLOADS[compressor]
     for detach in (0.0, 0.3, 1.0):
-        result = cost(dj.error_feedback(compressor, detach))
+        result = cost(dj.error_feedback(compressor, detach=detach))
         assert result.is_exact
         sent = {entry.kind: entry.bytes_sent for entry in result.collectives}
         expected = {"all-reduce": 2 * 7 / 8 * reduced, "all-gather": 7 * gathered}
@@ -239,7 +239,7 @@ COLLECTIVE = re.compile(
     ids=str,
 )
 def test_the_compiled_program_sends_the_same(compressor, elements):
-    tx, workers = dj.error_feedback(compressor, 0.3), dj.Workers(N)
+    tx, workers = dj.error_feedback(compressor, detach=0.3), dj.Workers(N)
     params = {k: np.zeros(shape, np.float32) for k, shape in SHAPES.items()}
     params, state = workers.replicate((params, tx.init(params)))
     text = workers.spmd(tx.update).lower(params, state, params).compile().as_text()
@@ -256,7 +256,7 @@ def test_the_compiled_program_sends_the_same(compressor, elements):
     "compressor", [c for c in PAYLOADS if not isinstance(c, C.LowRank)], ids=str
 )
 def test_compressed_gossip_sends_a_payload_to_each_neighbour(compressor):
-    result = cost(dj.compressed_gossip(RING, compressor, 0.5))
+    result = cost(dj.compressed_gossip(RING, compressor, consensus_rate=0.5))
     assert [entry.kind for entry in result.collectives] == ["ppermute"]
     assert result.bytes_sent == 2 * sum(PAYLOADS[compressor])
 
@@ -264,8 +264,8 @@ def test_compressed_gossip_sends_a_payload_to_each_neighbour(compressor):
 @pytest.mark.parametrize("compressor", [C.random_block(64), C.sign()], ids=str)
 def test_only_every_period_th_step_sends(compressor):
     for detach in (0.0, 0.3):
-        once = cost(dj.error_feedback(compressor, detach)).collectives
-        tx = dj.error_feedback(compressor, detach, period=3)
+        once = cost(dj.error_feedback(compressor, detach=detach)).collectives
+        tx = dj.error_feedback(compressor, detach=detach, period=3)
         for count in range(7):
             result = cost(tx, count)
             assert result.collectives == (once if count % 3 == 2 else ())
@@ -316,7 +316,10 @@ def test_the_shared_model_stays_bitwise_equal(num_devices):
     targets = tree(lambda s: normal((N, *s), 1))
     curvatures = tree(lambda s: 0.5 + abs(normal((N, *s), 2)) / 4)
     block = C.random_block(8)
-    one, two = dj.def_sgd(0.004, block), dj.ef_sgd(0.004, block)
+    one, two = (
+        dj.def_sgd(optax.sgd(0.004, momentum=0.9), block),
+        dj.ef_sgd(optax.sgd(0.004, momentum=0.9), block),
+    )
 
     def init(params):
         return one.init(params["def"]), two.init(params["ef"])
@@ -355,20 +358,26 @@ def small(tx, steps=5):
 
 def test_eval_params():
     block = C.random_block(4)
-    params, state, evaluated = small(dj.def_sgd(0.1, block, detach=0.25))
+    params, state, evaluated = small(
+        dj.def_sgd(optax.sgd(0.1, momentum=0.9), block, detach=0.25)
+    )
     x = state[-1].shared
     same_bits(x)
     np.testing.assert_allclose(evaluated, x, rtol=1e-6)
     assert np.abs(params - x).max() > 0.01
-    again, _, averaged = small(dj.def_a_sgd(0.1, block, detach=0.25))
+    again, _, averaged = small(
+        dj.def_a_sgd(optax.sgd(0.1, momentum=0.9), block, detach=0.25)
+    )
     np.testing.assert_array_equal(again, params)
     expected = np.mean(x + (params - x) / 0.25, axis=0)
     np.testing.assert_allclose(averaged, [expected] * N, rtol=1e-5, atol=1e-6)
     assert np.abs(averaged - evaluated).max() > 0.01
     # Without detaching: the parameters, and these plus the mean residual.
-    params, state, evaluated = small(dj.ef_sgd(0.1, block))
+    params, state, evaluated = small(dj.ef_sgd(optax.sgd(0.1, momentum=0.9), block))
     np.testing.assert_allclose(evaluated, params, rtol=1e-6)
-    params, state, averaged = small(dj.def_a_sgd(0.1, block, detach=0.0))
+    params, state, averaged = small(
+        dj.def_a_sgd(optax.sgd(0.1, momentum=0.9), block, detach=0.0)
+    )
     expected = np.mean(params + state[-1].residual, axis=0)
     np.testing.assert_allclose(averaged, [expected] * N, rtol=1e-5, atol=1e-6)
 
@@ -391,8 +400,12 @@ class Share(C.Compressor):
 
 @pytest.mark.parametrize("detach", [0.3, 1.0])
 def test_iterate_averaging_is_the_mean_of_error_feedback(detach):
-    params, state, evaluated = small(dj.def_sgd(0.02, Share(1 / 8), detach), steps=40)
-    mean, averages, average = small(dj.sgd_ia(0.02, 8, detach), steps=40)
+    params, state, evaluated = small(
+        dj.def_sgd(optax.sgd(0.02, momentum=0.9), Share(1 / 8), detach=detach), steps=40
+    )
+    mean, averages, average = small(
+        dj.sgd_ia(optax.sgd(0.02, momentum=0.9), ratio=8, detach=detach), steps=40
+    )
     np.testing.assert_allclose(params.mean(0), mean[0], atol=1e-5)
     np.testing.assert_allclose(state[-1].shared, average, atol=1e-5)
     np.testing.assert_allclose(evaluated, average, atol=1e-5)

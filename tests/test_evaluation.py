@@ -62,7 +62,7 @@ def test_frozen_leaves_are_kept_and_change_nothing(name, wrapper):
 @pytest.mark.parametrize("detach", [0.0, 0.3])
 def test_models_that_follow_from_the_parameters(detach, layout):
     """The residual belongs to the trained leaves, and meets theirs alone."""
-    feedback = dj.error_feedback(BLOCK, detach, evaluate="averaged")
+    feedback = dj.error_feedback(BLOCK, detach=detach, evaluate="averaged")
     tx = optax.chain(optax.sgd(0.1), feedback)
     expected, _ = train(tx, {"head": jnp.zeros(4)}, "vmap")
     masked = optax.chain(
@@ -76,8 +76,14 @@ def test_models_that_follow_from_the_parameters(detach, layout):
 
 
 GROUPS = {
-    "one hidden model": (dj.def_sgd(0.1, BLOCK), dj.all_reduce_sgd(0.1)),
-    "two hidden models": (dj.def_sgd(0.1, BLOCK), dj.sgd_ia(0.1, 4.0)),
+    "one hidden model": (
+        dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK),
+        dj.all_reduce_sgd(0.1),
+    ),
+    "two hidden models": (
+        dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK),
+        dj.sgd_ia(optax.sgd(0.1, momentum=0.9), ratio=4.0),
+    ),
 }
 
 
@@ -108,7 +114,9 @@ def test_groups_of_leaves_have_their_own_models(name, layout):
 
 
 def test_frozen_integers_are_passed_on():
-    tx = optax.masked(dj.def_sgd(0.1, BLOCK), {"steps": False, "head": True})
+    tx = optax.masked(
+        dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK), {"steps": False, "head": True}
+    )
 
     def run(target):
         params = {"steps": jnp.int32(3), "head": target}
@@ -122,7 +130,9 @@ def test_frozen_integers_are_passed_on():
 
 
 def test_two_models_of_one_leaf_are_refused():
-    tx = optax.chain(dj.def_sgd(0.1, BLOCK), dj.iterate_averaging(0.5))
+    tx = optax.chain(
+        dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK), dj.iterate_averaging(0.5)
+    )
 
     def run(target):
         return dj.eval_params(tx.init({"head": target}), {"head": target})

@@ -106,7 +106,7 @@ def test_takes_part():
     def rounds(seed, layout):
         def worker(_):
             steps = jnp.arange(200, dtype=jnp.int32)
-            return lax.map(lambda t: dj.takes_part(t, 3, seed), steps)
+            return lax.map(lambda t: dj.takes_part(t, 3, seed=seed), steps)
 
         return np.asarray(LAYOUTS[layout](worker)(np.zeros(8)))
 
@@ -124,11 +124,13 @@ ALGORITHMS = {
     "d_psgd, before": lambda rate: dj.d_psgd(rate, RING, order="combine_then_adapt"),
     "dsgt": lambda rate: dj.dsgt(rate, RING),
     "dsgt, before": lambda rate: dj.dsgt(rate, RING, order="combine_then_adapt"),
-    "detag": lambda rate: dj.detag(rate, RING, 3),
-    "detag, at the end": lambda rate: dj.detag(rate, RING, 3, when="phase_end"),
-    "choco": lambda rate: dj.choco_sgd(rate, RING, dj.compression.top_k(2), 0.2),
+    "detag": lambda rate: dj.detag(rate, RING, rounds=3),
+    "detag, at the end": lambda rate: dj.detag(rate, RING, rounds=3, when="phase_end"),
+    "choco": lambda rate: dj.choco_sgd(
+        rate, RING, dj.compression.top_k(2), consensus_rate=0.2
+    ),
     "choco, linear": lambda rate: dj.choco_sgd(
-        rate, RING, dj.compression.random_block(2), 0.1
+        rate, RING, dj.compression.random_block(2), consensus_rate=0.1
     ),
 }
 
@@ -208,8 +210,10 @@ def test_guard(bad):
 NETWORKS = {
     **ALGORITHMS,
     "all_reduce": dj.all_reduce_sgd,
-    "def": lambda rate: dj.def_sgd(rate, dj.compression.random_block(2)),
-    "local": lambda rate: dj.local_sgd(rate, 4),
+    "def": lambda rate: dj.def_sgd(
+        optax.sgd(rate, momentum=0.9), dj.compression.random_block(2)
+    ),
+    "local": lambda rate: dj.local_sgd(rate, period=4),
 }
 
 

@@ -15,7 +15,7 @@ from tests.small_runs import BYTES, HUBS, TARGETS, exchanges, path
 def test_traffic_of_hubs_and_workers():
     """Over q tau ticks, each level sends what its formula says, and no more."""
     tau, q, n = 3, 4, 5
-    tx = dj.mll_sgd(0.1, dj.topology.ring(6), tau, q)
+    tx = dj.mll_sgd(0.1, dj.topology.ring(6), tau=tau, q=q)
     found = exchanges(tx, {"hub": 6, "worker": n}, 2 * q * tau)
     inside = 2 * BYTES * (n - 1) / n
     for t, sent in enumerate(found, start=1):
@@ -34,7 +34,7 @@ def test_workers_operate_at_their_rates():
     """Each worker's share of steps is its rate; without one its state stays."""
     rates = np.array([[0.1, 0.9], [0.5, 1.0]])
     tx = dj.operating_rates(
-        optax.sgd(1.0, momentum=0.5), rates, axis_name=("hub", "worker")
+        optax.sgd(1.0, momentum=0.5), rates=rates, axis_name=("hub", "worker")
     )
 
     def worker(g):
@@ -60,7 +60,7 @@ def test_workers_operate_at_their_rates():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_who_operates_is_the_same_everywhere(layout):
     shape = {"hub": 2, "worker": 4}
-    tx = dj.operating_rates(optax.sgd(1.0), 0.5, axis_name=tuple(shape))
+    tx = dj.operating_rates(optax.sgd(1.0), rates=0.5, axis_name=tuple(shape))
 
     def worker(g):
         return path(tx, lambda _: g, jnp.zeros_like(g), 20, shape)
@@ -94,7 +94,7 @@ def test_absent_workers_count_for_nothing():
 def test_the_weighted_mean_is_kept(x64):
     """Gossip between hubs preserves the mean that is weighted with shares."""
     shares = np.random.default_rng(0).dirichlet(np.ones(8)).reshape(4, 2)
-    tx = dj.multi_level(dj.topology.path(4), 1, 1, shares)
+    tx = dj.multi_level(dj.topology.path(4), tau=1, q=1, shares=shares)
 
     def worker(x):
         return path(tx, jnp.zeros_like, x, 60, HUBS)[-1]
@@ -115,7 +115,7 @@ def test_hubs_follow_a_schedule(shares, x64):
     """The k-th exchange between hubs is the schedule's k-th round."""
     graphs = dj.topology.ring(4), dj.topology.path(4), dj.topology.star(4)
     tau, q = 2, 2
-    tx = dj.multi_level(dj.topology.schedule(graphs), tau, q, shares)
+    tx = dj.multi_level(dj.topology.schedule(graphs), tau=tau, q=q, shares=shares)
 
     def worker(x):
         return path(tx, jnp.zeros_like, x, 4 * q * tau, HUBS)
@@ -134,14 +134,14 @@ def test_hubs_follow_a_schedule(shares, x64):
 
 def test_traffic_of_complete_hub_graphs():
     """Hubs of a complete graph all-reduce, each worker its part of the model."""
-    found = exchanges(dj.hl_sgd(0.1, 6, 1, 2), {"hub": 6, "worker": 5}, 2)
+    found = exchanges(dj.hl_sgd(0.1, 6, tau=1, q=2), {"hub": 6, "worker": 5}, 2)
     assert found[1].pop(("all-reduce", "hub")) == pytest.approx(2 * BYTES / 5 * 5 / 6)
     assert {axis for _, axis in found[1]} == {"worker"}
 
 
 def test_hubs_pack_small_leaves():
     """Also where only hubs are devices: one message for each neighbour."""
-    tx = dj.multi_level(dj.topology.ring(4), 1, 1)
+    tx = dj.multi_level(dj.topology.ring(4), tau=1, q=1)
 
     def worker(x):
         return tx.update(x, tx.init(x), x)[0]
@@ -152,7 +152,7 @@ def test_hubs_pack_small_leaves():
 
 def test_another_seed_lets_others_operate():
     def who(seed):
-        tx = dj.mll_sgd(0.1, dj.topology.ring(4), 2, 1, rates=0.5, seed=seed)
+        tx = dj.mll_sgd(0.1, dj.topology.ring(4), tau=2, q=1, rates=0.5, seed=seed)
 
         def worker(g):
             return tx.update(g, tx.init(g), g)[0]
@@ -169,7 +169,7 @@ def test_extra_arguments_reach_those_who_operate():
         return value * updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-    tx = dj.operating_rates(inner, 1.0)
+    tx = dj.operating_rates(inner, rates=1.0)
 
     def worker(g):
         return tx.update(g, tx.init(g), value=jnp.float32(3.0))[0]
@@ -180,7 +180,7 @@ def test_extra_arguments_reach_those_who_operate():
 
 def test_who_operates_is_drawn_once():
     """Under vmap all workers share one draw of all, whatever the counter is."""
-    tx = dj.operating_rates(optax.sgd(1.0), 0.5)
+    tx = dj.operating_rates(optax.sgd(1.0), rates=0.5)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), tx.init(0.0))
     step = jax.vmap(tx.update, axis_name="workers")
     traced = jax.make_jaxpr(step)(jnp.ones(8), state)
@@ -189,7 +189,7 @@ def test_who_operates_is_drawn_once():
 
 
 def test_half_precision_of_many_workers_is_added_in_float32():
-    tx = dj.multi_level(dj.topology.complete(1), 1, 1)
+    tx = dj.multi_level(dj.topology.complete(1), tau=1, q=1)
 
     def worker(x):
         return x + tx.update(jnp.zeros_like(x), tx.init(x), x)[0]

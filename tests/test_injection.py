@@ -45,7 +45,7 @@ OTHERS: dict[str, Any] = {
     "inner": optax.sgd(0.125),
     "projection": functools.partial(jax.tree.map, lambda x: jnp.clip(x, -0.5, 0.5)),
     "topology": dj.topology.ring(8).lazy(0.75),
-    "trace": dj.traces.uniform_delay(3, 100, 8),
+    "trace": dj.traces.uniform_delay(3, 100, num_workers=8),
 }
 # What `asynchronous` passes to its inner optimizer.
 PASSED = {"scale_by_staleness": {"staleness": 3}}
@@ -266,7 +266,7 @@ def test_a_number_out_of_range_is_refused_where_it_is_known():
     with pytest.raises(ValueError, match="detach must lie in"):
         inject(delta=0.5, detach=1.5).init(jnp.zeros(2))
     with pytest.raises(TypeError, match="detach must be a number"):
-        dj.iterate_averaging(0.5, jnp.zeros(3))
+        dj.iterate_averaging(0.5, detach=jnp.zeros(3))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
@@ -290,7 +290,7 @@ def test_a_wider_number_in_a_base(name, dtype, standard_promotion):
 
 def test_numbers_in_half_precision_are_computed_with_in_float32():
     """What follows from them, here 1 / 3, is not rounded to half precision."""
-    tx = dj.sgd_ia(1.0, ratio=jnp.bfloat16(3.0), detach=0.0, momentum=None)
+    tx = dj.sgd_ia(1.0, ratio=jnp.bfloat16(3.0), detach=0.0)
 
     def run(x):
         return tx.update(jnp.ones(()), tx.init(x), x)[0]

@@ -30,19 +30,19 @@ SPECIAL_CASES = {
     ),
     "one hub: Local SGD": (
         lambda: mll(dj.topology.complete(1), 4, 1, ONE_HUB),
-        lambda: run(dj.local_sgd(0.1, 4)),
+        lambda: run(dj.local_sgd(0.1, period=4)),
     ),
     "hubs of one worker: gossip every tau": (
         lambda: mll(dj.topology.ring(8), 1, 1, {"hub": 8, "worker": 1}),
-        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
+        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), order="adapt_then_combine")),
     ),
     "complete hub graph, rate 1: HL-SGD": (
         lambda: mll(dj.topology.complete(4), 2, 3, HUBS),
-        lambda: run(dj.hl_sgd(0.1, 4, 2, 3), HUBS),
+        lambda: run(dj.hl_sgd(0.1, 4, tau=2, q=3), HUBS),
     ),
     "HL-SGD, q 1: Local SGD": (
-        lambda: run(dj.hl_sgd(0.1, 4, 3, 1), HUBS),
-        lambda: run(dj.local_sgd(0.1, 3)),
+        lambda: run(dj.hl_sgd(0.1, 4, tau=3, q=1), HUBS),
+        lambda: run(dj.local_sgd(0.1, period=3)),
     ),
     "DiLoCo, outer rate 1, no momentum: Local SGD": (
         lambda: run(
@@ -53,25 +53,25 @@ SPECIAL_CASES = {
                 base=optax.sgd(0.1),
             )
         ),
-        lambda: run(dj.local_sgd(0.1, 3)),
+        lambda: run(dj.local_sgd(0.1, period=3)),
     ),
     "SlowMo, slow rate 1, no slow momentum: Local SGD": (
         lambda: run(
-            dj.slowmo(lambda t: 0.1, 3, slow_momentum=0.0, slow_rate=1.0, momentum=None)
+            dj.slowmo(lambda t: 0.1, period=3, slow_momentum=0.0, slow_rate=1.0)
         ),
-        lambda: run(dj.local_sgd(0.1, 3)),
+        lambda: run(dj.local_sgd(0.1, period=3)),
     ),
     "push-sum, doubly stochastic: gossip": (
         lambda: run(dj.sgp(0.1, dj.topology.ring(8))),
-        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
+        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), order="adapt_then_combine")),
     ),
     "quasi-global factor 0: gossip": (
         lambda: run(dj.qg_dsgdm(0.1, dj.topology.ring(8), factor=0.0)),
-        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
+        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), order="adapt_then_combine")),
     ),
     "quasi-global momentum 0: gossip": (
         lambda: run(dj.qg_dsgdm(0.1, dj.topology.ring(8), momentum=0.0)),
-        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), "adapt_then_combine")),
+        lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), order="adapt_then_combine")),
     ),
 }
 
@@ -86,7 +86,10 @@ def test_special_cases_coincide(case, x64):
 
 def test_traffic_of_periodic_averaging():
     all_reduce = {("all-reduce", "workers"): pytest.approx(2 * BYTES * 7 / 8)}
-    for tx in (dj.local_sgd(0.1, 4), dj.slowmo(0.1, 4)):
+    for tx in (
+        dj.local_sgd(0.1, period=4),
+        dj.slowmo(optax.sgd(0.1, momentum=0.9), period=4),
+    ):
         found = exchanges(tx, {"workers": 8}, 8)
         assert found == [{}, {}, {}, all_reduce] * 2
 
@@ -94,7 +97,7 @@ def test_traffic_of_periodic_averaging():
 def test_fragments_take_turns():
     """Each leaf once a period, never both in one step: the larger one first."""
     found = exchanges(
-        dj.diloco(None, 4, fragments=2, base=optax.sgd(0.1)), {"workers": 8}, 8
+        dj.diloco(optax.sgd(0.1), period=4, fragments=2), {"workers": 8}, 8
     )
     kernel, bias = (
         {("all-reduce", "workers"): pytest.approx(2 * 4 * size * 7 / 8)}
@@ -104,10 +107,10 @@ def test_fragments_take_turns():
 
 
 ALONE = {
-    "local_sgd": (dj.local_sgd(0.1, 4), 8),
-    "slowmo": (dj.slowmo(0.1, 4), 8),
-    "diloco": (dj.diloco(0.1, 4, fragments=2, base=None), 8),
-    "mll_sgd": (dj.mll_sgd(0.1, dj.topology.ring(4), 2, 3, rates=0.5), HUBS),
+    "local_sgd": (dj.local_sgd(0.1, period=4), 8),
+    "slowmo": (dj.slowmo(optax.sgd(0.1, momentum=0.9), period=4), 8),
+    "diloco": (dj.diloco(optax.adamw(0.1), period=4, fragments=2), 8),
+    "mll_sgd": (dj.mll_sgd(0.1, dj.topology.ring(4), tau=2, q=3, rates=0.5), HUBS),
 }
 
 
@@ -164,7 +167,7 @@ def _outside_conds(jaxpr):
 
 def test_workers_agree_bitwise_after_many_periods():
     """The outer model and its momentum, after 250 exchanges in bfloat16."""
-    tx = dj.diloco(None, 4, base=optax.sgd(0.05))
+    tx = dj.diloco(optax.sgd(0.05), period=4)
 
     def worker(target):
         def step(carry, _):
@@ -190,7 +193,7 @@ def test_a_learning_rate_of_zero_is_harmless(when):
         return jnp.where((t == 0) | (when == "all"), 0.0, 0.1)
 
     for tx in (
-        dj.slowmo(warm_up, 1),
+        dj.slowmo(optax.sgd(warm_up, momentum=0.9), period=1),
         dj.qg_dsgdm(warm_up, dj.topology.ring(8)),
     ):
         path = run(tx, dtype=jnp.float32)
@@ -219,14 +222,17 @@ def test_push_sum_evaluates_at_the_preserved_mean():
 
 
 LAST = {
-    "average_parameters": (dj.average_parameters(2), 8),
-    "average_parameters, outer": (dj.average_parameters(2, optax.sgd(0.5)), 8),
-    "multi_level": (dj.multi_level(dj.topology.ring(4), 2, 2), HUBS),
+    "average_parameters": (dj.average_parameters(period=2), 8),
+    "average_parameters, outer": (
+        dj.average_parameters(period=2, outer=optax.sgd(0.5)),
+        8,
+    ),
+    "multi_level": (dj.multi_level(dj.topology.ring(4), tau=2, q=2), HUBS),
     "push_sum": (dj.push_sum(dj.topology.ring(8)), 8),
     "quasi_global_momentum": (dj.quasi_global_momentum(0.1, dj.topology.ring(8)), 8),
     "error_feedback": (dj.error_feedback(dj.compression.random_block(2)), 8),
     "error_feedback, detached": (
-        dj.error_feedback(dj.compression.random_block(2), 0.3),
+        dj.error_feedback(dj.compression.random_block(2), detach=0.3),
         8,
     ),
 }
@@ -252,7 +258,7 @@ def test_updates_of_another_dtype_become_the_parameters(name, standard_promotion
 def test_the_outer_optimizer_sees_the_common_model():
     """Weight decay of the outer optimizer: of z, not of the workers' mean."""
     outer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
-    tx = dj.average_parameters(1, outer)
+    tx = dj.average_parameters(period=1, outer=outer)
 
     def worker(update):
         z = jnp.float32(2.0)
@@ -265,7 +271,7 @@ def test_the_outer_optimizer_sees_the_common_model():
 def test_the_common_model_is_a_copy():
     """Parameters may be donated beside the state."""
     params = jnp.ones(3)
-    state = dj.average_parameters(2, optax.sgd(1.0)).init(params)
+    state = dj.average_parameters(period=2, outer=optax.sgd(1.0)).init(params)
     params.delete()
     assert not state.start.is_deleted()
 
@@ -273,7 +279,7 @@ def test_the_common_model_is_a_copy():
 def test_fragments_are_of_similar_size():
     """Of four leaves the largest alone, not two and two."""
     params = [jnp.zeros(size) for size in (2, 9, 4, 3)]
-    tx = dj.average_parameters(2, fragments=2)
+    tx = dj.average_parameters(period=2, fragments=2)
     state = tx.init(params)._replace(count=np.int32(0))
     cost = dj.communication_cost(
         tx.update, params, state, params, axis_sizes={"workers": 8}
@@ -353,19 +359,24 @@ def test_half_precision_is_weighted_in_float32():
 
 def test_state_may_start_inside():
     """In `shard_map(check_vma=True)` a state made there is equal on all devices."""
-    tx = dj.slowmo(0.1, 4)
+    tx = dj.slowmo(optax.sgd(0.1, momentum=0.9), period=4)
     expected = run(tx, dtype=jnp.float32)
     found = run(tx, layout="shard_map", dtype=jnp.float32)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_defaults_of_the_papers():
-    found = run(dj.slowmo(0.1, 3), dtype=jnp.float32)
-    expected = run(dj.slowmo(0.1, 3, 0.5, 1.0, momentum=0.9), dtype=jnp.float32)
+    found = run(dj.slowmo(optax.sgd(0.1, momentum=0.9), period=3), dtype=jnp.float32)
+    expected = run(
+        dj.slowmo(
+            optax.sgd(0.1, momentum=0.9), period=3, slow_momentum=0.5, slow_rate=1.0
+        ),
+        dtype=jnp.float32,
+    )
     np.testing.assert_array_equal(found, expected)
     ring = dj.topology.ring(8)
     found = run(dj.qg_dsgdm(0.1, ring), dtype=jnp.float32)
-    expected = run(dj.qg_dsgdm(0.1, ring, 0.9), dtype=jnp.float32)
+    expected = run(dj.qg_dsgdm(0.1, ring, momentum=0.9), dtype=jnp.float32)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -385,15 +396,15 @@ def test_slowmo_with_injected_schedule_equals_direct_schedule():
 
         return jax.vmap(run, axis_name="workers")(targets)
 
-    direct = train(dj.slowmo(schedule, 4))
+    direct = train(dj.slowmo(optax.sgd(schedule, momentum=0.9), period=4))
     found = train(injected(learning_rate=schedule, period=4))
     np.testing.assert_allclose(found, direct, rtol=1e-5)
-    constant = train(dj.slowmo(None, 4, base=optax.sgd(schedule, 0.9)))
+    constant = train(dj.slowmo(optax.sgd(schedule, 0.9), period=4))
     assert not np.allclose(constant, direct, rtol=1e-2)
 
 
 def test_multisteps_itself_is_refused_with_the_way_to_pass_it():
     wrapped = optax.MultiSteps(optax.sgd(0.1), 2)
     with pytest.raises(TypeError, match=r"base .*gradient_transformation\(\)"):
-        dj.local_sgd(None, 2, base=wrapped)  # pyright: ignore
-    dj.local_sgd(None, 2, base=wrapped.gradient_transformation())
+        dj.local_sgd(wrapped, period=2)  # pyright: ignore
+    dj.local_sgd(wrapped.gradient_transformation(), period=2)

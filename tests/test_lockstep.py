@@ -47,9 +47,9 @@ def run(workers, step, tx):
 
 COUNTING = {
     "one_peer": dj.d_psgd(0.1, ONE_PEER),
-    "local_sgd": dj.local_sgd(0.1, 4),
-    "random_block": dj.def_sgd(0.1, BLOCK),
-    "detag": dj.detag(0.1, RING, 3),
+    "local_sgd": dj.local_sgd(0.1, period=4),
+    "random_block": dj.def_sgd(optax.sgd(0.1, momentum=0.9), BLOCK),
+    "detag": dj.detag(0.1, RING, rounds=3),
     "hidden in a chain": optax.chain(optax.clip(1.0), dj.d_psgd(0.1, ONE_PEER)),
 }
 

@@ -23,14 +23,17 @@ SIZE = 11
 METHODS = {
     "grab": (lambda n, m: dj.grab(n), "grab"),
     "pair_balance": (lambda n, m: dj.pair_balance(n), "pair_balance"),
-    "pair_balance, odd": (lambda n, m: dj.pair_balance(n, True), "pair_balance"),
+    "pair_balance, odd": (
+        lambda n, m: dj.pair_balance(n, odd_batches=True),
+        "pair_balance",
+    ),
     "independent_grab": (lambda n, m: dj.independent_grab(n), "grab"),
     "independent pairs": (
-        lambda n, m: dj.independent_grab(n, "pair"),
+        lambda n, m: dj.independent_grab(n, balance="pair"),
         "pair_balance",
     ),
     "d_grab": (lambda n, m: dj.d_grab(n, m), "d_grab"),
-    "d_grab, odd": (lambda n, m: dj.d_grab(n, m, True), "d_grab"),
+    "d_grab, odd": (lambda n, m: dj.d_grab(n, m, odd_batches=True), "d_grab"),
     "d_grab, gathered": (lambda n, m: dj.d_grab(n, m, gathered=True), "d_grab"),
 }
 
@@ -141,11 +144,15 @@ def test_orders_are_permutations_always(examples, workers, batch, name):
     """Whatever does not divide what, and also of gradients that are not finite."""
     odd = {
         "random": lambda: dj.random_reshuffling(examples),
-        "sketch": lambda: dj.d_grab(examples, workers, True, sketch=3),
-        "d_grab, gathered": lambda: dj.d_grab(examples, workers, True, gathered=True),
-        "pair_balance": lambda: dj.pair_balance(examples, True),
-        "independent pairs": lambda: dj.independent_grab(examples, "pair", True),
-        "d_grab": lambda: dj.d_grab(examples, workers, True),
+        "sketch": lambda: dj.d_grab(examples, workers, odd_batches=True, sketch=3),
+        "d_grab, gathered": lambda: dj.d_grab(
+            examples, workers, odd_batches=True, gathered=True
+        ),
+        "pair_balance": lambda: dj.pair_balance(examples, odd_batches=True),
+        "independent pairs": lambda: dj.independent_grab(
+            examples, balance="pair", odd_batches=True
+        ),
+        "d_grab": lambda: dj.d_grab(examples, workers, odd_batches=True),
     }
     tx = odd[name]() if name in odd else METHODS[name][0](examples, workers)
     vectors = np.moveaxis(gradients(3, workers, examples), 1, 0).astype(np.float32)

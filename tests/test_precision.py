@@ -56,15 +56,15 @@ def test_invariants_hold_to_rounding_after_many_steps(name, dtype):
 
 SMALL = 1e-3
 SMALL_STEPS = {
-    "def_sgd": lambda: dj.def_sgd(SMALL, BLOCK, 0.3, None),
-    "def_sgd, top-k": lambda: dj.def_sgd(SMALL, TOP, 1.0, None),
-    "ef_sgd, period 4": lambda: dj.ef_sgd(SMALL, BLOCK, None, period=4),
-    "sgd_ia": lambda: dj.sgd_ia(SMALL, 4.0, 0.3, None),
-    "cser": lambda: dj.cser(SMALL, BLOCK, period=4, momentum=None),
+    "def_sgd": lambda: dj.def_sgd(SMALL, BLOCK, detach=0.3),
+    "def_sgd, top-k": lambda: dj.def_sgd(SMALL, TOP, detach=1.0),
+    "ef_sgd, period 4": lambda: dj.ef_sgd(SMALL, BLOCK, period=4),
+    "sgd_ia": lambda: dj.sgd_ia(SMALL, ratio=4.0, detach=0.3),
+    "cser": lambda: dj.cser(SMALL, BLOCK, period=4),
     "average_parameters": lambda: optax.chain(
-        optax.sgd(SMALL), dj.average_parameters(1, optax.sgd(1.0))
+        optax.sgd(SMALL), dj.average_parameters(period=1, outer=optax.sgd(1.0))
     ),
-    "slowmo": lambda: dj.slowmo(0.05, 4, 0.0, 10 * SMALL, None),
+    "slowmo": lambda: dj.slowmo(0.05, period=4, slow_momentum=0.0, slow_rate=10 * SMALL),
     "apam": lambda: dj.apam(SMALL / 5, TRACE),
 }
 
@@ -104,7 +104,7 @@ def test_small_steps_add_up(name):
 @pytest.mark.parametrize("detach", [0.0, 0.3])
 def test_what_is_not_sent_adds_up(detach):
     """Small entries behind a large one, which alone is sent."""
-    tx = dj.error_feedback(dj.compression.top_k(k=1), detach)
+    tx = dj.error_feedback(dj.compression.top_k(k=1), detach=detach)
     update = jnp.tile(jnp.array([1000.0, 1.0, 1.0], jnp.bfloat16), (8, 1))
 
     def body(state, _):

@@ -271,7 +271,9 @@ def test_from_graph_weights():
     third = 1 / 3
     expected = [[third, third, third], [third, 2 * third, 0], [third, 0, 2 * third]]
     np.testing.assert_allclose(metropolis.matrix, expected)
-    np.testing.assert_allclose(T.from_graph(graph, "max_degree").matrix, expected)
+    np.testing.assert_allclose(
+        T.from_graph(graph, weights="max_degree").matrix, expected
+    )
     np.testing.assert_allclose(
         T.from_graph(graph, weights="given").matrix,
         [[0.3, 0.5, 0.2], [0.5, 0.5, 0], [0.2, 0, 0.8]],
@@ -284,7 +286,7 @@ def test_weight_rules_differ():
     assert T.from_graph(path).matrix[0, 0] == pytest.approx(2 / 3)
     tailed = nx.Graph([(0, 1), (1, 2), (1, 3), (3, 4)])
     assert T.from_graph(tailed).matrix[3, 4] == pytest.approx(1 / 3)
-    most = T.from_graph(tailed, "max_degree").matrix
+    most = T.from_graph(tailed, weights="max_degree").matrix
     assert most[3, 4] == most[0, 1] == pytest.approx(1 / 4)
 
 
@@ -402,7 +404,7 @@ def connected_graphs(draw, most=14):
 @settings(max_examples=60, deadline=None, suppress_health_check=SLOW)
 @given(connected_graphs(), st.floats(0.01, 1))
 def test_random_connected_graphs(graph, kappa):
-    for topology in (T.from_graph(graph), T.from_graph(graph, "max_degree")):
+    for topology in (T.from_graph(graph), T.from_graph(graph, weights="max_degree")):
         assert_doubly_stochastic(topology.matrix)
         assert topology.is_symmetric
         assert 0 < topology.spectral_gap <= 1

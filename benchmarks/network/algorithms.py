@@ -29,14 +29,14 @@ def algorithms(n: int) -> dict[str, Callable]:
 
     block = dj.compression.random_block(64)
     return {
-        "all-reduce": lambda rate: dj.all_reduce_sgd(None, base=sgd(rate)),
-        "D-PSGD ring": lambda rate: dj.d_psgd(None, ring, base=sgd(rate)),
-        "D-PSGD one-peer": lambda rate: dj.d_psgd(None, one_peer, base=sgd(rate)),
-        "DeTAG": lambda rate: dj.detag(None, ring, 2, base=sgd(rate)),
-        "DEF, ratio 64": lambda rate: dj.def_sgd(rate, block, momentum=tasks.MOMENTUM),
-        "Local SGD, tau 16": lambda rate: dj.local_sgd(
-            None, LOCAL_STEPS, base=sgd(rate)
+        "all-reduce": lambda rate: dj.all_reduce_sgd(sgd(rate)),
+        "D-PSGD ring": lambda rate: dj.d_psgd(sgd(rate), ring),
+        "D-PSGD one-peer": lambda rate: dj.d_psgd(sgd(rate), one_peer),
+        "DeTAG": lambda rate: dj.detag(sgd(rate), ring, rounds=2),
+        "DEF, ratio 64": lambda rate: dj.def_sgd(
+            optax.sgd(rate, momentum=tasks.MOMENTUM), block
         ),
+        "Local SGD, tau 16": lambda rate: dj.local_sgd(sgd(rate), period=LOCAL_STEPS),
     }
 
 

@@ -129,16 +129,24 @@ BUILD = {
     "by hand ring": by_hand_ring,
     "none, momentum": lambda: library(optax.sgd(RATE, 0.9)),
     "all_reduce_sgd, momentum": lambda: library(
-        dj.all_reduce_sgd(None, base=optax.sgd(RATE, 0.9))
+        dj.all_reduce_sgd(optax.sgd(RATE, 0.9))
     ),
-    "DEF, ratio 64": lambda: library(dj.def_sgd(RATE, dj.compression.random_block(64))),
-    "EF, ratio 64": lambda: library(dj.ef_sgd(RATE, dj.compression.random_block(64))),
-    "EF, sign": lambda: library(dj.ef_sgd(RATE, dj.compression.sign())),
+    "DEF, ratio 64": lambda: library(
+        dj.def_sgd(optax.sgd(RATE, momentum=0.9), dj.compression.random_block(64))
+    ),
+    "EF, ratio 64": lambda: library(
+        dj.ef_sgd(optax.sgd(RATE, momentum=0.9), dj.compression.random_block(64))
+    ),
+    "EF, sign": lambda: library(
+        dj.ef_sgd(optax.sgd(RATE, momentum=0.9), dj.compression.sign())
+    ),
     "one all-reduce": one_average,
     "D-GraB": ordering,
     "D-GraB, gathered": lambda: ordering(gathered=True),
     "D-GraB, sketch 4096": lambda: ordering(sketch=4096),
-    "PowerSGD, rank 4": lambda: library(dj.powersgd(RATE, 4)),
+    "PowerSGD, rank 4": lambda: library(
+        dj.powersgd(optax.sgd(RATE, momentum=0.9), rank=4)
+    ),
 }
 
 

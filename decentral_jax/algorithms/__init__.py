@@ -1,7 +1,8 @@
 """Algorithms by the names their papers gave them: short chains, no mathematics.
 
-Each takes a learning rate for plain SGD, or `learning_rate=None` and as `base` any
-optax optimizer in SGD's place. The equations stand at the transformations chained.
+The first argument is always the optimizer that each worker runs: a learning rate or
+schedule for plain SGD, or any optax optimizer. The equations are documented at the
+transformations that are chained.
 """
 
 from decentral_jax.algorithms.asynchronous import apam

@@ -12,10 +12,13 @@ from decentral_jax.traces import Trace
 from decentral_jax.transforms.amsgrad import amsgrad
 from decentral_jax.transforms.asynchronous import asynchronous
 
+__all__ = ["apam"]
+
 
 def apam(
     learning_rate: optax.ScalarOrSchedule,
     trace: Trace,
+    *,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
@@ -23,19 +26,20 @@ def apam(
     projection: Callable[[Any], Any] | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
-    """APAM: AMSGrad by a master whose workers send stale gradients.
+    """APAM: AMSGrad on a master whose workers send stale gradients.
 
-    See `dj.asynchronous` for the master and `dj.amsgrad` for its step.
+    See `dj.asynchronous` for the master and `dj.amsgrad` for its step. To run another
+    optimizer on the master, use `dj.asynchronous(optimizer, trace)`.
 
     Args:
-      learning_rate: A number or schedule of the master's ticks.
-      trace: Who arrives when, how stale; see `dj.traces`.
+      learning_rate: A number, or a schedule over the master's ticks.
+      trace: Which worker arrives when, and how stale its gradient is; see `dj.traces`.
       b1: As in `dj.amsgrad`.
       b2: As in `dj.amsgrad`.
       eps: As in `dj.amsgrad`.
       weight_decay: As in `dj.amsgrad`.
       projection: As in `dj.amsgrad`.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -44,5 +48,12 @@ def apam(
       Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient
       methods", Math. Prog. Comp. 2023, Algorithm 1.
     """
-    inner = amsgrad(learning_rate, b1, b2, eps, weight_decay, projection)
-    return asynchronous(inner, trace, axis_name)
+    inner = amsgrad(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        projection=projection,
+    )
+    return asynchronous(inner, trace, axis_name=axis_name)

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import fitted, value_equal_on_all_workers
+from decentral_jax.collectives import value_equal_on_all_workers
 from decentral_jax.validation import (
     check_arrays,
     check_learning_rate,
@@ -15,7 +16,9 @@ from decentral_jax.validation import (
 )
 
 Optimizer = optax.GradientTransformationExtraArgs
-LearningRate = optax.ScalarOrSchedule | None
+# What the first argument of a named algorithm may be: an optimizer, or the learning
+# rate of plain SGD.
+OptimizerLike = optax.GradientTransformation | optax.ScalarOrSchedule
 
 # Optimizers by their states' types. These derive a step from where their own earlier
 # steps have led: from a copy of the parameters, or from the progress made. Where other
@@ -36,64 +39,31 @@ LINE_SEARCHES = {
 }
 
 
-def at_calls(rate: LearningRate, calls: int) -> LearningRate:
-    """A rate of an optimizer that steps in every `calls`-th call of `update` only.
-
-    A schedule counts calls, as one does that `optax.inject_hyperparams` evaluates: the
-    rate is that of the call in which the step is taken.
-    """
-    if not callable(rate):
-        return rate
-    return lambda step: rate(calls * (step + 1) - 1)
-
-
-def sgd(
-    learning_rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool = False
-) -> optax.GradientTransformation:
-    """`optax.sgd`; an injected momentum leaves its buffers' dtypes as they are."""
-    if not isinstance(momentum, jax.Array):
-        return optax.sgd(learning_rate, momentum, nesterov)
-
-    def update_fn(updates, state, params=None):
-        del params
-
-        def add(g: jax.Array, buffer: jax.Array) -> jax.Array:
-            return (g + fitted(momentum, buffer) * buffer).astype(buffer.dtype)
-
-        buffers = jax.tree.map(add, updates, state.trace)
-        moved = jax.tree.map(add, updates, buffers) if nesterov else buffers
-        return moved, optax.TraceState(buffers)
-
-    heavy_ball = optax.GradientTransformation(optax.trace(0.0).init, update_fn)
-    return optax.chain(heavy_ball, optax.scale_by_learning_rate(learning_rate))
-
-
 def local_optimizer(
-    learning_rate: LearningRate,
-    base: optax.GradientTransformation | None,
-    momentum: float | jax.Array | None = None,
-    alone: bool = False,
+    optimizer: OptimizerLike, *, calls_per_step: int = 1, alone: bool = False
 ) -> Optimizer:
-    """The optimizer that each worker runs: `base`, or SGD at `learning_rate`.
+    """Returns the optimizer that each worker runs.
 
     Args:
-      learning_rate: A number or schedule; None with `base`.
-      base: Any optax optimizer, or None for SGD.
-      momentum: SGD's.
+      optimizer: Any optax optimizer, or a learning rate or schedule for plain SGD.
+      calls_per_step: Calls of the algorithm's `update` for each step of the optimizer.
+        SGD's schedule counts calls, like one evaluated by `optax.inject_hyperparams`:
+        its rate is that of the call in which the step is taken. Schedules inside an
+        optax optimizer count steps.
       alone: Whether the optimizer gets the same gradients on all workers, and nothing
         else moves the parameters.
 
     Returns:
-      The optimizer. It refuses parameters that are not arrays, and what `check_base`
-      refuses. With `alone`, `dj.Workers.spmd` refuses a `value` that is a worker's own,
-      if the optimizer reads it.
+      The optimizer. It rejects parameters that are not arrays, and whatever
+      `check_base` rejects. With `alone`, `dj.Workers.spmd` rejects a `value` that
+      differs between workers, if the optimizer reads it.
     """
-    inner = optax.with_extra_args_support(_chosen(learning_rate, base, momentum))
+    inner = optax.with_extra_args_support(_as_optimizer(optimizer, calls_per_step))
 
     def init_fn(params):
         check_arrays("params", params)
         state = inner.init(params)
-        check_base(state, alone)
+        check_base(state, alone=alone)
         return state
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
@@ -110,7 +80,7 @@ def local_optimizer(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_base(state: Any, alone: bool = False) -> None:
+def check_base(state: optax.OptState, *, alone: bool = False) -> None:
     """Checks that an optimizer works as one of several workers' optimizers.
 
     Args:
@@ -126,27 +96,57 @@ def check_base(state: Any, alone: bool = False) -> None:
     for name in filter(None, map(_refused, nodes)):
         if name in LINE_SEARCHES.values():
             raise ValueError(
-                f"base must not contain {name}: it chooses a step by one worker's own "
-                "loss, so that workers choose differently. Pass a base with a learning "
-                "rate, such as optax.lbfgs(0.1, linesearch=None)."
+                f"optimizer must not contain {name}: it chooses a step by one worker's "
+                "own loss, so workers choose differently. Pass an optimizer with a "
+                "learning rate, such as optax.lbfgs(0.1, linesearch=None)."
             )
         if not alone:
             raise ValueError(
-                f"base must not contain {name}: it derives a step from where its own "
-                "earlier steps have led, but here other workers move the parameters "
-                "too. Pass another base, such as optax.adam(1e-3), or use "
-                f"{name} on averaged gradients: dj.all_reduce_sgd(None, base=...)."
+                f"optimizer must not contain {name}: it derives a step from where its "
+                "own earlier steps have led, but here other workers move the "
+                "parameters too. Pass another optimizer, such as optax.adam(1e-3), or "
+                f"use {name} on averaged gradients: dj.all_reduce_sgd({name}(...))."
             )
 
 
 def _refused(node: Any) -> str | None:
-    """The name of an optimizer in one of the tables, of which this is the state."""
+    """Returns the table entry of the optimizer whose state this is, if it has one."""
     kind = type(node)
     if not kind.__module__.startswith("optax."):
         return None
     if kind.__name__ == "SAMState" and node.cache is None:
-        return None  # in opaque mode it keeps no copy of the parameters
+        return None  # In opaque mode it keeps no copy of the parameters.
     return (MOVES_ALONE | LINE_SEARCHES).get(kind.__name__)
+
+
+def is_learning_rate(optimizer: OptimizerLike) -> bool:
+    """Whether the argument is a learning rate or schedule, and not an optimizer."""
+    return not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps)
+
+
+def _as_optimizer(
+    optimizer: OptimizerLike, calls_per_step: int
+) -> optax.GradientTransformation:
+    if not is_learning_rate(optimizer):
+        check_optimizer("optimizer", optimizer)
+        return optimizer
+    if optimizer is None:
+        raise TypeError(
+            "optimizer must be an optax optimizer, a learning rate or a schedule, got "
+            "None: pass a number for plain SGD, or optax.adam(1e-3) or the like."
+        )
+    check_learning_rate(optimizer, "optimizer")
+    if not callable(optimizer):
+        return optax.sgd(optimizer)
+    if not _is_schedule(optimizer):
+        check_optimizer("optimizer", optimizer)
+    schedule = optimizer
+    return optax.sgd(lambda step: schedule(calls_per_step * (step + 1) - 1))
+
+
+def _is_schedule(function: Callable) -> bool:
+    """Tells a schedule from a constructor such as `optax.adam`."""
+    return not isinstance(function(jnp.zeros([], jnp.int32)), tuple)
 
 
 def _reads_value(update: Callable, value: jax.Array) -> bool:
@@ -154,25 +154,3 @@ def _reads_value(update: Callable, value: jax.Array) -> bool:
     program = jax.make_jaxpr(lambda value: update(value=value))(value).jaxpr
     read = [x for equation in program.eqns for x in equation.invars]
     return any(program.invars[0] is x for x in [*read, *program.outvars])
-
-
-def _chosen(
-    learning_rate: LearningRate,
-    base: optax.GradientTransformation | None,
-    momentum: float | jax.Array | None,
-) -> optax.GradientTransformation:
-    if base is None:
-        if learning_rate is None:
-            raise ValueError(
-                "learning_rate must be given, got None: pass a number or schedule, or "
-                "base=optax.adam(1e-3) or the like."
-            )
-        check_learning_rate(learning_rate)
-        return sgd(learning_rate, momentum)
-    check_optimizer("base", base)
-    if learning_rate is not None:
-        raise ValueError(
-            f"learning_rate={learning_rate} has no meaning beside base, which has its "
-            "own: pass learning_rate=None with base."
-        )
-    return base

@@ -1,11 +1,11 @@
-"""Algorithms that send fewer bytes in each exchange, by their papers' names."""
+"""Algorithms that send fewer bytes per exchange, by their papers' names."""
 
 import math
 
 import jax
 import optax
 
-from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer
+from decentral_jax.algorithms.base import Optimizer, OptimizerLike, local_optimizer
 from decentral_jax.collectives import AxisName
 from decentral_jax.compression import Compressor, low_rank
 from decentral_jax.topology import Topology
@@ -16,27 +16,40 @@ from decentral_jax.transforms.error_reset import error_reset
 from decentral_jax.transforms.iterate_averaging import iterate_averaging
 from decentral_jax.validation import check_interval
 
+__all__ = [
+    "choco_sgd",
+    "cser",
+    "def_a_sgd",
+    "def_sgd",
+    "ef_sgd",
+    "powersgd",
+    "sgd_ia",
+]
+
 
 def ef_sgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     compressor: Compressor,
-    momentum: float | jax.Array | None = 0.9,
+    *,
     period: int = 1,
-    base: optax.GradientTransformation | None = None,
+    feedback: float | jax.Array = 1.0,
+    seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""SGD with error feedback.
 
     :math:`p_i = e_i + \gamma m_i,\ x \leftarrow x - \frac1n \sum_j C(p_j),\
-    e_i \leftarrow p_i - C(p_i)`. See `dj.error_feedback`.
+    e_i \leftarrow p_i - C(p_i)`. See `dj.error_feedback` for all arguments.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      compressor: :math:`C`, one of `dj.compression`.
-      momentum: Of the local step, before compression; without effect beside `base`.
-      period: Steps from one exchange to the next.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      optimizer: The local step, taken before compression: a learning rate
+        :math:`\gamma` or schedule of plain SGD, or any optax optimizer, such as
+        `optax.sgd(0.05, momentum=0.9)`.
+      compressor: :math:`C`, from `dj.compression`.
+      period: Steps between exchanges.
+      feedback: Share of the residual that is fed back.
+      seed: Seed for the compressor's random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -45,31 +58,35 @@ def ef_sgd(
       Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes", ICML 2019, Algorithm 2.
     """
-    return def_sgd(learning_rate, compressor, 0.0, momentum, period, base, axis_name)
+    feed = error_feedback(
+        compressor, period=period, feedback=feedback, seed=seed, axis_name=axis_name
+    )
+    return optax.chain(local_optimizer(optimizer), feed)
 
 
 def def_sgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     compressor: Compressor,
+    *,
     detach: float | jax.Array = 0.3,
-    momentum: float | jax.Array | None = 0.9,
     period: int = 1,
-    base: optax.GradientTransformation | None = None,
+    feedback: float | jax.Array = 1.0,
+    seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""Detached error feedback, DEF.
 
     EF-SGD whose gradients are taken at :math:`y_i = x - \lambda e_i`; evaluates at
-    :math:`x`. See `dj.error_feedback`.
+    :math:`x`. See `dj.error_feedback` for all arguments.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      compressor: :math:`C`, one of `dj.compression`; as published, `random_block(64)`.
+      optimizer: The local step, as in `ef_sgd`.
+      compressor: :math:`C`, from `dj.compression`; as published, `random_block(64)`.
       detach: :math:`\lambda`, in [0, 1]; 1 is step-ahead error feedback.
-      momentum: Of the local step, before compression; without effect beside `base`.
-      period: Steps from one exchange to the next.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      period: Steps between exchanges.
+      feedback: Share of the residual that is fed back.
+      seed: Seed for the compressor's random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -79,35 +96,44 @@ def def_sgd(
       Sparsification", ICML 2022, Algorithm 1.
 
     Example:
-      >>> import decentral_jax as dj
-      >>> tx = dj.def_sgd(0.05, dj.compression.random_block(64))
+      >>> import decentral_jax as dj, optax
+      >>> momentum_sgd = optax.sgd(0.05, momentum=0.9)
+      >>> tx = dj.def_sgd(momentum_sgd, dj.compression.random_block(64))
     """
-    feedback = error_feedback(compressor, detach, period, axis_name=axis_name)
-    return optax.chain(local_optimizer(learning_rate, base, momentum), feedback)
+    feed = error_feedback(
+        compressor,
+        detach=detach,
+        period=period,
+        feedback=feedback,
+        seed=seed,
+        axis_name=axis_name,
+    )
+    return optax.chain(local_optimizer(optimizer), feed)
 
 
 def def_a_sgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     compressor: Compressor,
+    *,
     detach: float | jax.Array = 0.3,
-    momentum: float | jax.Array | None = 0.9,
     period: int = 1,
-    base: optax.GradientTransformation | None = None,
+    feedback: float | jax.Array = 1.0,
+    seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""Detached error feedback with averaging, DEF-A.
 
-    Trains as `def_sgd`, with the same arguments, and evaluates at
-    :math:`x - \frac1n \sum_i e_i`, where all that was kept back is counted in.
+    Trains exactly as `def_sgd`, with the same arguments, and evaluates at
+    :math:`x - \frac1n \sum_i e_i`, which includes everything not yet sent.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      compressor: :math:`C`, one of `dj.compression`.
+      optimizer: The local step, as in `ef_sgd`.
+      compressor: :math:`C`, from `dj.compression`.
       detach: :math:`\lambda`, in [0, 1].
-      momentum: Of the local step, before compression; without effect beside `base`.
-      period: Steps from one exchange to the next.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      period: Steps between exchanges.
+      feedback: Share of the residual that is fed back.
+      seed: Seed for the compressor's random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -116,18 +142,23 @@ def def_a_sgd(
       Xu & Huang, "Detached Error Feedback for Distributed SGD with Random
       Sparsification", ICML 2022.
     """
-    feedback = error_feedback(
-        compressor, detach, period, evaluate="averaged", axis_name=axis_name
+    feed = error_feedback(
+        compressor,
+        detach=detach,
+        period=period,
+        feedback=feedback,
+        evaluate="averaged",
+        seed=seed,
+        axis_name=axis_name,
     )
-    return optax.chain(local_optimizer(learning_rate, base, momentum), feedback)
+    return optax.chain(local_optimizer(optimizer), feed)
 
 
 def sgd_ia(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
+    *,
     ratio: float | jax.Array,
     detach: float | jax.Array = 0.3,
-    momentum: float | jax.Array | None = 0.9,
-    base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""SGD with iterate averaging: the mean dynamics of DEF, without compression.
@@ -135,12 +166,11 @@ def sgd_ia(
     See `dj.iterate_averaging`, with :math:`\delta = 1 / r`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      ratio: :math:`r`, the ratio of the compressor that it stands for.
+      optimizer: The step on the averaged gradient: a learning rate or schedule of plain
+        SGD, or any optax optimizer.
+      ratio: :math:`r \ge 1`, the compression ratio that it stands for.
       detach: :math:`\lambda`, in [0, 1].
-      momentum: Of the step; without effect beside `base`.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -151,31 +181,30 @@ def sgd_ia(
     """
     ratio = check_interval("ratio", ratio, 1.0, math.inf, closed="left")
     return optax.chain(
-        average_gradients(axis_name),
-        local_optimizer(learning_rate, base, momentum),
-        iterate_averaging(1 / ratio, detach),
+        average_gradients(axis_name=axis_name),
+        local_optimizer(optimizer),
+        iterate_averaging(1 / ratio, detach=detach),
     )
 
 
 def cser(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     compressor: Compressor,
+    *,
     reset_compressor: Compressor | None = None,
     period: int = 8,
-    momentum: float | jax.Array | None = 0.9,
-    base: optax.GradientTransformation | None = None,
+    seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""SGD with error reset, CSER. See `dj.error_reset`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      compressor: For the steps.
-      reset_compressor: For the errors; `compressor` if None.
-      period: Steps from one reset to the next.
-      momentum: Of the local step, before compression; without effect beside `base`.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      optimizer: The local step, as in `ef_sgd`.
+      compressor: Compressor for the steps.
+      reset_compressor: Compressor for the errors. None takes `compressor`.
+      period: Steps between resets.
+      seed: Seed for the compressors' random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -184,29 +213,35 @@ def cser(
       Xie et al., "CSER: Communication-efficient SGD with Error Reset", NeurIPS 2020,
       Algorithm 2.
     """
-    reset = error_reset(compressor, reset_compressor, period, axis_name=axis_name)
-    return optax.chain(local_optimizer(learning_rate, base, momentum), reset)
+    reset = error_reset(
+        compressor,
+        reset_compressor=reset_compressor,
+        period=period,
+        seed=seed,
+        axis_name=axis_name,
+    )
+    return optax.chain(local_optimizer(optimizer), reset)
 
 
 def choco_sgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     topology: Topology,
     compressor: Compressor,
+    *,
     consensus_rate: float | jax.Array,
-    momentum: float | jax.Array | None = None,
-    base: optax.GradientTransformation | None = None,
+    seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""CHOCO-SGD: gossip of compressed differences. See `dj.compressed_gossip`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      topology: Static, doubly stochastic, connected.
-      compressor: One of `dj.compression` but `low_rank`.
+      optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
+        optimizer.
+      topology: Static, doubly stochastic and connected.
+      compressor: Any compressor from `dj.compression` except `low_rank`.
       consensus_rate: :math:`\zeta`, in (0, 1].
-      momentum: Of the local step; without effect beside `base`.
-      base: Any optax optimizer in SGD's place.
-      axis_name: The worker axis.
+      seed: Seed for the compressor's random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -216,30 +251,35 @@ def choco_sgd(
       Algorithms with Compressed Communication", ICML 2019, Algorithm 2.
     """
     gossiped = compressed_gossip(
-        topology, compressor, consensus_rate, axis_name=axis_name
+        topology,
+        compressor,
+        consensus_rate=consensus_rate,
+        seed=seed,
+        axis_name=axis_name,
     )
-    return optax.chain(local_optimizer(learning_rate, base, momentum), gossiped)
+    return optax.chain(local_optimizer(optimizer), gossiped)
 
 
 def powersgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
+    *,
     rank: int,
-    momentum: float | jax.Array | None = 0.9,
-    base: optax.GradientTransformation | None = None,
+    feedback: float | jax.Array = 1.0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
-    r"""PowerSGD: low-rank gradients with error feedback, momentum after averaging.
+    r"""PowerSGD: low-rank gradients with error feedback; momentum after averaging.
 
-    The momentum is the heavy ball of `optax.sgd`, which steps by :math:`m` alone.
-    The authors' program steps by :math:`g + m`; optax's `nesterov=True` would step by
-    :math:`g + \mu m`. See `dj.compression.low_rank` and `dj.error_feedback`.
+    As published, momentum SGD follows the average. The authors' program steps by
+    :math:`g + m`; the heavy ball of `optax.sgd(rate, momentum=mu)` steps by :math:`m`
+    alone, and `nesterov=True` by :math:`g + \mu m`. See `dj.compression.low_rank` and
+    `dj.error_feedback`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      rank: Columns of the factors.
-      momentum: Of the step, after decompression; without effect beside `base`.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      optimizer: The step on the averaged gradient: a learning rate or schedule of plain
+        SGD, or any optax optimizer.
+      rank: Number of columns of the factors.
+      feedback: Share of the residual that is fed back.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation; all workers take the same step.
@@ -248,6 +288,5 @@ def powersgd(
       Vogels, Karimireddy & Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression
       for Distributed Optimization", NeurIPS 2019, Algorithms 1 and 2.
     """
-    feedback = error_feedback(low_rank(rank), axis_name=axis_name)
-    local = local_optimizer(learning_rate, base, momentum, alone=True)
-    return optax.chain(feedback, local)
+    feed = error_feedback(low_rank(rank), feedback=feedback, axis_name=axis_name)
+    return optax.chain(feed, local_optimizer(optimizer, alone=True))

@@ -1,14 +1,8 @@
 """Exact averaging and gossip: from synchronous SGD to DeTAG, by their papers' names."""
 
-import jax
 import optax
 
-from decentral_jax.algorithms.base import (
-    LearningRate,
-    Optimizer,
-    at_calls,
-    local_optimizer,
-)
+from decentral_jax.algorithms.base import Optimizer, OptimizerLike, local_optimizer
 from decentral_jax.collectives import AxisName
 from decentral_jax.topology import (
     AnyTopology,
@@ -17,42 +11,42 @@ from decentral_jax.topology import (
     exact_factors,
 )
 from decentral_jax.transforms.averaging import average_gradients
-from decentral_jax.transforms.gossip import exact_diffusion, gossip
+from decentral_jax.transforms.gossip import Order, exact_diffusion, gossip
 from decentral_jax.transforms.tracking import (
+    When,
     accelerated_tracking,
     exact_phases,
     track_gradients,
 )
-from decentral_jax.validation import check_int, check_interval
+from decentral_jax.validation import check_int
+
+__all__ = ["all_reduce_sgd", "d2", "d_psgd", "defacto", "detag", "dsgt"]
 
 
 def all_reduce_sgd(
-    learning_rate: LearningRate,
-    base: optax.GradientTransformation | None = None,
-    axis_name: AxisName = "workers",
+    optimizer: OptimizerLike, *, axis_name: AxisName = "workers"
 ) -> Optimizer:
-    r"""Synchronous data-parallel SGD: the mean gradient by all-reduce.
+    r"""Synchronous data-parallel training: averages gradients by all-reduce.
 
     :math:`x \leftarrow x - \gamma \frac1n \sum_i g_i`. See `dj.average_gradients`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      base: Any optax optimizer in plain SGD's place.
-      axis_name: The worker axis.
+      optimizer: Learning rate :math:`\gamma` or schedule of plain SGD, or any optax
+        optimizer in its place.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
     """
-    return optax.chain(
-        average_gradients(axis_name), local_optimizer(learning_rate, base, alone=True)
-    )
+    local = local_optimizer(optimizer, alone=True)
+    return optax.chain(average_gradients(axis_name=axis_name), local)
 
 
 def d_psgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     topology: AnyTopology,
-    order: str = "combine_then_adapt",
-    base: optax.GradientTransformation | None = None,
+    *,
+    order: Order = "combine_then_adapt",
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""Decentralized parallel SGD.
@@ -61,11 +55,11 @@ def d_psgd(
     :math:`X \leftarrow W (X - \gamma G)` (adapt-then-combine). See `dj.gossip`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      topology: A doubly stochastic topology or schedule.
+      optimizer: Learning rate :math:`\gamma` or schedule of plain SGD, or any optax
+        optimizer in its place.
+      topology: A doubly stochastic topology or schedule of topologies.
       order: "combine_then_adapt", as published, or "adapt_then_combine".
-      base: Any optax optimizer in plain SGD's place.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -77,18 +71,15 @@ def d_psgd(
     Example:
       >>> import decentral_jax as dj, optax
       >>> plain = dj.d_psgd(0.1, dj.topology.ring(8))
-      >>> adam = dj.d_psgd(None, dj.topology.ring(8), base=optax.adam(1e-3))
+      >>> adam = dj.d_psgd(optax.adam(1e-3), dj.topology.ring(8))
     """
     return optax.chain(
-        local_optimizer(learning_rate, base), gossip(topology, order, axis_name)
+        local_optimizer(optimizer), gossip(topology, order=order, axis_name=axis_name)
     )
 
 
 def d2(
-    learning_rate: LearningRate,
-    topology: Topology,
-    base: optax.GradientTransformation | None = None,
-    axis_name: AxisName = "workers",
+    optimizer: OptimizerLike, topology: Topology, *, axis_name: AxisName = "workers"
 ) -> Optimizer:
     r"""D2, for workers whose data differ.
 
@@ -96,10 +87,10 @@ def d2(
     `dj.exact_diffusion`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      topology: Static, symmetric, doubly stochastic, smallest eigenvalue above -1/3.
-      base: Any optax optimizer in plain SGD's place.
-      axis_name: The worker axis.
+      optimizer: Learning rate :math:`\gamma` or schedule of plain SGD, or any optax
+        optimizer in its place.
+      topology: Static, symmetric, doubly stochastic, with all eigenvalues above -1/3.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -109,29 +100,29 @@ def d2(
       Algorithm 1.
     """
     return optax.chain(
-        local_optimizer(learning_rate, base), exact_diffusion(topology, axis_name)
+        local_optimizer(optimizer), exact_diffusion(topology, axis_name=axis_name)
     )
 
 
 def dsgt(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     topology: AnyTopology,
-    order: str = "combine_then_adapt",
-    base: optax.GradientTransformation | None = None,
+    *,
+    order: Order = "combine_then_adapt",
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""Distributed stochastic gradient tracking.
 
     :math:`X' = W X - \gamma Y,\ Y' = W Y + G' - G` (combine-then-adapt), or
-    :math:`X' = W (X - \gamma Y),\ Y' = W (Y + G' - G)` (adapt-then-combine), from
-    :math:`Y_0 = G_0`. See `dj.track_gradients` and `dj.gossip`.
+    :math:`X' = W (X - \gamma Y),\ Y' = W (Y + G' - G)` (adapt-then-combine), starting
+    with :math:`Y_0 = G_0`. See `dj.track_gradients` and `dj.gossip`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      topology: A doubly stochastic topology or schedule.
+      optimizer: Learning rate :math:`\gamma` or schedule of plain SGD, or any optax
+        optimizer in its place.
+      topology: A doubly stochastic topology or schedule of topologies.
       order: "combine_then_adapt" or "adapt_then_combine".
-      base: Any optax optimizer in plain SGD's place.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -141,78 +132,68 @@ def dsgt(
       Programming 2021.
     """
     return optax.chain(
-        track_gradients(topology, order, axis_name),
-        local_optimizer(learning_rate, base),
-        gossip(topology, order, axis_name),
+        track_gradients(topology, order=order, axis_name=axis_name),
+        local_optimizer(optimizer),
+        gossip(topology, order=order, axis_name=axis_name),
     )
 
 
 def detag(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     topology: Topology,
+    *,
     rounds: int,
-    momentum: float | jax.Array | None = None,
-    when: str = "every_step",
-    base: optax.GradientTransformation | None = None,
+    when: When = "every_step",
     axis_name: AxisName = "workers",
 ) -> Optimizer:
-    r"""DeTAG; with momentum, DeTAGM.
+    r"""DeTAG; with momentum in the optimizer, DeTAGM.
 
-    Phases of :math:`R` gradients at one point, beside :math:`R` accelerated gossip
-    rounds on parameters and tracker. See `dj.accelerated_tracking`.
+    Each phase accumulates :math:`R` gradients at one point while :math:`R` accelerated
+    gossip rounds mix parameters and tracker. See `dj.accelerated_tracking`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number, or a schedule over iterations, of which
-        the phase's last one counts; None with `base`, whose schedules count phases.
-      topology: Static, symmetric, doubly stochastic.
-      rounds: :math:`R`, iterations and gossip rounds a phase. The paper's choice grows
-        like :math:`\log(n) / (2 \sqrt{1 - \lambda})`.
-      momentum: Heavy-ball momentum on the tracker.
-      when: "every_step", one gossip round an iteration as published, or "phase_end".
-      base: Any optax optimizer in plain SGD's place.
-      axis_name: The worker axis.
+      optimizer: Learning rate :math:`\gamma` of plain SGD, or a schedule over
+        iterations, of which the last one of each phase counts; or any optax optimizer,
+        whose own schedules count phases. DeTAGM is `optax.sgd(0.1, momentum=0.9)`.
+      topology: Static, symmetric and doubly stochastic.
+      rounds: :math:`R`, iterations and gossip rounds per phase. The paper's choice
+        grows like :math:`\log(n) / (2 \sqrt{1 - \lambda})`.
+      when: "every_step", one gossip round per iteration as published, or "phase_end".
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
-
-    Raises:
-      ValueError: If `momentum` is given with `base`, and as `dj.accelerated_tracking`.
 
     References:
       Lu & De Sa, "Optimal Complexity in Decentralized Training", ICML 2021,
       Algorithm 2.
     """
-    if momentum is not None:
-        check_interval("momentum", momentum, 0.0, 1.0, closed="left")
-        if base is not None:
-            raise ValueError(
-                f"momentum={momentum} has no meaning beside base: give base its own, "
-                "such as base=optax.sgd(0.1, momentum=0.9)."
-            )
     rounds = check_int("rounds", rounds, minimum=1)
-    inner = local_optimizer(at_calls(learning_rate, rounds), base, momentum)
-    return accelerated_tracking(inner, topology, rounds, when, axis_name)
+    local = local_optimizer(optimizer, calls_per_step=rounds)
+    return accelerated_tracking(
+        local, topology, rounds=rounds, when=when, axis_name=axis_name
+    )
 
 
 def defacto(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     topology: Topology,
+    *,
     rounds: int | None = None,
-    base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
-    r"""DeFacto: exact averaging in phases on the graph's own edges.
+    r"""DeFacto: exact averaging in phases, along the graph's own edges.
 
-    Reaches the lower bound for decentralized training up to constants; a construction
-    for proofs and baselines. See `dj.exact_phases`.
+    Attains the lower bound for decentralized training up to constants; meant for proofs
+    and as a baseline. See `dj.exact_phases`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number, or a schedule over iterations, of which
-        the phase's last one counts; None with `base`, whose schedules count phases.
+      optimizer: Learning rate :math:`\gamma` of plain SGD, or a schedule over
+        iterations, of which the last one of each phase counts; or any optax optimizer,
+        whose own schedules count phases.
       topology: Static and connected.
-      rounds: Gradient iterations a phase; as many as averaging takes if None.
-      base: Any optax optimizer in plain SGD's place.
-      axis_name: The worker axis.
+      rounds: Gradient iterations per phase. None takes as many as averaging takes.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -224,6 +205,5 @@ def defacto(
     check_topology(topology, doubly_stochastic=False, static=True)
     averaging = len(exact_factors(topology))
     rounds = averaging if rounds is None else check_int("rounds", rounds, minimum=1)
-    rate = at_calls(learning_rate, rounds + averaging)
-    inner = local_optimizer(rate, base, alone=True)
-    return exact_phases(inner, topology, rounds, axis_name)
+    local = local_optimizer(optimizer, calls_per_step=rounds + averaging, alone=True)
+    return exact_phases(local, topology, rounds=rounds, axis_name=axis_name)

@@ -1,14 +1,18 @@
-"""Algorithms that exchange seldom, or on directed graphs, by their papers' names."""
+"""Algorithms that exchange rarely, or on directed graphs, by their papers' names."""
 
-import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.algorithms.base import LearningRate, Optimizer, local_optimizer, sgd
-from decentral_jax.collectives import AxisName, wide
+from decentral_jax.algorithms.base import (
+    Optimizer,
+    OptimizerLike,
+    is_learning_rate,
+    local_optimizer,
+)
+from decentral_jax.collectives import AxisName, fitted, wide
 from decentral_jax.topology import AnyTopology, complete
 from decentral_jax.transforms.averaging import average_parameters
 from decentral_jax.transforms.multi_level import multi_level
@@ -17,24 +21,21 @@ from decentral_jax.transforms.push_sum import push_sum
 from decentral_jax.transforms.quasi_global import quasi_global_momentum
 from decentral_jax.validation import check_int, check_interval, check_learning_rate
 
+__all__ = ["diloco", "hl_sgd", "local_sgd", "mll_sgd", "qg_dsgdm", "sgp", "slowmo"]
+
 
 def local_sgd(
-    learning_rate: LearningRate,
-    period: int,
-    momentum: float | jax.Array | None = None,
-    base: optax.GradientTransformation | None = None,
-    axis_name: AxisName = "workers",
+    optimizer: OptimizerLike, *, period: int, axis_name: AxisName = "workers"
 ) -> Optimizer:
-    r"""Local SGD: own steps, and the exact mean of parameters every `period` of them.
+    r"""Local SGD: local steps, and every `period` steps the exact mean of parameters.
 
     See `dj.average_parameters`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      period: Steps from one average to the next.
-      momentum: Of the local step; its buffers stay local. Without effect beside `base`.
-      base: Any optax optimizer in SGD's place.
-      axis_name: The worker axis.
+      optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
+        optimizer. Its state, such as momentum, stays local.
+      period: Steps between averages.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -42,20 +43,20 @@ def local_sgd(
     References:
       Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, Algorithm 1.
     """
-    local = local_optimizer(learning_rate, base, momentum)
-    return optax.chain(local, average_parameters(period, axis_name=axis_name))
+    averaging = average_parameters(period=period, axis_name=axis_name)
+    return optax.chain(local_optimizer(optimizer), averaging)
 
 
 def slowmo(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
+    *,
     period: int,
     slow_momentum: float | jax.Array = 0.5,
-    slow_rate: float | jax.Array = 1.0,
-    momentum: float | jax.Array | None = 0.9,
-    base: optax.GradientTransformation | None = None,
+    slow_rate: optax.ScalarOrSchedule = 1.0,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
-    r"""SlowMo: local steps, and slow momentum on the averaged way of a period.
+    r"""SlowMo: local steps, and slow momentum on the average displacement of a period.
 
     With :math:`\bar x` the mean after a period that began at :math:`z`, and
     :math:`\bar\gamma` the period's mean learning rate,
@@ -64,20 +65,19 @@ def slowmo(
        u \leftarrow \beta u + (z - \bar x) / \bar\gamma, \qquad
        z \leftarrow z - \alpha \bar\gamma u.
 
-    The mean is of the rates used in the period, one per call of `update`, for a
-    schedule and for a rate injected by `optax.inject_hyperparams` alike. With a
-    constant rate :math:`\bar\gamma` cancels. A schedule inside `base` is not visible
-    here: :math:`\bar\gamma` is taken as constant, and cancels too.
-    See `dj.average_parameters`.
+    A constant :math:`\bar\gamma` cancels. See `dj.average_parameters`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      period: Local steps in a period.
+      optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
+        optimizer, as published `optax.sgd(0.1, momentum=0.9)`. Its state is kept from
+        period to period.
+      period: Local steps per period.
       slow_momentum: :math:`\beta`, in [0, 1).
       slow_rate: :math:`\alpha`, a number or a schedule over iterations.
-      momentum: Of the local step; its buffers are kept. Without effect beside `base`.
-      base: Any optax optimizer in momentum SGD's place.
-      axis_name: The worker axis.
+      learning_rate: The learning rate or schedule inside an optax optimizer, which is
+        not visible from outside. Pass it if it is a schedule. None takes it to be
+        constant. Not needed where `optimizer` is itself a learning rate.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -85,29 +85,43 @@ def slowmo(
     References:
       Wang et al., "SlowMo: Improving Communication-Efficient Distributed SGD with Slow
       Momentum", ICLR 2020, Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj, optax
+      >>> rate = optax.cosine_decay_schedule(0.1, decay_steps=1000)
+      >>> momentum_sgd = optax.sgd(rate, momentum=0.9)
+      >>> tx = dj.slowmo(momentum_sgd, period=12, learning_rate=rate)
     """
     slow_momentum = check_interval(
         "slow_momentum", slow_momentum, 0.0, 1.0, closed="left"
     )
     check_learning_rate(slow_rate, "slow_rate")
     period = check_int("period", period, minimum=1)
+    local = local_optimizer(optimizer)
     outer = _outer_sgd(slow_rate, slow_momentum)
-    local = local_optimizer(learning_rate, base, momentum)
+    if is_learning_rate(optimizer):
+        if learning_rate is not None:
+            raise ValueError(
+                f"learning_rate={learning_rate} has no meaning where optimizer is a "
+                "learning rate itself: leave it out, or pass an optax optimizer."
+            )
+        learning_rate = optimizer
+    elif learning_rate is not None:
+        check_learning_rate(learning_rate)
     # `optax.inject_hyperparams` passes this iteration's rate as an array.
-    if learning_rate is None or isinstance(learning_rate, numbers.Real):
-        averaging = average_parameters(period, outer, axis_name=axis_name)
-    else:
+    if callable(learning_rate) or isinstance(learning_rate, jax.Array):
         averaging = _average_by_mean_rate(learning_rate, period, outer, axis_name)
+    else:
+        averaging = average_parameters(period=period, outer=outer, axis_name=axis_name)
     return optax.chain(local, averaging)
 
 
 def diloco(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
+    *,
     period: int,
-    outer_rate: float | jax.Array = 0.7,
-    outer_momentum: float | jax.Array = 0.9,
+    outer: optax.GradientTransformation | None = None,
     fragments: int = 1,
-    base: optax.GradientTransformation | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""DiLoCo: AdamW on each worker, Nesterov momentum on the averaged difference.
@@ -116,13 +130,13 @@ def diloco(
     without its overlap and quantization). See `dj.average_parameters`.
 
     Args:
-      learning_rate: AdamW's, a number or schedule; None with `base`.
-      period: Local steps from one exchange to the next, some hundreds.
-      outer_rate: The outer learning rate, a number or a schedule over iterations.
-      outer_momentum: The outer momentum, in [0, 1).
-      fragments: Parts that are exchanged in turns.
-      base: Any optax optimizer in AdamW's place.
-      axis_name: The worker axis.
+      optimizer: The local step, as published `optax.adamw(4e-4)`; a learning rate or
+        schedule means plain SGD.
+      period: Local steps between exchanges, some hundreds.
+      outer: The optimizer of the averaged difference. None takes the published
+        `optax.sgd(0.7, momentum=0.9, nesterov=True)`. Its schedules count exchanges.
+      fragments: Number of parts that are exchanged in turn.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -131,49 +145,48 @@ def diloco(
       Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language
       Models", 2023, Algorithm 1; Douillard et al., "Streaming DiLoCo with overlapping
       communication", 2025, Section 2.1.
+
+    Example:
+      >>> import decentral_jax as dj, optax
+      >>> tx = dj.diloco(optax.adamw(4e-4), period=500)
     """
-    outer_momentum = check_interval(
-        "outer_momentum", outer_momentum, 0.0, 1.0, closed="left"
+    if outer is None:
+        outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    averaging = average_parameters(
+        period=period, outer=outer, fragments=fragments, axis_name=axis_name
     )
-    check_learning_rate(outer_rate, "outer_rate")
-    if base is None and learning_rate is not None:
-        check_learning_rate(learning_rate)
-        base, learning_rate = optax.adamw(learning_rate), None
-    local = local_optimizer(learning_rate, base)
-    outer = _outer_sgd(outer_rate, outer_momentum, nesterov=True)
-    return optax.chain(local, average_parameters(period, outer, fragments, axis_name))
+    return optax.chain(local_optimizer(optimizer), averaging)
 
 
 def mll_sgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     hub_topology: AnyTopology,
+    *,
     tau: int,
     q: int,
     rates: Any = 1.0,
     shares: Any = None,
-    base: optax.GradientTransformation | None = None,
     seed: int = 0,
     hub_axis: str = "hub",
     worker_axis: str = "worker",
 ) -> Optimizer:
-    r"""Multi-Level Local SGD: hubs and workers that step at rates of their own.
+    r"""Multi-Level Local SGD: hubs, and workers that step at their own rates.
 
-    In each tick worker :math:`i` takes a step with probability :math:`p_i`; every
-    :math:`\tau` ticks hubs average, every :math:`q \tau` ticks they mix with other
-    hubs. Nobody waits for slow workers. See `dj.multi_level` and `dj.operating_rates`.
+    In each tick worker :math:`i` takes a step with probability :math:`p_i`. Hubs
+    average every :math:`\tau` ticks, and mix with other hubs every :math:`q \tau`
+    ticks. Nobody waits for slow workers. See `dj.multi_level` and `dj.operating_rates`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or a schedule over ticks; None with
-        `base`, whose schedules count a worker's own steps.
-      hub_topology: A doubly stochastic topology or schedule of the hubs.
-      tau: :math:`\tau`, ticks from one average inside hubs to the next.
-      q: Averages inside hubs from one exchange between hubs to the next.
-      rates: :math:`p_i`, in (0, 1]: a number, or a row a hub.
-      shares: Each worker's share of all data, a row a hub; equal if None.
-      base: Any optax optimizer in plain SGD's place.
-      seed: Of the draws of who operates.
-      hub_axis: The axis of hubs.
-      worker_axis: The axis of workers in a hub.
+      optimizer: The local step: a learning rate of plain SGD, or a schedule over ticks;
+        or any optax optimizer, whose own schedules count a worker's own steps.
+      hub_topology: A doubly stochastic topology or schedule of topologies of the hubs.
+      tau: :math:`\tau`, ticks between averages within hubs.
+      q: Averages within hubs for each exchange between hubs.
+      rates: :math:`p_i`, in (0, 1]: one number, or one row per hub.
+      shares: Each worker's share of all data, one row per hub. None means equal shares.
+      seed: Seed for the draws of which workers step.
+      hub_axis: Name of the axis of hubs.
+      worker_axis: Name of the axis of workers in a hub.
 
     Returns:
       The transformation.
@@ -188,39 +201,49 @@ def mll_sgd(
       >>> slow_and_fast = [[0.5, 1.0]] * 4
       >>> tx = dj.mll_sgd(0.1, dj.topology.ring(4), tau=8, q=4, rates=slow_and_fast)
     """
-    axes = (hub_axis, worker_axis)
-    local = local_optimizer(1.0 if callable(learning_rate) else learning_rate, base)
-    parts: list[optax.GradientTransformation]
-    parts = [operating_rates(local, rates, seed, axes)]
-    if callable(learning_rate):
-        # Outside: inside, the schedule would count a worker's own steps.
-        parts.append(optax.scale_by_schedule(learning_rate))
-    return optax.chain(*parts, multi_level(hub_topology, tau, q, shares, *axes))
+    by_tick = is_learning_rate(optimizer) and callable(optimizer)
+    local = local_optimizer(optimizer)
+    if by_tick:
+        # Outside `operating_rates`: inside, it would count a worker's own steps.
+        local = local_optimizer(1.0)
+    axis_name = (hub_axis, worker_axis)
+    parts = [operating_rates(local, rates=rates, seed=seed, axis_name=axis_name)]
+    if by_tick:
+        parts.append(optax.with_extra_args_support(optax.scale_by_schedule(optimizer)))
+    levels = multi_level(
+        hub_topology,
+        tau=tau,
+        q=q,
+        shares=shares,
+        hub_axis=hub_axis,
+        worker_axis=worker_axis,
+    )
+    return optax.chain(*parts, levels)
 
 
 def hl_sgd(
-    learning_rate: LearningRate,
+    optimizer: OptimizerLike,
     num_hubs: int,
+    *,
     tau: int,
     q: int,
     shares: Any = None,
-    base: optax.GradientTransformation | None = None,
     hub_axis: str = "hub",
     worker_axis: str = "worker",
 ) -> Optimizer:
-    r"""Hierarchical Local SGD: `mll_sgd` on a complete hub graph, all at work.
+    r"""Hierarchical Local SGD: `mll_sgd` on a complete hub graph, all workers stepping.
 
     See `dj.multi_level`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      num_hubs: The number of hubs.
-      tau: Steps from one average inside hubs to the next.
-      q: Averages inside hubs from one over all workers to the next.
-      shares: Each worker's share of all data, a row a hub; equal if None.
-      base: Any optax optimizer in plain SGD's place.
-      hub_axis: The axis of hubs.
-      worker_axis: The axis of workers in a hub.
+      optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
+        optimizer.
+      num_hubs: Number of hubs.
+      tau: Steps between averages within hubs.
+      q: Averages within hubs for each average over all workers.
+      shares: Each worker's share of all data, one row per hub. None means equal shares.
+      hub_axis: Name of the axis of hubs.
+      worker_axis: Name of the axis of workers in a hub.
 
     Returns:
       The transformation.
@@ -229,26 +252,27 @@ def hl_sgd(
       Lin, Stich, Patel & Jaggi, "Don't Use Large Mini-Batches, Use Local SGD", ICLR
       2020, Section 4 (hierarchical local SGD).
     """
-    hubs = complete(check_int("num_hubs", num_hubs, minimum=1))
-    local = local_optimizer(learning_rate, base)
-    return optax.chain(local, multi_level(hubs, tau, q, shares, hub_axis, worker_axis))
+    levels = multi_level(
+        complete(check_int("num_hubs", num_hubs, minimum=1)),
+        tau=tau,
+        q=q,
+        shares=shares,
+        hub_axis=hub_axis,
+        worker_axis=worker_axis,
+    )
+    return optax.chain(local_optimizer(optimizer), levels)
 
 
 def sgp(
-    learning_rate: LearningRate,
-    topology: AnyTopology,
-    momentum: float | jax.Array | None = None,
-    base: optax.GradientTransformation | None = None,
-    axis_name: AxisName = "workers",
+    optimizer: OptimizerLike, topology: AnyTopology, *, axis_name: AxisName = "workers"
 ) -> Optimizer:
     r"""Stochastic gradient push, for directed graphs. See `dj.push_sum`.
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; None with `base`.
-      topology: A topology or schedule whose columns sum to one.
-      momentum: Of the local step; without effect beside `base`.
-      base: Any optax optimizer in SGD's place.
-      axis_name: The worker axis.
+      optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
+        optimizer.
+      topology: A topology or schedule of topologies whose columns sum to one.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -257,13 +281,15 @@ def sgp(
       Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML
       2019, Algorithm 1.
     """
-    local = local_optimizer(learning_rate, base, momentum)
-    return optax.chain(local, push_sum(topology, axis_name))
+    return optax.chain(
+        local_optimizer(optimizer), push_sum(topology, axis_name=axis_name)
+    )
 
 
 def qg_dsgdm(
     learning_rate: optax.ScalarOrSchedule,
     topology: AnyTopology,
+    *,
     momentum: float | jax.Array = 0.9,
     factor: float | jax.Array | None = None,
     axis_name: AxisName = "workers",
@@ -272,10 +298,11 @@ def qg_dsgdm(
 
     Args:
       learning_rate: :math:`\gamma`, a number or schedule.
-      topology: A doubly stochastic topology or schedule.
+      topology: A doubly stochastic topology or schedule of topologies.
       momentum: :math:`\beta`, in [0, 1).
-      factor: How much of the last way enters the momentum; `1 - momentum` if None.
-      axis_name: The worker axis.
+      factor: Weight of the last displacement in the momentum. None takes
+        `1 - momentum`.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation.
@@ -284,7 +311,9 @@ def qg_dsgdm(
       Lin et al., "Quasi-Global Momentum: Accelerating Decentralized Deep Learning on
       Heterogeneous Data", ICML 2021, Algorithm 1.
     """
-    return quasi_global_momentum(learning_rate, topology, momentum, factor, axis_name)
+    return quasi_global_momentum(
+        learning_rate, topology, momentum=momentum, factor=factor, axis_name=axis_name
+    )
 
 
 class _MeanRateState(NamedTuple):
@@ -295,13 +324,13 @@ class _MeanRateState(NamedTuple):
 
 
 def _outer_sgd(
-    rate: optax.ScalarOrSchedule, momentum: Any, nesterov: bool = False
+    rate: optax.ScalarOrSchedule, momentum: Any
 ) -> optax.GradientTransformation:
     """SGD for `average_parameters`, whose schedule counts iterations."""
     if not callable(rate):
         # Models are averaged at least in float32, and an injected rate meets them.
         rate = wide(rate) if isinstance(rate, jax.Array) else rate
-        return sgd(rate, momentum, nesterov)
+        return optax.chain(_heavy_ball(momentum), optax.scale_by_learning_rate(rate))
 
     def scale(updates, state, params=None, **extra_args: Any) -> Any:
         del params
@@ -312,7 +341,21 @@ def _outer_sgd(
     by_step = optax.GradientTransformationExtraArgs(
         lambda params: optax.EmptyState(), scale
     )
-    return optax.chain(sgd(1.0, momentum, nesterov), by_step)
+    return optax.chain(_heavy_ball(momentum), optax.scale(-1.0), by_step)
+
+
+def _heavy_ball(momentum: float | jax.Array) -> optax.GradientTransformation:
+    """`optax.trace`; an injected momentum leaves the buffers' dtypes as they are."""
+
+    def update_fn(updates, state, params=None):
+        del params
+        buffers = jax.tree.map(
+            lambda g, b: (g + fitted(momentum, b) * b).astype(b.dtype),
+            *(updates, state.trace),
+        )
+        return buffers, optax.TraceState(buffers)
+
+    return optax.GradientTransformation(optax.trace(0.0).init, update_fn)
 
 
 def _average_by_mean_rate(
@@ -340,7 +383,7 @@ def _average_by_mean_rate(
 
     inner_outer = optax.with_extra_args_support(outer)
     scaled = optax.GradientTransformationExtraArgs(init_outer, update_outer)
-    averaging = average_parameters(period, scaled, axis_name=axis_name)
+    averaging = average_parameters(period=period, outer=scaled, axis_name=axis_name)
 
     def update_fn(updates, state, params=None, **extra_args):
         rate = learning_rate

@@ -4,13 +4,15 @@ Each function returns a `Topology`. Undirected graphs have Metropolis-Hastings w
 unless told otherwise: symmetric and doubly stochastic on every graph.
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import networkx as nx
 import numpy as np
 
 from decentral_jax.topology.core import Topology, check_topology
 from decentral_jax.validation import check_choice, check_int, check_interval
+
+Weights = Literal["metropolis", "max_degree", "given", "push"]
 
 
 def ring(n: int) -> Topology:
@@ -112,7 +114,7 @@ def erdos_renyi(n: int, p: float, seed: int) -> Topology:
     return _metropolis(n, graph.edges, f"erdos_renyi({n}, {p:g})")
 
 
-def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
+def from_graph(graph: Any, *, weights: Weights = "metropolis") -> Topology:
     r"""Any networkx graph, its nodes in the graph's own order.
 
     With neighbours' degrees :math:`d_i` the weights of an edge are
@@ -144,7 +146,7 @@ def from_graph(graph: Any, weights: str = "metropolis") -> Topology:
       >>> dj.topology.from_graph(nx.petersen_graph()).max_degree
       3
     """
-    check_choice("weights", weights, ("metropolis", "max_degree", "given", "push"))
+    check_choice("weights", weights, get_args(Weights))
     if not isinstance(graph, nx.Graph):
         raise TypeError(
             f"graph must be a networkx graph, got {type(graph).__name__}: for a matrix "

@@ -23,6 +23,7 @@ class ScaleByAmsgradState(NamedTuple):
 
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
+    *,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,

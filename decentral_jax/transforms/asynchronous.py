@@ -41,7 +41,10 @@ class AsynchronousState(NamedTuple):
 
 
 def asynchronous(
-    inner: optax.GradientTransformation, trace: Trace, axis_name: AxisName = "workers"
+    optimizer: optax.GradientTransformation,
+    trace: Trace,
+    *,
+    axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns an optimizer into its asynchronous form: a master and stale workers.
 
@@ -60,7 +63,7 @@ def asynchronous(
     nothing arrives, and nothing changes.
 
     Args:
-      inner: Any optax optimizer; its state is the master's.
+      optimizer: Any optax optimizer; its state is the master's.
       trace: Who arrives when, how stale; see `dj.traces`.
       axis_name: The worker axis.
 
@@ -70,7 +73,7 @@ def asynchronous(
       worker returns (`traces.uniform_delay`; none for traces of speeds).
 
     Raises:
-      TypeError: If `inner` is no optimizer, or `trace` no trace.
+      TypeError: If `optimizer` is no optimizer, or `trace` no trace.
       ValueError: If the axis has not `trace.num_workers` workers, a tree is empty or
         trees do not match, or `update` gets no `params`.
 
@@ -83,14 +86,14 @@ def asynchronous(
       >>> trace = dj.traces.from_speeds([1.0, 1.0, 3.0], num_ticks=1000)
       >>> tx = dj.asynchronous(optax.adam(1e-3), trace)
     """
-    check_optimizer("inner", inner)
+    check_optimizer("optimizer", optimizer)
     if not isinstance(trace, Trace):
         raise TypeError(
             f"trace must be a dj.traces.Trace, got {trace!r}: make one by "
             "dj.traces.from_speeds."
         )
     check_axis_name(axis_name)
-    inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(optimizer)
     plan = _Plan(trace)
 
     def init_fn(params):
@@ -205,8 +208,8 @@ def scale_by_staleness(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Smaller steps for staler gradients, :math:`u / \max(1, \tau)^p`.
 
-    Place it in the `inner` chain of `asynchronous`, which says how stale a gradient is;
-    after momentum, so that only the step becomes smaller.
+    Chain it into the optimizer of `asynchronous`, which passes the staleness of each
+    gradient; after momentum, so that only the step becomes smaller.
 
     Args:
       power: :math:`p`, positive; 1 as published.

@@ -26,6 +26,7 @@ from decentral_jax.validation import (
 
 
 def average_gradients(
+    *,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces each worker's gradient by the mean over workers, by all-reduce.
@@ -75,6 +76,7 @@ class PeriodicAveragingState(NamedTuple):
 
 
 def average_parameters(
+    *,
     period: int,
     outer: optax.GradientTransformation | None = None,
     fragments: int = 1,

@@ -34,6 +34,7 @@ class CompressedGossipState(NamedTuple):
 def compressed_gossip(
     topology: Topology,
     compressor: Compressor,
+    *,
     consensus_rate: float | jax.Array,
     seed: int = 0,
     axis_name: AxisName = "workers",

@@ -5,7 +5,7 @@ its gradients part of the way towards where its unsent updates would lead.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from decentral_jax.validation import (
     require_params,
 )
 
-EVALUATED = ("shared", "averaged")
+Evaluate = Literal["shared", "averaged"]
 
 
 class ErrorFeedbackState(NamedTuple):
@@ -92,10 +92,11 @@ def _between(shared: Any, params: Any, detach: float | jax.Array) -> Any:
 
 def error_feedback(
     compressor: Compressor,
+    *,
     detach: float | jax.Array = 0.0,
     period: int = 1,
     feedback: float | jax.Array = 1.0,
-    evaluate: str = "shared",
+    evaluate: Evaluate = "shared",
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
@@ -165,7 +166,7 @@ def error_feedback(
     detach = check_interval("detach", detach, 0.0, 1.0)
     period = check_int("period", period, minimum=1)
     feedback = check_interval("feedback", feedback, 0.0, 1.0, closed="right")
-    check_choice("evaluate", evaluate, EVALUATED)
+    check_choice("evaluate", evaluate, get_args(Evaluate))
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
     # Injected numbers may change from step to step: they decide no branch.

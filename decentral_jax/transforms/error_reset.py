@@ -39,6 +39,7 @@ class ErrorResetState(NamedTuple):
 
 def error_reset(
     compressor: Compressor,
+    *,
     reset_compressor: Compressor | None = None,
     period: int = 8,
     seed: int = 0,

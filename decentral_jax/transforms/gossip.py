@@ -4,7 +4,7 @@ Placed after any optimizer, these turn its update into one that also averages th
 parameters with the neighbours'.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from decentral_jax.validation import (
     require_params,
 )
 
-ORDERS = ("adapt_then_combine", "combine_then_adapt")
+Order = Literal["adapt_then_combine", "combine_then_adapt"]
 
 
 class GossipState(NamedTuple):
@@ -34,7 +34,8 @@ class GossipState(NamedTuple):
 
 def gossip(
     topology: AnyTopology,
-    order: str = "adapt_then_combine",
+    *,
+    order: Order = "combine_then_adapt",
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages parameters with the neighbours' after, or while, taking the update.
@@ -77,7 +78,7 @@ def gossip(
       Array([1., 2., 3., 4., 5., 6.], dtype=float32)
     """
     check_topology(topology)
-    check_choice("order", order, ORDERS)
+    check_choice("order", order, get_args(Order))
     check_axis_name(axis_name)
 
     def init_fn(params):
@@ -93,10 +94,10 @@ def gossip(
         check_arrays("updates", updates)
         if order == "adapt_then_combine":
             adapted = optax.apply_updates(params, updates)
-            mixed = mix(adapted, topology, axis_name, state.count, active)
+            mixed = mix(adapted, topology, axis_name, step=state.count, active=active)
             updates = difference(mixed, params)
         else:
-            mixed = mix(params, topology, axis_name, state.count, active)
+            mixed = mix(params, topology, axis_name, step=state.count, active=active)
             updates = jax.tree.map(
                 lambda m, p, u: (m - p) + u.astype(p.dtype), mixed, params, updates
             )
@@ -113,6 +114,7 @@ class ExactDiffusionState(NamedTuple):
 
 def exact_diffusion(
     topology: Topology,
+    *,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gossip whose fixed point is exact although workers' gradients differ.

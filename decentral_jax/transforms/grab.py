@@ -4,7 +4,7 @@ How the signs are found is in `balancing`; here they become orders.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class MeanBalance(NamedTuple):
 
 
 def grab(
-    num_examples: int, axis_name: AxisName = "workers"
+    num_examples: int, *, axis_name: AxisName = "workers"
 ) -> optax.GradientTransformationExtraArgs:
     r"""GraB: balances each gradient against the last epoch's mean, a worker by itself.
 
@@ -107,7 +107,7 @@ class PairBalance(NamedTuple):
 
 
 def pair_balance(
-    num_examples: int, odd_batches: bool = False, axis_name: AxisName = "workers"
+    num_examples: int, *, odd_batches: bool = False, axis_name: AxisName = "workers"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Balances the differences of consecutive gradients, a worker by itself.
 
@@ -154,7 +154,8 @@ def pair_balance(
 
 def independent_grab(
     num_examples: int,
-    balance: str = "mean",
+    *,
+    balance: Literal["mean", "pair"] = "mean",
     odd_batches: bool = False,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
@@ -174,13 +175,14 @@ def independent_grab(
     """
     check_choice("balance", balance, ("mean", "pair"))
     if balance == "mean":
-        return grab(num_examples, axis_name)
-    return pair_balance(num_examples, odd_batches, axis_name)
+        return grab(num_examples, axis_name=axis_name)
+    return pair_balance(num_examples, odd_batches=odd_batches, axis_name=axis_name)
 
 
 def d_grab(
     num_examples: int,
     num_workers: int,
+    *,
     odd_batches: bool = False,
     sketch: int | None = None,
     gathered: bool = False,

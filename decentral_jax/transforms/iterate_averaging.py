@@ -21,7 +21,7 @@ class IterateAveragingState(NamedTuple):
 
 
 def iterate_averaging(
-    delta: float | jax.Array, detach: float | jax.Array = 0.0
+    delta: float | jax.Array, *, detach: float | jax.Array = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes gradients between an iterate and its running average.
 

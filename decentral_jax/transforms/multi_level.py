@@ -29,6 +29,7 @@ class MultiLevelState(NamedTuple):
 
 def multi_level(
     hub_topology: AnyTopology,
+    *,
     tau: int,
     q: int,
     shares: Any = None,

@@ -29,7 +29,8 @@ class OperatingRatesState(NamedTuple):
 
 
 def operating_rates(
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
+    *,
     rates: Any,
     seed: int = 0,
     axis_name: AxisName = "workers",
@@ -44,7 +45,7 @@ def operating_rates(
     the counter of a learning rate's schedule, which thus counts the worker's own steps.
 
     Args:
-      inner: The worker's optimizer; it must not communicate.
+      optimizer: The worker's optimizer; it must not communicate.
       rates: :math:`p_i`, in (0, 1]: a number for all; or one a worker, in the shape of
         the axes; rows may differ in length (see `dj.multi_level`).
       seed: Of the draws, which every worker can repeat.
@@ -54,7 +55,7 @@ def operating_rates(
       The transformation. It sends nothing.
 
     Raises:
-      TypeError: If `inner` is no optimizer or `rates` no numbers.
+      TypeError: If `optimizer` is no optimizer or `rates` no numbers.
       ValueError: If a rate is outside (0, 1], or there is not one a worker.
 
     References:
@@ -68,8 +69,8 @@ def operating_rates(
       >>> jax.vmap(step, axis_name="workers")(jnp.array([1.0, 1.0]))
       Array([-1.,  0.], dtype=float32)
     """
-    check_optimizer("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    check_optimizer("optimizer", optimizer)
+    inner = optax.with_extra_args_support(optimizer)
     # Injected rates are not known yet.
     table = rates if isinstance(rates, Tracer) else _rates(rates)
     seed = check_int("seed", seed, minimum=0)

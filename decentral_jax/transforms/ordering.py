@@ -160,7 +160,7 @@ def _batch_size(leaves: list, name: str) -> int:
 
 
 def random_reshuffling(
-    num_examples: int, seed: int = 0, axis_name: AxisName = "workers"
+    num_examples: int, *, seed: int = 0, axis_name: AxisName = "workers"
 ) -> optax.GradientTransformationExtraArgs:
     """A fresh random order of each worker's examples in every epoch (D-RR).
 

@@ -29,7 +29,7 @@ class PushSumState(NamedTuple):
 
 
 def push_sum(
-    topology: AnyTopology, axis_name: AxisName = "workers"
+    topology: AnyTopology, *, axis_name: AxisName = "workers"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages by pushing shares of oneself, and corrects for who received more.
 
@@ -89,7 +89,7 @@ def push_sum(
         adapted = jax.tree.map(
             lambda z, u: weighted(z, state.weight) + u.astype(z.dtype), params, updates
         )
-        x, weight = mix((adapted, state.weight), topology, axis_name, state.count)
+        x, weight = mix((adapted, state.weight), topology, axis_name, step=state.count)
         updates = jax.tree.map(lambda x, z: weighted(x, 1 / weight) - z, x, params)
         return updates, PushSumState(advance(state.count, topology.period), weight)
 

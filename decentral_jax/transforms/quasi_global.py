@@ -32,6 +32,7 @@ class QuasiGlobalState(NamedTuple):
 def quasi_global_momentum(
     learning_rate: optax.ScalarOrSchedule,
     topology: AnyTopology,
+    *,
     momentum: float | jax.Array = 0.9,
     factor: float | jax.Array | None = None,
     axis_name: AxisName = "workers",

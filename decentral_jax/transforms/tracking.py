@@ -4,7 +4,7 @@ The tracker starts at the worker's own gradient and is mixed and corrected so th
 trackers' mean always equals the gradients' mean.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from decentral_jax.topology import (
     exact_factors,
     from_graph,
 )
-from decentral_jax.transforms.gossip import ORDERS
+from decentral_jax.transforms.gossip import Order
 from decentral_jax.validation import (
     check_arrays,
     check_axis_name,
@@ -37,6 +37,8 @@ from decentral_jax.validation import (
     check_optimizer,
     require_params,
 )
+
+When = Literal["every_step", "phase_end"]
 
 
 class TrackGradientsState(NamedTuple):
@@ -49,7 +51,8 @@ class TrackGradientsState(NamedTuple):
 
 def track_gradients(
     topology: AnyTopology,
-    order: str = "adapt_then_combine",
+    *,
+    order: Order = "combine_then_adapt",
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the gradient by a tracker of the mean gradient.
@@ -92,7 +95,7 @@ def track_gradients(
       ... )
     """
     check_topology(topology)
-    check_choice("order", order, ORDERS)
+    check_choice("order", order, get_args(Order))
     check_axis_name(axis_name)
 
     def init_fn(params):
@@ -146,10 +149,11 @@ class AcceleratedTrackingState(NamedTuple):
 
 
 def accelerated_tracking(
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     topology: Topology,
+    *,
     rounds: int,
-    when: str = "every_step",
+    when: When = "every_step",
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Phases of gradient accumulation, accelerated gossip and gradient tracking.
@@ -169,7 +173,7 @@ def accelerated_tracking(
     :math:`\sum_i y_{k+1,i} = \sum_i \bar g_{k,i}`.
 
     Args:
-      inner: Optimizer of the tracker; with momentum in it, DeTAG is DeTAGM. Its
+      optimizer: Optimizer of the tracker; with momentum in it, DeTAG is DeTAGM. Its
         steps, and so its schedules, count phases.
       topology: A static, symmetric, doubly stochastic topology.
       rounds: :math:`R`, gradients and gossip rounds a phase.
@@ -194,10 +198,10 @@ def accelerated_tracking(
     """
     gossip_round = accelerated_round(topology, axis_name)
     rounds = check_int("rounds", rounds, 1)
-    check_choice("when", when, ("every_step", "phase_end"))
+    check_choice("when", when, get_args(When))
     check_axis_name(axis_name)
-    check_optimizer("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    check_optimizer("optimizer", optimizer)
+    inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
         params = require_params(params, "accelerated_tracking")
@@ -283,8 +287,9 @@ class ExactPhasesState(NamedTuple):
 
 
 def exact_phases(
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     topology: Topology,
+    *,
     rounds: int | None = None,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
@@ -297,7 +302,7 @@ def exact_phases(
     .. math:: x_{k+1} = x_k + \mathrm{inner}(F_m \cdots F_1 \bar g_k)
 
     Args:
-      inner: Optimizer of the averaged gradient; its steps count phases.
+      optimizer: Optimizer of the averaged gradient; its steps count phases.
       topology: A static, connected topology; only its edges are used.
       rounds: :math:`R`; as many as there are factors if None.
       axis_name: The worker axis.
@@ -324,8 +329,8 @@ def exact_phases(
     factors = exact_factors(topology)
     rounds = len(factors) if rounds is None else check_int("rounds", rounds, 1)
     phase = rounds + len(factors)
-    check_optimizer("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    check_optimizer("optimizer", optimizer)
+    inner = optax.with_extra_args_support(optimizer)
     around = from_graph(topology.graph.to_undirected(reciprocal=True))
 
     def reunite(moved, params):

@@ -43,7 +43,7 @@ def main() -> float:
     (images, labels), (test_images, test_labels) = load_digits()
     workers = dj.Workers(NUM_WORKERS)  # on whatever devices there are
     topology = dj.topology.ring(NUM_WORKERS)
-    tx = dj.detag(learning_rate=0.3, topology=topology, rounds=4)
+    tx = dj.detag(0.3, topology, rounds=4)
 
     model = MLP(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -73,7 +73,7 @@ def test_steps_take_slots_by_their_rates():
 
 def test_the_clock_of_a_real_algorithm():
     """Local SGD of period 2: everyone meets in every second step."""
-    tx = dj.local_sgd(0.1, 2)
+    tx = dj.local_sgd(0.1, period=2)
     params = np.zeros(10, np.float32)
     sgd, averaging = tx.init(params)
     log = []
