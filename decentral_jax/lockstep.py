@@ -180,9 +180,9 @@ class _Reader:
                 self._decide(values[0], "a step counter")
             if equation.params.get("name") == VALUE_MARKER and values[0].own:
                 raise ValueError(
-                    "value must be equal on all workers, because base reads it and "
-                    "would part their models, but it depends on this worker's own "
-                    "data: pass value=dj.average(loss) to update."
+                    "value must be equal on all workers, because the optimizer reads "
+                    "it and would part their models, but it depends on this worker's "
+                    "own data: pass value=dj.average(loss) to update."
                 )
             results = self(inner[0], values)
             if len(results) == count:

@@ -55,7 +55,6 @@ def compressed(
     CSER sends as much as the others: half of it in its steps, half in its resets.
     """
     block = dj.compression.random_block
-    resets = (block(2 * ratio), block(max(1.0, 2 * ratio / RESET_PERIOD)))
     return {
         "EF-SGD": Entry(
             lambda rate: dj.ef_sgd(optax.sgd(rate, momentum=momentum), block(ratio))
@@ -76,7 +75,12 @@ def compressed(
             )
         ),
         "CSER": Entry(
-            lambda rate: dj.cser(rate, *resets, RESET_PERIOD, momentum),
+            lambda rate: dj.cser(
+                optax.sgd(rate, momentum=momentum),
+                block(2 * ratio),
+                reset_compressor=block(max(1.0, 2 * ratio / RESET_PERIOD)),
+                period=RESET_PERIOD,
+            ),
             phase=RESET_PERIOD,
         ),
     }

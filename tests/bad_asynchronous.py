@@ -57,7 +57,7 @@ ROWS = {
     ),
     "no inner optimizer": (
         lambda: dj.asynchronous(0.1, TWO),
-        "TypeError: inner | 0.1",
+        "TypeError: optimizer | 0.1",
     ),
     "workers of the trace": (
         three_workers,

@@ -49,7 +49,7 @@ ROWS = {
     ),
     "inner not called": (
         lambda: dj.operating_rates(optax.sgd, rates=0.5),
-        "TypeError: inner | function sgd | call",
+        "TypeError: optimizer | function sgd | call",
     ),
     "shares not 1": (
         mll(shares=[[0.2, 0.2]] * 4),
@@ -101,10 +101,6 @@ ROWS = {
         lambda: dj.slowmo(optax.sgd(0.1, momentum=0.9), period=2.5),
         "TypeError: period | 2.5",
     ),
-    "outer not called": (
-        lambda: dj.average_parameters(period=2, outer=optax.sgd),
-        "TypeError: outer | function sgd | call",
-    ),
     "fragments above the period": (
         lambda: dj.diloco(optax.adamw(0.1), period=2, fragments=3),
         "ValueError: fragments | period=2 | 3",
@@ -127,13 +123,13 @@ ROWS = {
         lambda: dj.slowmo(optax.sgd(0.1, momentum=0.9), period=2, slow_rate=-1.0),
         "ValueError: slow_rate | -1.0",
     ),
-    "outer momentum 1": (
-        lambda: dj.diloco(
-            optax.adamw(0.1),
-            period=2,
-            outer=optax.sgd(0.7, momentum=1.0, nesterov=True),
-        ),
-        "ValueError: outer_momentum | 1.0",
+    "outer not called": (
+        lambda: dj.diloco(0.1, period=2, outer=optax.sgd),
+        "TypeError: outer | function sgd | call",
+    ),
+    "learning rate beside a learning rate": (
+        lambda: dj.slowmo(0.1, period=2, learning_rate=0.1),
+        "ValueError: learning_rate=0.1 | leave it out",
     ),
     "quasi-global momentum 1": (
         lambda: dj.qg_dsgdm(0.1, RING, momentum=1.0),
@@ -183,14 +179,6 @@ ROWS |= {
     "quasi-global rate -1": (
         lambda: dj.qg_dsgdm(-1.0, RING),
         "ValueError: learning_rate | -1.0",
-    ),
-    "outer rate -1": (
-        lambda: dj.diloco(
-            optax.adamw(0.1),
-            period=2,
-            outer=optax.sgd(-1.0, momentum=0.9, nesterov=True),
-        ),
-        "ValueError: outer_rate | -1.0",
     ),
     "seed of who operates": (mll(seed=-1), "ValueError: seed | -1 | >= 0"),
     "reweighted, a share of inf": (

@@ -106,6 +106,10 @@ class Setting(NamedTuple):
         return dense(compressor, of_step, leaves=self.sizes)
 
 
+def sgd(rate, momentum=None):
+    return rate if momentum is None else optax.sgd(rate, momentum=momentum)
+
+
 class Algorithm(NamedTuple):
     # options: strategies, by name
     options: dict[str, st.SearchStrategy]
@@ -123,7 +127,8 @@ class Algorithm(NamedTuple):
     # only the parameters are rounded.
     units: float = 16
     half_units: float = 4
-    has_base: bool = True  # Any optimizer may be the local one.
+    # Rate, momentum -> the first argument; None where it is always a rate.
+    optimizer: Callable[..., Any] | None = sgd
     two_axes: bool = False  # It asks for hubs and workers.
     # Whether the reference asks for each worker's gradient once an iteration.
     asks_once: bool = True
@@ -377,9 +382,12 @@ ALGORITHMS = {
             "outer_momentum": only(0.0, 0.5),
         },
         _diloco,
+        lambda s, outer_rate, outer_momentum, **options: {
+            "outer": optax.sgd(outer_rate, momentum=outer_momentum, nesterov=True)
+        },
         dtypes=ADAPTIVE,
         units=64,  # Small second moments magnify rounding.
-        has_base=False,
+        optimizer=optax.adamw,
     ),
     "mll_sgd": Algorithm(
         HUB_OPTIONS | {"rates": only(0.5, 1.0), "seed": only(0, 5)},
@@ -416,7 +424,7 @@ ALGORITHMS = {
         lambda s, **options: {"trace": _trace(s)},
         dtypes=ADAPTIVE,
         units=64,  # Small second moments magnify rounding.
-        has_base=False,
+        optimizer=None,
         asks_once=False,
     ),
     "qg_dsgdm": Algorithm(
@@ -427,11 +435,11 @@ ALGORITHMS = {
         ),
         _with_topology,
         STOCHASTIC,
-        has_base=False,
+        optimizer=None,
     ),
 }
 # Options of the test's own, which the constructor does not take.
-OWN = {"unequal"}
+OWN = {"unequal", "outer_rate", "outer_momentum"}
 
 
 def constructor(name):
@@ -475,7 +483,7 @@ class Case(NamedTuple):
     algorithm: str
     options: dict[str, Any]
     wrappers: tuple[str, ...]
-    injected: str  # "no", "base" or "algorithm"
+    injected: str  # "no", "optimizer" or "algorithm"
     split: str  # how a first leaf is left out: "no", "masked" or "partition"
     multi_steps: bool
     shapes: tuple[tuple[int, ...], ...]
@@ -517,7 +525,7 @@ def cases(draw, name):
         together = hubs and not algorithm.two_axes
         return not together or hubs % devices == 0 or devices % hubs == 0
 
-    ways = ["no", "algorithm"] + ["base"] * algorithm.has_base
+    ways = ["no", "algorithm"] + ["optimizer"] * (algorithm.optimizer is not None)
     folds = [d for d in range(1, n + 1) if n % d == 0 and fits(d)]
     # Several workers on each of several devices first.
     folds.sort(key=lambda d: (d in (1, n), d))

@@ -17,8 +17,6 @@ FLOATS = {
     "factor": (0.5, 0.25),
     "feedback": (0.75, 0.5),
     "momentum": (0.5, 0.75),
-    "outer_momentum": (0.5, 0.75),
-    "outer_rate": (0.75, 0.5),
     "power": (1.0, 0.5),
     "rates": (0.5, 0.75),
     "ratio": (4.0, 2.0),
@@ -29,9 +27,12 @@ FLOATS = {
 
 
 def inject(
-    build: Callable[..., Any], *, learning_rate_too: bool = True, **arguments: Any
+    build: Callable[..., Any], *args: Any, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation all of whose numbers are arrays that may be."""
-    may = set(FLOATS) | ({"learning_rate"} if learning_rate_too else set())
-    static = inspect.signature(build).parameters.keys() - may
-    return optax.inject_hyperparams(build, static_args=static)(**arguments)
+    """A transformation all of whose numbers are arrays that may be.
+
+    Positional arguments, such as a rate, are among them.
+    """
+    names = list(inspect.signature(build).parameters)
+    static = set(names[len(args) :]) - FLOATS.keys()
+    return optax.inject_hyperparams(build, static_args=static)(*args, **arguments)

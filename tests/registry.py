@@ -38,7 +38,7 @@ class Algorithm(NamedTuple):
     make: Callable[..., optax.GradientTransformationExtraArgs]
     # grad_fn, x0, learning_rate, steps -> trajectory [steps + 1, n, d]
     reference: Callable[..., np.ndarray]
-    # the constructor and its arguments beside learning_rate
+    # the constructor, and its arguments after the optimizer or rate
     build: Callable[..., Any]
     arguments: dict[str, Any]
     # 8 workers: on one axis, or on several levels
@@ -49,6 +49,8 @@ class Algorithm(NamedTuple):
     # A variant shares its code with another setting, which runs all tests; of a variant
     # the trajectory is compared, in the layouts that differ most.
     variant: bool = False
+    # Of the optimizer, which is plain SGD where this is None.
+    heavy_ball: float | None = None
 
 
 def _algorithm(
@@ -56,12 +58,19 @@ def _algorithm(
     reference,
     shape: Shape = 8,
     finds_optimum=True,
+    heavy_ball=None,
     **arguments,
 ):
     def make(learning_rate, **axes):
-        return build(learning_rate, **arguments, **axes)
+        optimizer = learning_rate
+        if heavy_ball is not None:
+            optimizer = optax.sgd(learning_rate, momentum=heavy_ball)
+        return build(optimizer, **arguments, **axes)
 
-    return Algorithm(make, reference, build, arguments, shape, finds_optimum)
+    return Algorithm(
+        *(make, reference, build, arguments, shape, finds_optimum),
+        heavy_ball=heavy_ball,
+    )
 
 
 def rounds(topology):
@@ -101,9 +110,9 @@ def _detag(topology, rounds, momentum, when):
         lambda g, x, lr, steps: tracking.detag(
             g, x, topology.matrix, lr, steps, rounds, momentum=momentum or 0.0
         ),
+        heavy_ball=momentum,
         topology=topology,
         rounds=rounds,
-        momentum=momentum,
         when=when,
     )
 
@@ -131,7 +140,7 @@ def _negated(compress):
 
 def _feedback(build, compressor, detach, period=1, momentum=0.9):
     """Error feedback in one of its forms."""
-    arguments = {"compressor": compressor, "period": period, "momentum": momentum}
+    arguments = {"compressor": compressor, "period": period}
     if build is not dj.ef_sgd:
         arguments["detach"] = detach
     return _algorithm(
@@ -142,16 +151,9 @@ def _feedback(build, compressor, detach, period=1, momentum=0.9):
                 *(detach, momentum, period),
             ).params
         ),
+        heavy_ball=momentum,
         **arguments,
     )
-
-
-def _partial(learning_rate, compressor, detach, feedback, axis_name="workers"):
-    """Partial error feedback, for which there is no name beside `error_feedback`."""
-    last = dj.error_feedback(
-        compressor, detach=detach, feedback=feedback, axis_name=axis_name
-    )
-    return optax.chain(optax.sgd(learning_rate, 0.9), last)
 
 
 def _cser(compressor, reset_compressor, period):
@@ -166,6 +168,7 @@ def _cser(compressor, reset_compressor, period):
                 0.9,
             ).params
         ),
+        heavy_ball=0.9,
         compressor=compressor,
         reset_compressor=reset_compressor,
         period=period,
@@ -215,17 +218,18 @@ def _slowmo(period, momentum, slow_rate, slow_momentum):
         lambda g, x, lr, steps: local_updates.slowmo(
             *(g, x, 8, lr, steps, period, slow_rate, slow_momentum, momentum)
         ),
+        heavy_ball=momentum,
         period=period,
-        momentum=momentum,
         slow_rate=slow_rate,
         slow_momentum=slow_momentum,
     )
 
 
-def diloco(learning_rate, period, outer_rate=0.7, fragments=1, axis_name="workers"):
+def diloco(learning_rate, *, period, fragments=1, axis_name="workers"):
     """DiLoCo, whose AdamW of optax does not run under strict promotion."""
     tx = dj.diloco(
-        *(learning_rate, period, outer_rate),
+        optax.adamw(learning_rate),
+        period=period,
         fragments=fragments,
         axis_name=axis_name,
     )
@@ -312,8 +316,8 @@ def _sgp(topology, momentum):
         lambda g, x, lr, steps: local_updates.sgp(
             g, x, _matrices(topology), lr, steps, momentum or 0.0
         ),
+        heavy_ball=momentum,
         topology=topology,
-        momentum=momentum,
     )
 
 
@@ -387,12 +391,13 @@ ALGORITHMS = {
         dj.def_sgd, C.top_k(ratio=3, whole_model=True), 1.0, momentum=0.5
     ),
     "partial_feedback": _algorithm(
-        _partial,
+        dj.def_sgd,
         lambda g, x, lr, steps: (
             compression.pef_sgd(
                 g, x, 8, lr, steps, dense(C.random_block(2)), 0.3, 0.9, 0.9
             ).params
         ),
+        heavy_ball=0.9,
         compressor=C.random_block(2),
         detach=0.3,
         feedback=0.9,
@@ -402,12 +407,13 @@ ALGORITHMS = {
         lambda g, x, lr, steps: (
             compression.sgd_ia(g, x, 8, lr, steps, 0.25, 0.3, 0.9).params
         ),
+        heavy_ball=0.9,
         ratio=4.0,
     ),
     "cser": _cser(C.random_block(2), C.identity(), 2),
     "choco_sgd_top_k": _choco(DIRECTED, C.top_k(ratio=2), 0.5),
     "choco_sgd_quantize": _choco(RING, C.quantize(4), 0.3),
-    "powersgd": _algorithm(dj.powersgd, _powersgd, rank=1, momentum=0.5),
+    "powersgd": _algorithm(dj.powersgd, _powersgd, heavy_ball=0.5, rank=1),
     "local_sgd": _algorithm(
         dj.local_sgd,
         lambda g, x, lr, steps: local_updates.local_sgd(g, x, 8, lr, steps, 4),

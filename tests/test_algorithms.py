@@ -169,7 +169,7 @@ def test_two_worker_axes():
     tx = optax.chain(
         dj.average_gradients(axis_name="worker"),
         optax.sgd(1.0),
-        dj.gossip(dj.topology.ring(4), axis_name="hub"),
+        dj.gossip(dj.topology.ring(4), order="adapt_then_combine", axis_name="hub"),
     )
 
     def step(gradient):

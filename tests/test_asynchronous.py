@@ -240,7 +240,7 @@ class TestTraces:
         assert found == asynchronous.arrivals_from_speeds(times, 60)
 
     def test_jitter(self):
-        make = functools.partial(dj.traces.from_speeds, [1, 2], 4000, 0.5)
+        make = functools.partial(dj.traces.from_speeds, [1, 2], 4000, jitter=0.5)
         one, same, other = make(seed=1), make(seed=1), make(seed=2)
         np.testing.assert_array_equal(one.workers, same.workers)
         assert (one.workers != other.workers).any()

@@ -106,7 +106,7 @@ def _largest(parts):
 
 def d_psgd(base, order="combine_then_adapt"):
     """By hand, so that nothing is refused."""
-    return optax.chain(base, dj.gossip(RING, order))
+    return optax.chain(base, dj.gossip(RING, order=order))
 
 
 def of(module, name, *args, **options):
@@ -347,18 +347,18 @@ def test_scaled_by_each_worker(name):
     assert gossiped.bias[1] < 0.1
     assert gossiped.spread.max() < 1
     # Adaptive steps are as long at an optimum as elsewhere: trackers' noise counts.
-    assert run(dj.dsgt(None, RING, base=case.base()), case).bias.max() < 0.1
+    assert run(dj.dsgt(case.base(), RING), case).bias.max() < 0.1
 
 
 @pytest.mark.parametrize("name", READS_VALUE)
 def test_reads_value(name):
     """With the mean loss it works; where models stay equal, another is refused."""
     case = READS_VALUE[name]
-    tx = dj.all_reduce_sgd(None, base=case.base())
+    tx = dj.all_reduce_sgd(case.base())
     result = run(tx, case, average=True)
     assert result.bias.max() < 0.1
     assert result.spread.max() < 1e-6
-    assert run(dj.dsgt(None, RING, base=case.base()), case, average=True).bias[1] < 0.1
+    assert run(dj.dsgt(case.base(), RING), case, average=True).bias[1] < 0.1
 
     def step(x, average):
         value = dj.average(jnp.sum(x)) if average else jnp.sum(x)
@@ -410,12 +410,14 @@ TOGETHER = {
 PARAMS = {"m": jnp.ones((3, 2)), "v": jnp.ones(4)}
 
 
-def test_every_algorithm_with_a_base_says_whether_it_moves_alone():
+def test_every_algorithm_with_an_optimizer_says_whether_it_moves_alone():
     algorithms = {name: getattr(dj.algorithms, name) for name in dj.algorithms.__all__}
-    with_base = {
-        k for k, fn in algorithms.items() if "base" in inspect.signature(fn).parameters
+    taking = {
+        name
+        for name, function in algorithms.items()
+        if "optimizer" in inspect.signature(function).parameters
     }
-    assert with_base == {*ALONE, *TOGETHER}
+    assert taking == {*ALONE, *TOGETHER}
 
 
 @pytest.mark.parametrize("name", MOVES_ALONE)
@@ -423,11 +425,11 @@ def test_moves_alone(name):
     """With averaged gradients it works; by hand under gossip it does not."""
     case = MOVES_ALONE[name]
     for make in ALONE.values():
-        make(None, base=case.base()).init(PARAMS)
+        make(case.base()).init(PARAMS)
     for make in TOGETHER.values():
         with pytest.raises(ValueError, match=rf"{name}.*all_reduce_sgd"):
-            make(None, base=case.base()).init(PARAMS)
-    alone = run(dj.all_reduce_sgd(None, base=case.base()), case)
+            make(case.base()).init(PARAMS)
+    alone = run(dj.all_reduce_sgd(case.base()), case)
     assert alone.bias.max() < 0.1
     assert alone.spread.max() < 1e-6
     orders = ("combine_then_adapt", "adapt_then_combine")
@@ -440,14 +442,14 @@ def test_moves_alone(name):
 def test_line_searches_are_refused(name, algorithm):
     base = optax.chain(sgd(), LINE_SEARCHES[name].base())
     with pytest.raises(ValueError, match=rf"{name}.*linesearch=None"):
-        (ALONE | TOGETHER)[algorithm](None, base=base).init(PARAMS)
+        (ALONE | TOGETHER)[algorithm](base).init(PARAMS)
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_are_of_the_class_of_what_they_contain(name):
     wrapped = WRAPPERS[name]
-    with pytest.raises(ValueError, match="base must not contain prodigy"):
-        dj.d_psgd(None, RING, base=wrapped(contrib.prodigy())).init(PARAMS)
+    with pytest.raises(ValueError, match="optimizer must not contain prodigy"):
+        dj.d_psgd(wrapped(contrib.prodigy()), RING).init(PARAMS)
     wrap = optax.LookaheadParams.init_synced if name == "lookahead" else lambda x: x
     result = run(d_psgd(wrapped(optax.sgd(2 * RATE))), Case(sgd, wrap=wrap))
     assert result.bias.max() < 0.06

@@ -33,6 +33,7 @@ from tests.fuzz_cases import (
     Setting,
     cases,
     constructor,
+    sgd,
 )
 from tests.injection import inject
 from tests.layouts import LAYOUTS, flat, on_devices, shard_map
@@ -124,17 +125,21 @@ def transformation(case):
     given |= algorithm.arguments(setting(case, shapes), **case.options)
     if not algorithm.two_axes and case.hubs:
         given["axis_name"] = tuple(case.axis_sizes)
-    if case.injected == "base":
-        momentum = given.pop("momentum", None)
-        # Wider numbers would widen the state of optax's momentum.
-        narrow = jnp.bfloat16 if case.dtype == "mixed" else None
-        base = optax.inject_hyperparams(optax.sgd, hyperparam_dtype=narrow)
-        base = base(RATE, momentum)
-        tx = build(None, **given, base=base)
-    elif case.injected == "algorithm":
-        tx = inject(build, learning_rate=RATE, **given)
-    else:
-        tx = build(RATE, **given)
+    first = RATE
+    if algorithm.optimizer is not None:
+        momentum = {k: given.pop(k) for k in ("momentum",) if k in given}
+        make = algorithm.optimizer
+        if case.injected == "optimizer":
+            # Wider numbers would widen the state of optax's momentum.
+            narrow = jnp.bfloat16 if case.dtype == "mixed" else None
+            plain = optax.sgd if make is sgd else make
+            make = optax.inject_hyperparams(plain, hyperparam_dtype=narrow)
+        first = make(RATE, **momentum)
+    tx = (
+        inject(build, first, **given)
+        if case.injected == "algorithm"
+        else build(first, **given)
+    )
     if case.split == "masked":
         rest = [index > 0 for index in range(len(case.shapes))]
         tx = optax.chain(
@@ -274,7 +279,7 @@ def test_all_kinds_of_cases_are_drawn():
         ("topology", TOPOLOGIES),
         ("wrappers", WRAPPERS),
         ("layout", ["vmap", "shard_map", *(f"devices_{d}" for d in range(1, 9))]),
-        ("injected", ["no", "base", "algorithm"]),
+        ("injected", ["no", "optimizer", "algorithm"]),
         ("split", ["no", "masked", "partition"]),
         ("multi_steps", [True, False]),
         ("scan", [True, False]),

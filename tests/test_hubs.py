@@ -75,7 +75,10 @@ def test_absent_workers_count_for_nothing():
     """A sub-network of one worker beside one of two: the third of four is filled in."""
     shares = [[0.2, 0.3], [0.5]]
     tx = dj.mll_sgd(
-        *(0.1, dj.topology.path(2), 1, 1),
+        0.1,
+        dj.topology.path(2),
+        tau=1,
+        q=1,
         rates=[[1.0, 1.0], [1.0]],
         shares=shares,
     )

@@ -18,7 +18,9 @@ from tests.small_runs import BYTES, HUBS, PARAMS, TARGETS, exchanges, run
 
 def mll(hubs, tau, q, shape, **options):
     axes = tuple(shape)
-    tx = dj.mll_sgd(0.1, hubs, tau, q, hub_axis=axes[0], worker_axis=axes[1], **options)
+    tx = dj.mll_sgd(
+        0.1, hubs, tau=tau, q=q, hub_axis=axes[0], worker_axis=axes[1], **options
+    )
     return run(tx, shape)
 
 
@@ -45,14 +47,7 @@ SPECIAL_CASES = {
         lambda: run(dj.local_sgd(0.1, period=3)),
     ),
     "DiLoCo, outer rate 1, no momentum: Local SGD": (
-        lambda: run(
-            dj.diloco(
-                *(None, 3),
-                outer_rate=1.0,
-                outer_momentum=0.0,
-                base=optax.sgd(0.1),
-            )
-        ),
+        lambda: run(dj.diloco(0.1, period=3, outer=optax.sgd(1.0, nesterov=True))),
         lambda: run(dj.local_sgd(0.1, period=3)),
     ),
     "SlowMo, slow rate 1, no slow momentum: Local SGD": (
@@ -288,26 +283,25 @@ def test_fragments_are_of_similar_size():
 
 
 OWN_STEPS = {
-    "local_sgd": (partial(dj.local_sgd, period=3), {"momentum": 0.5}, 8),
-    "slowmo": (partial(dj.slowmo, period=3), {"momentum": 0.5}, 8),
+    "local_sgd": (partial(dj.local_sgd, period=3), 8),
+    "slowmo": (partial(dj.slowmo, period=3), 8),
     "mll_sgd": (
         partial(dj.mll_sgd, hub_topology=dj.topology.path(4), tau=2, q=2, rates=0.7),
-        {},
         HUBS,
     ),
-    "hl_sgd": (partial(dj.hl_sgd, num_hubs=4, tau=2, q=2), {}, HUBS),
-    "sgp": (partial(dj.sgp, topology=dj.topology.ring(8)), {"momentum": 0.5}, 8),
+    "hl_sgd": (partial(dj.hl_sgd, num_hubs=4, tau=2, q=2), HUBS),
+    "sgp": (partial(dj.sgp, topology=dj.topology.ring(8)), 8),
 }
 
 
 @pytest.mark.parametrize("name", OWN_STEPS)
-def test_a_base_takes_the_place_of_sgd(name, x64):
-    """One that needs params: weight decay, of 0."""
-    make, momentum, shape = OWN_STEPS[name]
-    base = optax.chain(optax.add_decayed_weights(0.0), optax.sgd(0.1, **momentum))
-    plain = run(make(0.1, **momentum), shape)
+def test_a_rate_is_that_of_sgd(name, x64):
+    """SGD behind an optimizer that needs params: weight decay, of 0."""
+    make, shape = OWN_STEPS[name]
+    optimizer = optax.chain(optax.add_decayed_weights(0.0), optax.sgd(0.1))
+    plain = run(make(0.1), shape)
     assert np.abs(plain).max() > 0.1
-    np.testing.assert_array_equal(run(make(None, base=base), shape), plain)
+    np.testing.assert_array_equal(run(make(optimizer), shape), plain)
 
 
 def test_momentum_stays_where_the_rate_is_zero():
@@ -396,15 +390,17 @@ def test_slowmo_with_injected_schedule_equals_direct_schedule():
 
         return jax.vmap(run, axis_name="workers")(targets)
 
-    direct = train(dj.slowmo(optax.sgd(schedule, momentum=0.9), period=4))
-    found = train(injected(learning_rate=schedule, period=4))
+    direct = train(dj.slowmo(schedule, period=4))
+    found = train(injected(schedule, period=4))
     np.testing.assert_allclose(found, direct, rtol=1e-5)
-    constant = train(dj.slowmo(optax.sgd(schedule, 0.9), period=4))
+    told = train(dj.slowmo(optax.sgd(schedule), period=4, learning_rate=schedule))
+    np.testing.assert_array_equal(told, direct)
+    constant = train(dj.slowmo(optax.sgd(schedule), period=4))
     assert not np.allclose(constant, direct, rtol=1e-2)
 
 
 def test_multisteps_itself_is_refused_with_the_way_to_pass_it():
     wrapped = optax.MultiSteps(optax.sgd(0.1), 2)
-    with pytest.raises(TypeError, match=r"base .*gradient_transformation\(\)"):
+    with pytest.raises(TypeError, match=r"optimizer .*gradient_transformation\(\)"):
         dj.local_sgd(wrapped, period=2)  # pyright: ignore
     dj.local_sgd(wrapped.gradient_transformation(), period=2)

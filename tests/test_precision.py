@@ -64,7 +64,9 @@ SMALL_STEPS = {
     "average_parameters": lambda: optax.chain(
         optax.sgd(SMALL), dj.average_parameters(period=1, outer=optax.sgd(1.0))
     ),
-    "slowmo": lambda: dj.slowmo(0.05, period=4, slow_momentum=0.0, slow_rate=10 * SMALL),
+    "slowmo": lambda: dj.slowmo(
+        0.05, period=4, slow_momentum=0.0, slow_rate=10 * SMALL
+    ),
     "apam": lambda: dj.apam(SMALL / 5, TRACE),
 }
 
@@ -133,7 +135,7 @@ def test_moments_add_up():
 def test_long_phases_add_up(name):
     """A phase's mean gradient is right, though each one is a small part of it."""
     rounds = 1000
-    tx = getattr(dj, name)(0.1, RING, rounds)
+    tx = getattr(dj, name)(0.1, RING, rounds=rounds)
     ones = jnp.ones((8, 3), jnp.bfloat16)
 
     def body(state, _):

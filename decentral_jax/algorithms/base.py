@@ -119,23 +119,24 @@ def _refused(node: Any) -> str | None:
     return (MOVES_ALONE | LINE_SEARCHES).get(kind.__name__)
 
 
-def is_learning_rate(optimizer: OptimizerLike) -> bool:
-    """Whether the argument is a learning rate or schedule, and not an optimizer."""
-    return not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps)
+def learning_rate_of(optimizer: OptimizerLike) -> optax.ScalarOrSchedule | None:
+    """Returns the argument if it is a learning rate or schedule, or None."""
+    return None if isinstance(optimizer, optax.GradientTransformation) else optimizer
 
 
 def _as_optimizer(
     optimizer: OptimizerLike, calls_per_step: int
 ) -> optax.GradientTransformation:
-    if not is_learning_rate(optimizer):
-        check_optimizer("optimizer", optimizer)
+    if isinstance(optimizer, optax.GradientTransformation):
         return optimizer
+    if isinstance(optimizer, optax.MultiSteps):
+        check_optimizer("optimizer", optimizer)
     if optimizer is None:
         raise TypeError(
             "optimizer must be an optax optimizer, a learning rate or a schedule, got "
             "None: pass a number for plain SGD, or optax.adam(1e-3) or the like."
         )
-    check_learning_rate(optimizer, "optimizer")
+    check_learning_rate(optimizer, "the learning rate passed as optimizer")
     if not callable(optimizer):
         return optax.sgd(optimizer)
     if not _is_schedule(optimizer):
@@ -146,7 +147,12 @@ def _as_optimizer(
 
 def _is_schedule(function: Callable) -> bool:
     """Tells a schedule from a constructor such as `optax.adam`."""
-    return not isinstance(function(jnp.zeros([], jnp.int32)), tuple)
+    returned = []
+    jax.eval_shape(
+        lambda count: returned.append(function(count)),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    return not isinstance(returned[0], tuple)
 
 
 def _reads_value(update: Callable, value: jax.Array) -> bool:

@@ -9,7 +9,7 @@ import optax
 from decentral_jax.algorithms.base import (
     Optimizer,
     OptimizerLike,
-    is_learning_rate,
+    learning_rate_of,
     local_optimizer,
 )
 from decentral_jax.collectives import AxisName, fitted, wide
@@ -99,13 +99,14 @@ def slowmo(
     period = check_int("period", period, minimum=1)
     local = local_optimizer(optimizer)
     outer = _outer_sgd(slow_rate, slow_momentum)
-    if is_learning_rate(optimizer):
+    own_rate = learning_rate_of(optimizer)
+    if own_rate is not None:
         if learning_rate is not None:
             raise ValueError(
                 f"learning_rate={learning_rate} has no meaning where optimizer is a "
                 "learning rate itself: leave it out, or pass an optax optimizer."
             )
-        learning_rate = optimizer
+        learning_rate = own_rate
     elif learning_rate is not None:
         check_learning_rate(learning_rate)
     # `optax.inject_hyperparams` passes this iteration's rate as an array.
@@ -201,15 +202,16 @@ def mll_sgd(
       >>> slow_and_fast = [[0.5, 1.0]] * 4
       >>> tx = dj.mll_sgd(0.1, dj.topology.ring(4), tau=8, q=4, rates=slow_and_fast)
     """
-    by_tick = is_learning_rate(optimizer) and callable(optimizer)
+    rate = learning_rate_of(optimizer)
     local = local_optimizer(optimizer)
-    if by_tick:
-        # Outside `operating_rates`: inside, it would count a worker's own steps.
+    if callable(rate):
+        # The schedule stays outside `operating_rates`: inside, it would count a
+        # worker's own steps instead of ticks.
         local = local_optimizer(1.0)
     axis_name = (hub_axis, worker_axis)
     parts = [operating_rates(local, rates=rates, seed=seed, axis_name=axis_name)]
-    if by_tick:
-        parts.append(optax.with_extra_args_support(optax.scale_by_schedule(optimizer)))
+    if callable(rate):
+        parts.append(optax.with_extra_args_support(optax.scale_by_schedule(rate)))
     levels = multi_level(
         hub_topology,
         tau=tau,

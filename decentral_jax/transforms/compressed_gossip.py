@@ -81,7 +81,8 @@ def compressed_gossip(
     Example:
       >>> import decentral_jax as dj, optax
       >>> ring, top = dj.topology.ring(8), dj.compression.top_k(ratio=20)
-      >>> tx = optax.chain(optax.sgd(0.1), dj.compressed_gossip(ring, top, 0.2))
+      >>> gossip = dj.compressed_gossip(ring, top, consensus_rate=0.2)
+      >>> tx = optax.chain(optax.sgd(0.1), gossip)
     """
     check_topology(topology, static=True)
     check_compressor(compressor)
