@@ -27,7 +27,6 @@ from decentral_jax.algorithms import (
     sgp,
     slowmo,
 )
-from decentral_jax.collectives import worker_index
 from decentral_jax.communication import (
     Collective,
     CommunicationCost,
@@ -41,6 +40,7 @@ from decentral_jax.mixing import (
     average_by_factors,
     average_every,
     mix,
+    worker_index,
 )
 from decentral_jax.processes import initialize
 from decentral_jax.transforms.amsgrad import amsgrad, project

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.mixing import average
 from decentral_jax.validation import require_params
 
@@ -120,4 +119,4 @@ def consensus_distance(params: Any, axis_name: AxisName = "workers") -> jax.Arra
         return jnp.sum(jnp.square(jnp.abs(x.astype(dtype) - c.astype(dtype))))
 
     terms = jax.tree.leaves(jax.tree.map(squared, params, centre))
-    return jnp.sqrt(collectives.mean(sum(terms, jnp.zeros([], dtype)), axis_name))
+    return jnp.sqrt(WorkerAxis.bind(axis_name).mean(sum(terms, jnp.zeros([], dtype))))

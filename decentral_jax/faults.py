@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.validation import check_int
 
 
@@ -43,7 +42,8 @@ def takes_part(
       >>> mapped(jnp.arange(8.0), 0).mean()  # as before
       Array(3.5, dtype=float32)
     """
-    size = collectives.bound_axis(axis_name).size
+    axis = WorkerAxis.bind(axis_name)
+    size = axis.size
     missing = check_int("missing", missing, minimum=0)
     check_int("seed", seed, minimum=0)
     if missing >= size:
@@ -51,10 +51,10 @@ def takes_part(
             f"missing={missing} must be fewer than the {size} workers of the axis "
             f"{axis_name!r}."
         )
-    step = collectives.agreed(jnp.asarray(step), axis_name)
+    step = axis.unvmap(jnp.asarray(step))
     key = jax.random.fold_in(jax.random.key(seed), step)
     place = jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))
-    return place[collectives.worker_index(axis_name)] >= missing
+    return place[axis.index] >= missing
 
 
 class GuardState(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from decentral_jax.collectives import (
+from decentral_jax._exchange.numbers import (
     equal_on_all_workers,
     value_equal_on_all_workers,
 )

@@ -1,8 +1,7 @@
 """Gossip: a topology's mixing matrix applied to a tree of arrays.
 
-Topologies (`decentral_jax.topology`) meet collectives (`decentral_jax.collectives`)
-here and nowhere else. Small leaves travel packed: one message carries a bucket of
-leaves, not one leaf.
+Topologies (`decentral_jax.topology`) meet the worker axis here and nowhere else. Small
+leaves travel packed: one message carries a bucket of leaves, not one leaf.
 """
 
 import functools
@@ -15,8 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import cast_like, weighted, wide, widened
+from decentral_jax._exchange.packing import (
+    ALL_REDUCE_BUCKET_BYTES,
+    mapped_packed,
+    packed,
+)
+from decentral_jax._exchange.weighing import DENSE_FROM
 from decentral_jax.topology import (
     AnyTopology,
     Topology,
@@ -26,11 +31,35 @@ from decentral_jax.topology import (
 )
 from decentral_jax.validation import check_arrays, check_dtypes, check_int
 
-# A leaf of at least this many bytes travels alone: packing it would cost a copy, and
-# saves no message worth the name. Smaller ones share buckets by dtype. An all-reduce
-# is several messages, so that packing pays for longer (benchmarks/multi_process.py).
-BUCKET_BYTES = 1 << 20
-ALL_REDUCE_BUCKET_BYTES = 2 << 20
+__all__ = [
+    "accelerated_mix",
+    "average",
+    "average_by_factors",
+    "average_every",
+    "mix",
+    "worker_index",
+]
+
+
+def worker_index(axis_name: AxisName = "workers") -> jax.Array:
+    """Returns this worker's number, from 0, in every layout.
+
+    Args:
+      axis_name: Name of the worker axis.
+
+    Returns:
+      An int32 scalar, different on each worker: fold it into a shared PRNG key for
+      random numbers of the worker's own.
+
+    Raises:
+      ValueError: If a mesh axis lies inside a `vmap` axis, so that a device's workers
+        have no consecutive numbers.
+
+    Example:
+      >>> import decentral_jax as dj, jax
+      >>> own_key = lambda key: jax.random.fold_in(key, dj.worker_index())
+    """
+    return WorkerAxis.bind(axis_name).index
 
 
 def mix(
@@ -85,17 +114,15 @@ def mix(
       Array([1., 1., 0., 1.], dtype=float32)
     """
     check_topology(topology, doubly_stochastic=False)
-    _check_axis(topology.num_workers, f"{topology!r}", axis_name)
+    axis = _bind(axis_name, topology)
     if active is not None:
         return _mix_present(tree, topology, axis_name, step, jnp.asarray(active))
     check_dtypes("tree", tree, jnp.inexact)
     if isinstance(topology, Topology):
         if topology.averages_exactly:
-            return average(tree, axis_name)
-        matrices = [topology.matrix]
+            return axis.mean(tree)
     else:
-        matrices = [one.matrix for one in topology]
-        if step is None and len(matrices) > 1:
+        if step is None and topology.period > 1:
             raise ValueError(
                 f"step must be given for the time-varying {topology!r}, got None: pass "
                 "the number of the round."
@@ -105,9 +132,23 @@ def mix(
                 f"step must be an integer, got {step} of dtype "
                 f"{jnp.result_type(step)}: pass the number of the round."
             )
-    return _by_bucket(
-        lambda x: collectives.combine(x, matrices, axis_name, step), tree, axis_name
-    )
+    return _gossip(tree, [one.matrix for one in _rounds(topology)], axis, step)
+
+
+def _gossip(
+    tree: Any,
+    matrices: Sequence[np.ndarray],
+    axis: WorkerAxis,
+    step: jax.typing.ArrayLike | None = None,
+    decode: Callable[[Any], Any] | None = None,
+) -> Any:
+    """One gossip round of arrays, or of what `decode` turns into arrays."""
+    arrays, unpack = packed(tree, axis)
+    plans = axis.plan(matrices)
+    received = axis.send(plans, arrays, step)
+    if decode is None:
+        return unpack(axis.weigh(plans, arrays, received, step))
+    return axis.weigh(plans, arrays, received, step, lambda a: decode(unpack(a)))
 
 
 def mix_differences(
@@ -135,22 +176,17 @@ def mix_differences(
     Returns:
       The differences, of the dtypes of `tree`.
     """
-    axis = collectives.bound_axis(axis_name)
-    _check_axis(topology.num_workers, f"{topology!r}", axis_name)
-    many = axis.num_devices == 1 and topology.max_degree > collectives.DENSE_FROM
+    axis = _bind(axis_name, topology)
+    many = axis.num_devices == 1 and topology.max_degree > DENSE_FROM
     if many and active is None:
-        matrices = [one.matrix for one in _rounds(topology)]
-
-        def dense(x):
-            return collectives.dense_differences(x, matrices, axis_name, step)
-
-        return jax.tree.map(dense, tree)
+        plans = axis.plan([one.matrix for one in _rounds(topology)])
+        return jax.tree.map(lambda x: axis.dense_differences(plans, x, step), tree)
     if many or (isinstance(topology, Topology) and topology.averages_exactly):
         mixed = mix(tree, topology, axis_name, step=step, active=active)
         return jax.tree.map(jnp.subtract, mixed, tree)
     if like is None:
         like = tree
-    sent = collectives.cast_like(tree, like)
+    sent = cast_like(tree, like)
     share = None
     if active is not None:
         active = _check_active(topology, active)
@@ -191,9 +227,9 @@ def _mix_present(tree, topology, axis_name, step, active):
     """`mix` where only some workers take part."""
     active = _check_active(topology, active)
     check_dtypes("tree", tree, jnp.inexact)
-    dtypes = [collectives.widened(jnp.asarray(x).dtype) for x in jax.tree.leaves(tree)]
+    dtypes = [widened(jnp.asarray(x).dtype) for x in jax.tree.leaves(tree)]
     share = active.astype(functools.reduce(jnp.promote_types, dtypes))
-    shown = jax.tree.map(lambda x: collectives.weighted(x, share), tree)
+    shown = jax.tree.map(lambda x: weighted(x, share), tree)
     mixed, present = mix((shown, share), topology, axis_name, step=step)
 
     def own(m, x):
@@ -227,12 +263,7 @@ def average(tree: Any, axis_name: AxisName = "workers") -> Any:
       Array([0.75, 0.75], dtype=float32)
     """
     check_arrays("tree", tree)
-    return _by_bucket(
-        lambda x: collectives.mean(x, axis_name),
-        jax.tree.map(_as_inexact, tree),
-        axis_name,
-        ALL_REDUCE_BUCKET_BYTES,
-    )
+    return WorkerAxis.bind(axis_name).mean(jax.tree.map(_as_inexact, tree))
 
 
 def _as_inexact(x: Any) -> Any:
@@ -274,11 +305,9 @@ def average_every(
     """
     period = check_int("period", period, minimum=1)
     check_dtypes("tree", tree, jnp.inexact)  # both branches return the same dtypes
-    return collectives.every(
-        *(period, jnp.asarray(step) + 1, axis_name),
-        *(lambda tree: average(tree, axis_name), lambda tree: tree),
-        tree,
-    )
+    axis = WorkerAxis.bind(axis_name)
+    count = jnp.asarray(step) + 1
+    return axis.cond_every(period, count, axis.mean, lambda tree: tree, tree)
 
 
 def accelerated_mix(
@@ -316,9 +345,10 @@ def accelerated_mix(
     """
     rounds = check_int("rounds", rounds, 1)
     check_dtypes("tree", tree, jnp.inexact)
-    wide = jax.tree.map(collectives.wide, tree)
-    mixed = accelerated_rounds(wide, topology, rounds, axis_name, active, like=tree)
-    return collectives.cast_like(mixed, tree)
+    mixed = accelerated_rounds(
+        jax.tree.map(wide, tree), topology, rounds, axis_name, active, like=tree
+    )
+    return cast_like(mixed, tree)
 
 
 def accelerated_rounds(
@@ -336,7 +366,7 @@ def accelerated_rounds(
         now, before = carry
         return one_round(now, before, active, like), now
 
-    start = jax.tree.map(lambda x: collectives.varying(x, axis_name), tree)
+    start = WorkerAxis.bind(axis_name).varying(tree)
     return lax.fori_loop(0, rounds, body, (start, start))[0]
 
 
@@ -396,6 +426,7 @@ def average_by_factors(
       TypeError: If `topology` is a schedule, or a leaf is no floating-point array.
       ValueError: If the topology is not connected, or as in `mix`.
     """
+    _bind(axis_name, topology)
     for factor in exact_factors(topology):
         tree = apply_factor(tree, [factor], 0, axis_name)
     return tree
@@ -408,10 +439,8 @@ def apply_factor(
     axis_name: AxisName,
 ) -> Any:
     """Applies the factor of round `step`, one of `topology.exact_factors`."""
-    _check_axis(len(factors[0]), f"one of {len(factors[0])} workers", axis_name)
-    return _by_bucket(
-        lambda x: collectives.combine(x, factors, axis_name, step), tree, axis_name
-    )
+    check_dtypes("tree", tree, jnp.inexact)
+    return _gossip(tree, factors, WorkerAxis.bind(axis_name), step)
 
 
 def hub_average(
@@ -437,59 +466,46 @@ def hub_average(
       :math:`\sum_j H_{dj} z_j` with :math:`z_d = \sum_{i \in d} v_i x_i`, or
       :math:`z_d`; the same on all workers of a hub.
     """
+    hubs, workers = WorkerAxis.bind(hub_axis), WorkerAxis.bind(worker_axis)
+    check_dtypes("tree", tree, jnp.inexact)
     weight = None
     if shares is not None:
-        sizes = tuple(
-            collectives.bound_axis(name).size for name in (hub_axis, worker_axis)
-        )
+        sizes = hubs.size, workers.size
         if shares.shape != sizes:
             raise ValueError(
-                f"shares must have one row a hub and one entry a worker, {sizes} as "
-                f"the axes {hub_axis!r} and {worker_axis!r} are, got shape "
+                f"shares must have one row per hub and one entry per worker, {sizes} "
+                f"as the axes {hub_axis!r} and {worker_axis!r} are, got shape "
                 f"{shares.shape}."
             )
         table = jnp.asarray(shares / shares.sum(1, keepdims=True))
-        weight = table[
-            collectives.worker_index(hub_axis), collectives.worker_index(worker_axis)
-        ]
+        weight = table[hubs.index, workers.index]
+    both = WorkerAxis.bind((hub_axis, worker_axis))
+
     if topology is None:
         if weight is None:
-            return average(tree, worker_axis)
+            return workers.mean(tree)
+        return mapped_packed(
+            lambda x: workers.total(weighted(x, weight)),
+            tree,
+            both,
+            ALL_REDUCE_BUCKET_BYTES,
+        )
 
-        def one(x):
-            return collectives.total(collectives.weighted(x, weight), worker_axis)
+    _check_size(hubs, topology)
+    rounds = _rounds(topology)
+    if shares is not None:
+        rounds = [reweighted(one, shares.sum(1)) for one in rounds]
 
-    else:
-        _check_axis(topology.num_workers, f"{topology!r}", hub_axis)
-        rounds = [topology] if isinstance(topology, Topology) else list(topology)
-        if shares is not None:
-            rounds = [reweighted(one, shares.sum(1)) for one in rounds]
+    def between(z):
+        if len(rounds) == 1 and rounds[0].averages_exactly:
+            return hubs.mean(z)
+        return _gossip(z, [one.matrix for one in rounds], hubs, step)
 
-        def between(z):
-            if len(rounds) == 1 and rounds[0].averages_exactly:
-                return collectives.mean(z, hub_axis)
-            matrices = [one.matrix for one in rounds]
-            return collectives.combine(z, matrices, hub_axis, step)
-
-        def one(x):
-            return collectives.mean_in_parts(x, between, worker_axis, weight)
-
-    return _by_bucket(one, tree, (hub_axis, worker_axis), ALL_REDUCE_BUCKET_BYTES)
-
-
-def gather(tree: Any, axis_name: AxisName = "workers") -> Any:
-    """All workers' trees, the same on each.
-
-    Args:
-      tree: This worker's pytree of arrays, of any dtypes.
-      axis_name: The worker axis.
-
-    Returns:
-      The tree with a leading axis of workers on each leaf. A worker sends `n - 1` times
-      the tree's bytes.
-    """
-    return _packed(
-        lambda x: collectives.gather(x, axis_name), tree, axis_name, BUCKET_BYTES
+    return mapped_packed(
+        lambda x: workers.mean_in_parts(x, between, weight),
+        tree,
+        both,
+        ALL_REDUCE_BUCKET_BYTES,
     )
 
 
@@ -512,70 +528,20 @@ def mix_decoded(
     Returns:
       :math:`\sum_j W_{ij} \mathrm{decode}(x_j)`.
     """
-    _check_axis(topology.num_workers, repr(topology), axis_name)
-    rounds = _rounds(topology)
-    arrays, unpack = _pack(tree, axis_name, BUCKET_BYTES)
-    return collectives.combine(
-        *(arrays, [one.matrix for one in rounds], axis_name, step),
-        decode=lambda a: decode(unpack(a)),
-    )
+    axis = _bind(axis_name, topology)
+    return _gossip(tree, [one.matrix for one in _rounds(topology)], axis, step, decode)
 
 
-def _check_axis(num_workers: int, topology: str, axis_name: AxisName) -> None:
-    size = collectives.bound_axis(axis_name).size
-    if size != num_workers:
+def _bind(axis_name: AxisName, topology: AnyTopology) -> WorkerAxis:
+    """Binds an axis that must have the topology's number of workers."""
+    axis = WorkerAxis.bind(axis_name)
+    _check_size(axis, topology)
+    return axis
+
+
+def _check_size(axis: WorkerAxis, topology: AnyTopology) -> None:
+    if axis.size != topology.num_workers:
         raise ValueError(
-            f"topology must have as many workers as the axis {axis_name!r} of size "
-            f"{size}, got {topology}: build it for {size} workers."
+            f"topology must have as many workers as the axis {axis.name!r} of size "
+            f"{axis.size}, got {topology!r}: build it for {axis.size} workers."
         )
-
-
-def _by_bucket(
-    fn: Callable, tree: Any, axis_name: AxisName, alone_from: int = BUCKET_BYTES
-) -> Any:
-    """Maps a function that is linear in each element over a tree, leaves packed."""
-    check_dtypes("tree", tree, jnp.inexact)
-    return _packed(fn, tree, axis_name, alone_from)
-
-
-def _packed(fn: Callable, tree: Any, axis_name: AxisName, alone_from: int) -> Any:
-    """Maps a function over a tree, small leaves of one dtype in one array.
-
-    The function may put axes in front of its argument's.
-    """
-    arrays, unpack = _pack(tree, axis_name, alone_from)
-    return unpack([fn(array) for array in arrays])
-
-
-def _pack(
-    tree: Any, axis_name: AxisName, alone_from: int
-) -> tuple[list, Callable[[list], Any]]:
-    """The arrays that travel in place of a tree's leaves, and the way back."""
-    leaves, structure = jax.tree.flatten(tree)
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    if collectives.bound_axis(axis_name).num_devices == 1:
-        return leaves, structure.unflatten
-    buckets: dict[Any, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        big = leaf.size * leaf.dtype.itemsize >= alone_from
-        buckets.setdefault(i if big else leaf.dtype, []).append(i)
-    members = list(buckets.values())
-    arrays = [
-        leaves[alone[0]]
-        if len(alone) == 1
-        else jnp.concatenate([leaves[i].ravel() for i in alone])
-        for alone in members
-    ]
-
-    def unpack(arrays):
-        out = list(leaves)
-        for array, inside in zip(arrays, members, strict=True):
-            if len(inside) == 1:
-                out[inside[0]] = array
-                continue
-            ends = np.cumsum([leaves[i].size for i in inside])[:-1]
-            for i, part in zip(inside, jnp.split(array, ends, axis=-1), strict=True):
-                out[i] = part.reshape(*array.shape[:-1], *leaves[i].shape)
-        return structure.unflatten(out)
-
-    return arrays, unpack

@@ -54,7 +54,7 @@ def check_interval(
     """Returns a number between `low` and `high`, or says that it is none.
 
     A value that `optax.inject_hyperparams` has made an array stays one, at least
-    float32; `collectives.fitted` gives it the dtype of what it meets. Traced values
+    float32; `fitted` gives it the dtype of what it meets. Traced values
     pass unchecked: they are not known yet.
 
     Args:
@@ -124,15 +124,20 @@ def check_axis_name(axis_name: Any) -> None:
 
 def check_optimizer(name: str, value: Any) -> None:
     """Checks that a value is an optax optimizer, not the function that makes one."""
-    if isinstance(value, optax.MultiSteps):
-        raise TypeError(
-            f"{name} must be an optax optimizer, got optax.MultiSteps: pass "
-            f"{name}=optax.MultiSteps(...).gradient_transformation()."
-        )
+    check_not_multi_steps(name, value)
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"{name} must be an optax optimizer, got {value!r}: call the constructor, "
             f"such as {name}=optax.adam(1e-3)."
+        )
+
+
+def check_not_multi_steps(name: str, value: Any) -> None:
+    """Checks that a value is not `optax.MultiSteps`, which is no transformation."""
+    if isinstance(value, optax.MultiSteps):
+        raise TypeError(
+            f"{name} must be an optax optimizer, got optax.MultiSteps: pass "
+            f"{name}=optax.MultiSteps(...).gradient_transformation()."
         )
 
 

@@ -25,8 +25,8 @@ from jax.sharding import (
     SingleDeviceSharding,
 )
 
+from decentral_jax._exchange.axis import DEVICES, VIRTUAL, AxisName
 from decentral_jax._watch import calls
-from decentral_jax.collectives import DEVICES, VIRTUAL, AxisName
 from decentral_jax.lockstep import check_lockstep
 from decentral_jax.processes import agree
 from decentral_jax.validation import (

@@ -7,7 +7,7 @@ import optax
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax import collectives
+from decentral_jax._exchange.axis import WorkerAxis
 from tests.layouts import LAYOUTS, named
 
 HUBS = {"hub": 4, "worker": 2}
@@ -26,7 +26,8 @@ def path(tx, gradient, params, steps, shape=8):
 
     # A scan's carry must enter as it leaves: different on each worker.
     start = jax.tree.map(
-        lambda x: collectives.varying(x, tuple(named(shape))), (params, tx.init(params))
+        lambda x: WorkerAxis.bind(tuple(named(shape))).varying(x),
+        (params, tx.init(params)),
     )
     return lax.scan(step, start, length=steps)[1]
 

@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax import collectives
+from decentral_jax._exchange.axis import WorkerAxis
 from tests.layouts import LAYOUTS
 from tests.registry import ALGORITHMS, RING
 
@@ -27,7 +27,7 @@ def run(tx, gradients=GRADIENTS, layout="vmap"):
         params = jnp.zeros(gradients.shape[-1], gradients.dtype)
         # A scan's carry must enter as it leaves: different on each worker.
         start = jax.tree.map(
-            lambda x: collectives.varying(x, "workers"), (params, tx.init(params))
+            lambda x: WorkerAxis.bind("workers").varying(x), (params, tx.init(params))
         )
         return lax.scan(step, start, gradients)[1]
 

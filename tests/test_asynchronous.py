@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax import collectives, engine
+from decentral_jax import engine
+from decentral_jax._exchange.axis import WorkerAxis
 from tests.layouts import LAYOUTS
 from tests.reference import asynchronous
 
@@ -77,7 +78,7 @@ def replay(tx, num_workers, ticks, layout="vmap"):
             return (params, state), params
 
         start = jax.tree.map(
-            lambda x: collectives.varying(x, "workers"), (params, tx.init(params))
+            lambda x: WorkerAxis.bind("workers").varying(x), (params, tx.init(params))
         )
         times = jnp.arange(ticks, dtype=params.dtype)
         (params, state), path = lax.scan(tick, start, times)

@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
+from decentral_jax._exchange import numbers
 from tests.injection import inject
 from tests.layouts import named, nested_vmap, primitives
 from tests.registry import ALGORITHMS
@@ -282,7 +283,7 @@ def test_counters_go_on_at_their_end(name, monkeypatch):
         return run(carry, targets), draws
 
     expected, draws = moved()
-    monkeypatch.setattr(dj.collectives, "LARGEST_COUNT", 30)
+    monkeypatch.setattr(numbers, "LARGEST_COUNT", 30)
     found, _ = moved()
     # Random numbers of the second round are those of the first.
     length = 30 - 12 if draws else 70
@@ -296,9 +297,9 @@ def test_counters_go_on_at_their_end(name, monkeypatch):
 
 @pytest.mark.parametrize("period", [1, 3, 4, 1000, 10**6])
 def test_a_count_keeps_its_remainder(period):
-    last = dj.collectives.LARGEST_COUNT // period * period
+    last = LARGEST_COUNT // period * period
     for count in (0, 1, last - 1, last):
-        following = int(dj.collectives.advance(count, period))
+        following = int(numbers.advance(count, period))
         assert 0 < following <= last
         assert (following - count - 1) % period == 0
 

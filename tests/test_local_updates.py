@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax import collectives
+from decentral_jax._exchange.numbers import weighted
 from tests.layouts import LAYOUTS, equations, named, nested_vmap
 from tests.small_runs import BYTES, HUBS, PARAMS, TARGETS, exchanges, run
 
@@ -345,7 +345,7 @@ def test_half_precision_is_weighted_in_float32():
     x = jnp.asarray(rng.normal(size=200), jnp.bfloat16)
     weight = jnp.float32(0.3456789)
     expected = (x.astype(jnp.float32) * weight).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(collectives.weighted(x, weight), expected)
+    np.testing.assert_array_equal(weighted(x, weight), expected)
     tx = dj.push_sum(dj.topology.ring(4))
     state = tx.init(x)._replace(weight=weight)
     np.testing.assert_array_equal(state.evaluation_params(x), expected)

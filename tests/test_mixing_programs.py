@@ -10,8 +10,8 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
+from decentral_jax._exchange.packing import BUCKET_BYTES
 from decentral_jax.communication import KINDS
-from decentral_jax.mixing import BUCKET_BYTES
 from decentral_jax.topology import Topology
 from tests.layouts import LAYOUTS, equations, primitives
 from tests.registry import ALGORITHMS

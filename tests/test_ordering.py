@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax import collectives
+from decentral_jax._exchange.axis import WorkerAxis
 from decentral_jax.transforms import balancing
 from tests.layouts import LAYOUTS
 from tests.reference import ordering
@@ -66,7 +66,7 @@ def orders(tx, batch, examples):
             return state, state.order
 
         state = tx.init(unflatten(jnp.zeros_like(vectors[0, 0])))
-        state = jax.tree.map(lambda x: collectives.varying(x, "workers"), state)
+        state = jax.tree.map(lambda x: WorkerAxis.bind("workers").varying(x), state)
         _, found = lax.scan(epoch, state, vectors)
         return jnp.concatenate([state.order[None], found])
 

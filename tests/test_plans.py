@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import decentral_jax as dj
-from decentral_jax.plans import cached_plan, make_plan, partial_permutations
+from decentral_jax._exchange.plans import cached_plan, make_plan, partial_permutations
 
 SLOW = [HealthCheck.too_slow]  # machines under load are no failure
 
@@ -100,9 +100,9 @@ def test_folded_plans_send_only_rows_that_are_needed():
 
 def simulate(plan, x):
     """Runs a plan on stacked workers `x` as the devices would."""
-    per_device = plan.num_workers // plan.num_devices
+    per_device = len(plan.matrix) // plan.num_devices
     blocks = x.reshape(plan.num_devices, per_device, -1)
-    of_worker = np.arange(plan.num_workers) // per_device
+    of_worker = np.arange(len(plan.matrix)) // per_device
     y = weigh(plan.local, blocks[of_worker])
     for one in plan.rounds:
         received = np.zeros((plan.num_devices, one.rows.shape[1], x.shape[1]))

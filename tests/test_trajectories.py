@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax import lax
 
-from decentral_jax import collectives
+from decentral_jax._exchange.axis import WorkerAxis
 from tests.layouts import LAYOUTS, named
 from tests.registry import ALGORITHMS
 
@@ -64,7 +64,7 @@ def trajectory(tx, axis_name="workers"):
 
         # A scan's carry must enter as it leaves: different on each worker.
         start = jax.tree.map(
-            lambda x: collectives.varying(x, axis_name), (params, tx.init(params))
+            lambda x: WorkerAxis.bind(axis_name).varying(x), (params, tx.init(params))
         )
         _, rest = lax.scan(iteration, start, noise)
         return jnp.concatenate([flatten(params)[None], rest])

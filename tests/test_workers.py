@@ -8,7 +8,6 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 import decentral_jax as dj
-from decentral_jax import collectives
 from tests import kinds_of_leaves
 from tests.layouts import compilations
 
@@ -224,7 +223,7 @@ def test_an_epoch_in_one_scan(num_devices):
 @pytest.mark.parametrize("num_devices", [8, 4, 1])
 def test_a_function_of_no_arguments(num_devices):
     workers = workers_on(num_devices, {"hub": 4, "worker": 2})
-    numbers = workers.spmd(lambda: collectives.worker_index(("hub", "worker")))
+    numbers = workers.spmd(lambda: dj.worker_index(("hub", "worker")))
     np.testing.assert_array_equal(numbers(), np.arange(8).reshape(4, 2))
 
 
@@ -275,8 +274,8 @@ def test_named_axes(sizes, num_devices, spec):
 
     @workers.spmd
     def numbers(x):
-        numbers = {name: collectives.worker_index(name) for name in names}
-        return numbers | {"all": collectives.worker_index(names), "same": x}
+        numbers = {name: dj.worker_index(name) for name in names}
+        return numbers | {"all": dj.worker_index(names), "same": x}
 
     x = np.random.default_rng(0).normal(size=(*shape, 2)).astype(np.float32)
     got = workers.gather(numbers(workers.shard(x)))

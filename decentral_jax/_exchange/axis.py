@@ -145,6 +145,10 @@ class WorkerAxis:
             return lax.pmax(x, self.virtual)
         return equal_on_all_workers(jnp.asarray(x))
 
+    def step_key(self, seed: int, count: jax.typing.ArrayLike) -> jax.Array:
+        """Returns the PRNG key of a step, equal on all workers."""
+        return jax.random.fold_in(jax.random.key(seed), self.unvmap(count))
+
     def varying(self, tree: Tree) -> Tree:
         """Marks arrays as different on each worker for `shard_map(check_vma=True)`."""
 
@@ -293,7 +297,7 @@ class WorkerAxis:
     # Gossip: sending is apart from weighing
 
     def plan(self, matrices: Sequence[np.ndarray]) -> tuple[Plan, ...]:
-        """Returns the messages of one gossip round for each of the matrices `[n, n]`."""
+        """Returns the messages of a gossip round for each of the matrices `[n, n]`."""
         return tuple(cached_plan(matrix, self.num_devices) for matrix in matrices)
 
     def send(
@@ -340,9 +344,7 @@ class WorkerAxis:
         if self.num_virtual > 1:
             mine = jnp.asarray(message.rows)[lax.axis_index(self.mesh)]
             block = jax.tree.map(lambda b: b[mine], block)
-        return jax.tree.map(
-            lambda b: lax.ppermute(b, self.mesh, message.pairs), block
-        )
+        return jax.tree.map(lambda b: lax.ppermute(b, self.mesh, message.pairs), block)
 
     def weigh(
         self,
@@ -363,8 +365,8 @@ class WorkerAxis:
             sums what has traveled.
 
         Returns:
-          :math:`\sum_j W_{ij} \mathrm{decode}(x_j)`, accumulated in at least float32, in
-          its own dtypes.
+          :math:`\sum_j W_{ij} \mathrm{decode}(x_j)`, accumulated in at least float32,
+          returned in its own dtypes.
         """
         block = jax.tree.map(self.of_device, tree)
         t, worker = self._round(plans, step), self.index

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from decentral_jax._exchange.axis import AxisName
 from decentral_jax.algorithms.base import Optimizer
-from decentral_jax.collectives import AxisName
 from decentral_jax.traces import Trace
 from decentral_jax.transforms.amsgrad import amsgrad
 from decentral_jax.transforms.asynchronous import asynchronous

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import value_equal_on_all_workers
+from decentral_jax._exchange.numbers import value_equal_on_all_workers
 from decentral_jax.validation import (
     check_arrays,
     check_learning_rate,
+    check_not_multi_steps,
     check_optimizer,
 )
 
@@ -129,8 +130,7 @@ def _as_optimizer(
 ) -> optax.GradientTransformation:
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer
-    if isinstance(optimizer, optax.MultiSteps):
-        check_optimizer("optimizer", optimizer)
+    check_not_multi_steps("optimizer", optimizer)
     if optimizer is None:
         raise TypeError(
             "optimizer must be an optax optimizer, a learning rate or a schedule, got "

@@ -5,9 +5,9 @@ import math
 import jax
 import optax
 
+from decentral_jax._exchange.axis import AxisName
 from decentral_jax.algorithms.base import Optimizer, OptimizerLike, local_optimizer
-from decentral_jax.collectives import AxisName
-from decentral_jax.compression import Compressor, low_rank
+from decentral_jax.compression import Codec, Compressor, low_rank
 from decentral_jax.topology import Topology
 from decentral_jax.transforms.averaging import average_gradients
 from decentral_jax.transforms.compressed_gossip import compressed_gossip
@@ -226,7 +226,7 @@ def cser(
 def choco_sgd(
     optimizer: OptimizerLike,
     topology: Topology,
-    compressor: Compressor,
+    compressor: Codec,
     *,
     consensus_rate: float | jax.Array,
     seed: int = 0,
@@ -238,7 +238,7 @@ def choco_sgd(
       optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
         optimizer.
       topology: Static, doubly stochastic and connected.
-      compressor: Any compressor from `dj.compression` except `low_rank`.
+      compressor: A codec: any of `dj.compression` except `low_rank`.
       consensus_rate: :math:`\zeta`, in (0, 1].
       seed: Seed for the compressor's random numbers.
       axis_name: Name of the worker axis.

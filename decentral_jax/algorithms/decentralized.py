@@ -2,8 +2,8 @@
 
 import optax
 
+from decentral_jax._exchange.axis import AxisName
 from decentral_jax.algorithms.base import Optimizer, OptimizerLike, local_optimizer
-from decentral_jax.collectives import AxisName
 from decentral_jax.topology import (
     AnyTopology,
     Topology,

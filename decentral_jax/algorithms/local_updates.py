@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from decentral_jax._exchange.axis import AxisName
+from decentral_jax._exchange.numbers import fitted, wide
 from decentral_jax.algorithms.base import (
     Optimizer,
     OptimizerLike,
     learning_rate_of,
     local_optimizer,
 )
-from decentral_jax.collectives import AxisName, fitted, wide
 from decentral_jax.topology import AnyTopology, complete
 from decentral_jax.transforms.averaging import average_parameters
 from decentral_jax.transforms.multi_level import multi_level

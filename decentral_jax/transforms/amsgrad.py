@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import fitted, wide, wide_zeros
+from decentral_jax._exchange.numbers import fitted, wide, wide_zeros
 from decentral_jax.validation import check_interval, check_learning_rate, require_params
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import advance, fitted, wide, wide_copy
 from decentral_jax.traces import Trace
 from decentral_jax.validation import (
     check_axis_name,
@@ -100,7 +100,7 @@ def asynchronous(
         params = require_params(params, "asynchronous")
         check_trees("params", params)
         rows = (plan.depth,)
-        master = jax.tree.map(collectives.wide_copy, params)
+        master = jax.tree.map(wide_copy, params)
         recent = jax.tree.map(lambda x: jnp.zeros(rows + x.shape, x.dtype), master)
         recent = recent if plan.depth else ()
         zero, none = jnp.zeros([], jnp.int32), jnp.full([], -1, jnp.int32)
@@ -111,14 +111,15 @@ def asynchronous(
         params = require_params(params, "asynchronous")
         check_trees("params", params, state.master)
         check_trees("updates", updates, state.master)
-        size = collectives.bound_axis(axis_name).size
+        axis = WorkerAxis.bind(axis_name)
+        size = axis.size
         if size != trace.num_workers:
             raise ValueError(
                 f"trace has {trace.num_workers} workers, but the axis {axis_name!r} "
                 f"has {size}."
             )
-        me = collectives.worker_index(axis_name)
-        k = collectives.agreed(state.count, axis_name)
+        me = axis.index
+        k = axis.unvmap(state.count)
         tick = jnp.minimum(k, len(trace) - 1)
         over = k >= len(trace)
         mine = jnp.asarray(plan.workers)[tick] == me
@@ -126,8 +127,8 @@ def asynchronous(
 
         def of_one(g):
             # Where and not times: what the others compute may be infinite.
-            own = jnp.where(mine, collectives.wide(g), 0)
-            return collectives.total(own, axis_name)
+            own = jnp.where(mine, wide(g), 0)
+            return axis.total(own)
 
         step, new_inner = inner.update(
             jax.tree.map(of_one, updates),
@@ -151,7 +152,7 @@ def asynchronous(
         same = takes & mine & (staleness == 0) & (waits_for == k + 1)
 
         def change(step, given, old):
-            step = jnp.where(same, step, given - collectives.wide(old))
+            step = jnp.where(same, step, given - wide(old))
             return jnp.where(takes, step, jnp.zeros_like(step)).astype(old.dtype)
 
         updates = jax.tree.map(change, step, given, params)
@@ -235,7 +236,7 @@ def scale_by_staleness(
             )
         staleness = jnp.asarray(extra_args["staleness"])
         base = jnp.maximum(staleness, 1).astype(jnp.result_type(float))
-        factor = base ** -collectives.fitted(power, base)
+        factor = base ** -fitted(power, base)
 
         def scale(u: jax.Array) -> jax.Array:
             return u * factor.astype(u.dtype)
@@ -300,7 +301,7 @@ def delay_gradients(
         now = jnp.asarray(delays.astype(np.int32))[count % len(delays)]
         step = jnp.maximum(count - now, 0)
         delayed = jax.tree.map(lambda rows_: rows_[step % rows], recent)
-        count = collectives.advance(count, math.lcm(rows, len(delays)))
+        count = advance(count, math.lcm(rows, len(delays)))
         return delayed, DelayState(count, recent)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

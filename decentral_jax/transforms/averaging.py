@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, advance, every, wide, wide_copy
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import advance, wide, wide_copy
 from decentral_jax.mixing import average
 from decentral_jax.validation import (
     check_arrays,
@@ -193,6 +194,7 @@ def average_parameters(
         params = require_params(params, "average_parameters")
         check_trees("params", params)
         check_trees("updates", updates, params)
+        axis = WorkerAxis.bind(axis_name)
         count = advance(state.count, period)
         us, structure = jax.tree.flatten(updates)
         ps, starts = jax.tree.leaves(params), jax.tree.leaves(state.start)
@@ -201,10 +203,9 @@ def average_parameters(
             mine = [us[i] for i in part], [ps[i] for i in part]
             start = [starts[i] for i in part] if outer is not None else ()
             outer_state = state.outer[p - 1] if outer is not None else ()
-            new, start, outer_state = every(
-                *(period, count - p * period // fragments, axis_name),
-                *(exchange, wait),
-                *(*mine, start, outer_state, count),
+            since_turn = count - p * period // fragments
+            new, start, outer_state = axis.cond_every(
+                period, since_turn, exchange, wait, *mine, start, outer_state, count
             )
             for i, leaf in zip(part, new, strict=True):
                 us[i] = leaf

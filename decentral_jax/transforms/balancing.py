@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
-from decentral_jax.mixing import average
+from decentral_jax._exchange.axis import WorkerAxis
+from decentral_jax._exchange.numbers import widened
 
 # Leaves of fewer entries are joined, which saves more operations than it copies.
 SMALL = 1 << 18
@@ -22,12 +21,12 @@ SMALL = 1 << 18
 
 def zeros_like_wide(leaves: list) -> list:
     """Zeros of the leaves' shapes, at least float32."""
-    return [jnp.zeros(x.shape, collectives.widened(x.dtype)) for x in leaves]
+    return [jnp.zeros(x.shape, widened(x.dtype)) for x in leaves]
 
 
 def size_and_dtype(leaves: list) -> tuple[int, jnp.dtype]:
     """Of a vector of all entries, at least float32."""
-    dtypes = [collectives.widened(x.dtype) for x in leaves]
+    dtypes = [widened(x.dtype) for x in leaves]
     return sum(x.size for x in leaves), functools.reduce(jnp.promote_types, dtypes)
 
 
@@ -73,7 +72,7 @@ def balance(
     rows: list,
     running: jax.Array,
     mask: jax.Array,
-    axis_name: AxisName,
+    axis: WorkerAxis,
     at: Callable[[jax.Array], tuple] = lambda i: (i,),
 ) -> tuple[jax.Array, jax.Array]:
     """Signs of vectors taken in sequence, and the running sum after them.
@@ -83,7 +82,7 @@ def balance(
         differences are the vectors.
       running: The sum before, `[d]`, its leaves as `joined` has them.
       mask: Which vectors count, `[K]`.
-      axis_name: The worker axis.
+      axis: The worker axis.
       at: From a vector's number in the sequence to its place in the leading axes.
 
     Returns:
@@ -104,7 +103,7 @@ def balance(
 
     ends = list(itertools.accumulate(x.shape[-1] for x in parts))[:-1]
     sums = jnp.split(running, ends)
-    signs, sums = _in_sequence(vector, mask, sums, axis_name)
+    signs, sums = _in_sequence(vector, mask, sums, axis)
     return signs, jnp.concatenate(sums)
 
 
@@ -130,7 +129,7 @@ def _in_sequence(
     vector: Callable[[jax.Array], list],
     mask: jax.Array,
     running: list,
-    axis_name: AxisName,
+    axis: WorkerAxis,
 ) -> tuple[jax.Array, list]:
     """`balance` of vectors that are read by number.
 
@@ -158,7 +157,7 @@ def _in_sequence(
         return running, signs.at[first].set(a).at[second].set(b)
 
     dtype = functools.reduce(jnp.promote_types, (r.dtype for r in running))
-    signs = collectives.varying(jnp.zeros(mask.shape, dtype), axis_name)
+    signs = axis.varying(jnp.zeros(mask.shape, dtype))
     running, signs = lax.fori_loop(0, mask.shape[0] // 2, body, (running, signs))
     return signs[:count], running
 
@@ -168,7 +167,7 @@ def balance_here(
     pairs: list,
     complete: jax.Array,
     running: jax.Array,
-    axis_name: AxisName,
+    axis: WorkerAxis,
 ) -> tuple[jax.Array, jax.Array, list]:
     """Balances all workers' pairs where they are on one device: nothing travels.
 
@@ -177,23 +176,23 @@ def balance_here(
       pairs: The same in pairs, leaves `[P, 2, ...]`.
       complete: Which pairs count, `[P]`.
       running: This worker's slice of the running sum.
-      axis_name: The worker axis.
+      axis: The worker axis.
 
     Returns:
       This worker's signs `[P]`, its slice of the running sum, the mean gradient.
     """
-    n, rows = collectives.bound_axis(axis_name).size, flat(pairs)
-    worker, size = collectives.worker_index(axis_name), sum(x.shape[-1] for x in rows)
+    n, rows = axis.size, flat(pairs)
+    size = sum(x.shape[-1] for x in rows)
     signs, whole = balance(
-        [collectives.gather(x, axis_name) for x in rows],
-        collectives.gather(running, axis_name).reshape(-1)[:size],
-        _each(complete, axis_name),
-        axis_name,
+        axis.gather(rows),
+        axis.gather(running).reshape(-1)[:size],
+        _each(complete, axis),
+        axis,
         at=lambda i: (i % n, i // n),
     )
-    running = jnp.pad(whole, (0, n * running.size - size)).reshape(n, -1)[worker]
-    own = signs.reshape(-1, n)[:, worker]
-    return own, running, average(mean_of(gradients), axis_name)
+    running = jnp.pad(whole, (0, n * running.size - size)).reshape(n, -1)[axis.index]
+    own = signs.reshape(-1, n)[:, axis.index]
+    return own, running, axis.mean(mean_of(gradients))
 
 
 def flat(pairs: list) -> list:
@@ -201,10 +200,9 @@ def flat(pairs: list) -> list:
     return [x.reshape(*x.shape[:2], -1) for x in pairs]
 
 
-def _each(complete: jax.Array, axis_name: AxisName) -> jax.Array:
+def _each(complete: jax.Array, axis: WorkerAxis) -> jax.Array:
     """Which differences count, in sequence: all workers' first, then their second."""
-    n = collectives.bound_axis(axis_name).size
-    return jnp.repeat(collectives.agreed(complete, axis_name), n)
+    return jnp.repeat(axis.unvmap(complete), axis.size)
 
 
 def balance_gathered(
@@ -212,28 +210,28 @@ def balance_gathered(
     pairs: list,
     complete: jax.Array,
     running: jax.Array,
-    axis_name: AxisName,
+    axis: WorkerAxis,
     sketch: int | None,
 ) -> tuple[jax.Array, jax.Array, list]:
     """The same where everyone gets all differences, or sketches of them.
 
     Every worker has the whole running sum.
     """
-    n = collectives.bound_axis(axis_name).size
+    n = axis.size
     rows = flat(pairs)
     if sketch is not None:
         # Of the gradients as they are: their differences need not be written then.
         rows = [sketched([x.astype(running.dtype) for x in rows], sketch)]
     vectors = joined([_differences(x, 1) for x in rows], running.dtype)
     signs, running = balance(
-        [collectives.gather(vectors, axis_name)],
+        [axis.gather(vectors)],
         running,
-        _each(complete, axis_name),
-        axis_name,
+        _each(complete, axis),
+        axis,
         at=lambda i: (i % n, i // n),
     )
-    own = signs.reshape(-1, n)[:, collectives.worker_index(axis_name)]
-    return own, running, average(mean_of(gradients), axis_name)
+    own = signs.reshape(-1, n)[:, axis.index]
+    return own, running, axis.mean(mean_of(gradients))
 
 
 def sketched(leaves: list, k: int) -> jax.Array:
@@ -267,15 +265,14 @@ def balance_apart(
     pairs: list,
     complete: jax.Array,
     running: jax.Array,
-    axis_name: AxisName,
+    axis: WorkerAxis,
 ) -> tuple[jax.Array, jax.Array, list]:
     """The same where workers are on several devices, each with a slice of all vectors.
 
     Vectors lie in memory by worker, and are taken in sequence by pair: only the small
     matrix of their products is put in order.
     """
-    axis = collectives.bound_axis(axis_name)
-    n, count, worker = axis.size, len(complete), collectives.worker_index(axis_name)
+    n, count, worker = axis.size, len(complete), axis.index
     dtype = max((x.dtype for x in pairs), key=lambda dtype: dtype.itemsize)
 
     def sliced(i):
@@ -284,16 +281,16 @@ def balance_apart(
         return x.reshape(axis.num_devices, -1)
 
     sent = jnp.stack([sliced(i) for i in range(count)], 1)
-    received = collectives.to_devices(sent, axis_name)  # [n, P, width]
+    received = axis.to_devices(sent)  # [n, P, width]
     vectors = received.reshape(n * count, -1).astype(running.dtype)
-    held = collectives.of_device(running, axis_name).reshape(-1)
+    held = axis.of_device(running).reshape(-1)
     # The running sum takes part in the products as one vector more.
     products = _products([vectors], [jnp.concatenate([vectors, held[None]])])
-    products = collectives.device_total(products, axis_name)
+    products = axis.device_total(products)
     sequence = jnp.arange(n * count, dtype=jnp.int32).reshape(n, count).T.reshape(-1)
     gram = products[sequence][:, sequence]
     start = products[sequence, -1]
-    signs = _signs(gram, start, _each(complete, axis_name)).reshape(count, n)
+    signs = _signs(gram, start, _each(complete, axis)).reshape(count, n)
     held = held + jnp.matmul(signs.T.reshape(-1), vectors, precision="highest")
     running = held.reshape(axis.num_virtual, -1)[worker % axis.num_virtual]
-    return signs[:, worker], running, average(mean_of(gradients), axis_name)
+    return signs[:, worker], running, axis.mean(mean_of(gradients))

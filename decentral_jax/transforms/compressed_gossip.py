@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
-from decentral_jax.compression import Compressor, LowRank, check_compressor
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import (
+    advance,
+    cast_like,
+    fitted,
+    weighted,
+    wide,
+    wide_zeros,
+)
+from decentral_jax.compression import Codec
+from decentral_jax.compression._base import check_codec
 from decentral_jax.mixing import mix, mix_decoded
 from decentral_jax.topology import Topology, check_topology
-from decentral_jax.transforms.compressed import as_one, compress_leaves, step_key
 from decentral_jax.validation import (
     check_axis_name,
     check_int,
@@ -33,7 +40,7 @@ class CompressedGossipState(NamedTuple):
 
 def compressed_gossip(
     topology: Topology,
-    compressor: Compressor,
+    compressor: Codec,
     *,
     consensus_rate: float | jax.Array,
     seed: int = 0,
@@ -56,7 +63,7 @@ def compressed_gossip(
       topology: A static, doubly stochastic, connected topology, undirected or directed.
         With a time-varying one :math:`s_i` would need a copy of each neighbour's
         :math:`\hat x_j`, and every neighbour would have to hear every :math:`q_j`.
-      compressor: :math:`C`, one of `dj.compression` but `low_rank`.
+      compressor: :math:`C`, a codec: any of `dj.compression` except `low_rank`.
       consensus_rate: :math:`\zeta`, in (0, 1]: the smaller, the more is compressed.
       seed: Of the compressor's random numbers.
       axis_name: The worker axis.
@@ -85,12 +92,7 @@ def compressed_gossip(
       >>> tx = optax.chain(optax.sgd(0.1), gossip)
     """
     check_topology(topology, static=True)
-    check_compressor(compressor)
-    if isinstance(compressor, LowRank):
-        raise TypeError(
-            f"compressor={compressor!r} needs an average over all workers at each "
-            "exchange: take another one for gossip, such as random_block(64)."
-        )
+    check_codec(compressor)
     rate = check_interval("consensus_rate", consensus_rate, 0.0, 1.0, closed="right")
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
@@ -98,7 +100,7 @@ def compressed_gossip(
     def init_fn(params):
         params = require_params(params, "compressed_gossip")
         check_trees("params", params)
-        public, away = (jax.tree.map(collectives.wide_zeros, params) for _ in range(2))
+        public, away = (jax.tree.map(wide_zeros, params) for _ in range(2))
         return CompressedGossipState(jnp.zeros([], jnp.int32), public, away)
 
     def update_fn(
@@ -108,39 +110,33 @@ def compressed_gossip(
         params = require_params(params, "compressed_gossip")
         check_trees("params", params, state.public)
         check_trees("updates", updates, state.public)
-        half = jax.tree.map(
-            lambda x, u: collectives.wide(x) + collectives.wide(u), params, updates
-        )
+        half = jax.tree.map(lambda x, u: wide(x) + wide(u), params, updates)
         # What the cast of the differences loses is in the next ones.
         differences = jax.tree.map(jnp.subtract, half, state.public)
-        differences = collectives.cast_like(differences, params)
-        leaves, back = as_one(compressor, differences)
-        key = step_key(seed, state.count, axis_name)
-        payloads, decode = compress_leaves(compressor, key, leaves, axis_name)
+        differences = cast_like(differences, params)
+        leaves, structure = jax.tree.flatten(differences)
+        axis = WorkerAxis.bind(axis_name)
+        key = axis.step_key(seed, state.count)
+        payloads, decode = compressor.encode(key, leaves, axis)
         if active is not None:
             sends = _sends(active, topology, axis_name)
             if compressor.linear:
                 payloads = _times(payloads, sends)
             else:
                 payloads, decode = _marked(payloads, decode, sends)
-        own = [collectives.wide(x) for x in decode(payloads)]
+        own = [wide(x) for x in decode(payloads)]
 
         def less_own(payloads):
-            return [
-                collectives.wide(x) - y
-                for x, y in zip(decode(payloads), own, strict=True)
-            ]
+            return [wide(x) - y for x, y in zip(decode(payloads), own, strict=True)]
 
         arrived = mix_decoded(payloads, less_own, topology, axis_name)
-        public = jax.tree.map(jnp.add, state.public, back(own))
-        away = jax.tree.map(jnp.add, state.away, back(arrived))
+        public = jax.tree.map(jnp.add, state.public, structure.unflatten(own))
+        away = jax.tree.map(jnp.add, state.away, structure.unflatten(arrived))
         updates = jax.tree.map(
-            lambda x, s, p: (
-                x - collectives.wide(p) + collectives.fitted(rate, s) * s
-            ).astype(p.dtype),
+            lambda x, s, p: (x - wide(p) + fitted(rate, s) * s).astype(p.dtype),
             *(half, away, params),
         )
-        count = collectives.advance(state.count)
+        count = advance(state.count)
         return updates, CompressedGossipState(count, public, away)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -158,7 +154,7 @@ def _sends(active, topology: Topology, axis_name: AxisName) -> jax.Array:
 
 
 def _times(tree: Any, share: jax.Array) -> Any:
-    return jax.tree.map(lambda x: collectives.weighted(x, share), tree)
+    return jax.tree.map(lambda x: weighted(x, share), tree)
 
 
 def _marked(payloads: Any, decode: Callable, sends: jax.Array) -> tuple[Any, Callable]:

@@ -4,7 +4,6 @@ Each worker adds what it could not send to what it sends next. Detached, a worke
 its gradients part of the way towards where its unsent updates would lead.
 """
 
-import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -12,25 +11,18 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from decentral_jax.collectives import (
-    AxisName,
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import (
     advance,
     cast_like,
-    every,
     fitted,
     is_narrow,
     wide,
     wide_copy,
     wide_zeros,
 )
-from decentral_jax.compression import Compressor, Selection, check_compressor
-from decentral_jax.mixing import average
-from decentral_jax.transforms.compressed import (
-    average_compressed,
-    leaf_keys,
-    start_memory,
-    step_key,
-)
+from decentral_jax.compression import Compressor, Selection
+from decentral_jax.compression._base import check_compressor
 from decentral_jax.validation import (
     check_axis_name,
     check_choice,
@@ -44,49 +36,53 @@ from decentral_jax.validation import (
 Evaluate = Literal["shared", "averaged"]
 
 
-class ErrorFeedbackState(NamedTuple):
-    """State of `error_feedback`.
-
-    What follows from the parameters is not kept. All arrays are at least float32.
-    """
+class ResidualState(NamedTuple):
+    """State of `error_feedback` where the parameters are the shared model."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    shared: Any  # like params: the shared model x; () if the parameters are that
-    residual: Any  # like params: what is yet to be sent; () if it lies between both
-    memory: tuple  # what the compressor remembers, equal on all workers
-    model: Any  # static: `_Model`, where to evaluate
+    residual: optax.Params  # like params, at least float32: what is yet to be sent
+    memory: Any  # what the compressor remembers, equal on all workers
 
     def evaluation_params(self, params):
-        """The model to evaluate, before averaging over workers."""
-        return self.model(self.shared, self.residual, params)
+        """Returns the model to evaluate, before averaging over workers."""
+        return params
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """Which model `eval_params` finds."""
+class DetachedState(NamedTuple):
+    """State of `error_feedback` where the parameters leave the shared model."""
 
-    detach: float | None  # None if both copies are kept, which do without it
-    evaluate: str
+    count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
+    shared: optax.Params  # like params, at least float32: x, bitwise equal on all
+    # Like params, at least float32: e_i. () if e_i is (params - shared) / detach.
+    residual: Any
+    detach: Any  # shape=(), float: lambda. () if the residual is kept.
+    memory: Any  # what the compressor remembers, equal on all workers
 
-    def __call__(self, shared, residual, params):
-        if _none(shared):
-            shared = jax.tree.map(wide, params)
-        if self.evaluate == "averaged":
-            if _none(residual):
-                assert self.detach is not None
-                residual = _between(shared, params, self.detach)
-            shared = jax.tree.map(jnp.add, shared, residual)
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), shared, params)
+    def evaluation_params(self, params):
+        """Returns the model to evaluate, before averaging over workers."""
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), self.shared, params)
 
 
-def _none(kept: Any) -> bool:
-    """Whether a part of the state is not kept."""
-    return isinstance(kept, tuple) and not kept
+class AveragedState(DetachedState):
+    """The same, evaluated with everything that is yet to be sent, as in DEF-A."""
+
+    def evaluation_params(self, params):
+        """Returns the model to evaluate, before averaging over workers."""
+        residual = self.residual
+        if _is_empty(residual):
+            residual = _between(self.shared, params, self.detach)
+        return jax.tree.map(
+            lambda x, e, y: (x + e).astype(y.dtype), self.shared, residual, params
+        )
+
+
+def _is_empty(part: Any) -> bool:
+    """Returns whether a part of the state is not kept."""
+    return isinstance(part, tuple) and not part
 
 
 def _between(shared: Any, params: Any, detach: float | jax.Array) -> Any:
-    """The residual that lies between the shared model and the parameters."""
+    """Returns the residual that lies between the shared model and the parameters."""
     return jax.tree.map(lambda x, y: (wide(y) - x) / detach, shared, params)
 
 
@@ -123,7 +119,7 @@ def error_feedback(
     - :math:`0 < \lambda < 1`: detached error feedback, DEF;
     - :math:`\lambda = 1`: step-ahead error feedback.
 
-    Place it after the base optimizer, so that momentum comes before compression. With
+    Place it after the optimizer, so that momentum comes before compression. With
     `detach=0` it may also stand first, and compress gradients.
 
     Args:
@@ -173,142 +169,155 @@ def error_feedback(
     injected = isinstance(detach, jax.Array)
     detached = injected or detach > 0
     weighs = isinstance(feedback, jax.Array) or feedback < 1
+    selection = None
+    if isinstance(compressor, Selection) and not weighs:
+        selection = compressor
 
     def init_fn(params):
         params = require_params(params, "error_feedback")
         check_trees("params", params)
-        both = period > 1 or injected or (detached and is_narrow(params))
+        count = jnp.zeros([], jnp.int32)
+        memory = compressor.init(jax.tree.leaves(params))
         zeros, copies = (jax.tree.map(make, params) for make in (wide_zeros, wide_copy))
-        return ErrorFeedbackState(
-            count=jnp.zeros([], jnp.int32),
-            shared=copies if detached or both else (),
-            residual=zeros if not detached or both else (),
-            memory=start_memory(compressor, params),
-            model=_Model(None if both else float(detach), evaluate),
-        )
+        if not detached and period == 1 and evaluate == "shared":
+            return ResidualState(count, zeros, memory)
+        kind = AveragedState if evaluate == "averaged" else DetachedState
+        if injected or not detached or period > 1 or is_narrow(params):
+            return kind(count, copies, zeros, (), memory)
+        return kind(count, copies, (), jnp.asarray(detach, float), memory)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        check_nobody_missing(extra_args, "error_feedback")
-        if detached or period > 1:
-            params = require_params(params, "error_feedback with detach or period")
-        like = state.residual if _none(state.shared) else state.shared
-        check_trees("updates", updates, like)
-        if params is not None:
-            check_trees("params", params, like)
-        own_dtypes = updates if params is None else params
-        us = jax.tree.map(wide, updates)
+    def compressed(
+        p: Any, like: Any, state: ResidualState | DetachedState, axis: WorkerAxis
+    ) -> tuple[Any, Any, Any]:
+        """Returns what stays with the worker, the mean that arrived, and the memory."""
+        # The residual also takes what the cast to the parameters' dtype loses.
+        leaves, structure = jax.tree.flatten(cast_like(p, like))
+        key = axis.step_key(seed, state.count)
+        own, mean, memory = compressor.average(key, leaves, state.memory, axis)
+        own, mean = (structure.unflatten(map(wide, x)) for x in (own, mean))
+        return jax.tree.map(jnp.subtract, p, own), mean, memory
 
-        def cast(tree):
-            return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, own_dtypes)
+    def update_attached(us, state: ResidualState, like, axis: WorkerAxis):
+        if selection is not None and not is_narrow(like):
+            moved, residual = _send_selected(
+                selection, axis.step_key(seed, state.count), us, state.residual, axis
+            )
+            memory = state.memory
+        else:
+            p = jax.tree.map(
+                lambda e, u: fitted(feedback, e) * e + u, state.residual, us
+            )
+            residual, moved, memory = compressed(p, like, state, axis)
+        return moved, ResidualState(advance(state.count), residual, memory)
 
-        def alone(us, shared, residual, params):
-            del params
+    def update_detached(us, state: DetachedState, params, axis: WorkerAxis):
+        keeps_residual = not _is_empty(state.residual)
+
+        def alone(us, shared, residual, memory):
             # With `feedback`, only what an exchange keeps back is weighed less.
-            return cast(us), shared, jax.tree.map(jnp.add, residual, us), state.memory
+            return us, shared, jax.tree.map(jnp.add, residual, us), memory
 
-        def send(us, shared, residual, params):
-            key = step_key(seed, state.count, axis_name)
-            one_copy = _none(shared) or _none(residual)
-            selects = isinstance(compressor, Selection) and not weighs and one_copy
-            if selects and not is_narrow(own_dtypes):
-                return select(key, us, shared, residual, params)
-            if _none(residual):
+        def send(us, shared, residual, memory):
+            if selection is not None and not keeps_residual:
+                key = axis.step_key(seed, state.count)
+                moved, shared = _send_detached(
+                    selection, key, us, shared, params, detach, axis
+                )
+                return moved, shared, residual, memory
+            if not keeps_residual:
                 residual = _between(shared, params, detach)
             # With a period, the last exchange has weighed what it kept back.
             weight = feedback if period == 1 else 1.0
             p = jax.tree.map(lambda e, u: fitted(weight, e) * e + u, residual, us)
-            # The residual also takes what the cast to the parameters' dtype loses.
-            own, mean, memory = average_compressed(
-                *(compressor, key, cast_like(p, own_dtypes)),
-                *(state.memory, axis_name),
-            )
-            own, mean = jax.tree.map(wide, (own, mean))
-            residual = jax.tree.map(jnp.subtract, p, own)
-            if _none(shared):
-                return cast(mean), shared, residual, memory
+            residual, mean, memory = compressed(p, params, state, axis)
             shared = jax.tree.map(jnp.add, shared, mean)
             moved = jax.tree.map(
                 lambda x, e, y: (x + fitted(detach, e) * e) - wide(y),
                 *(shared, residual, params),
             )
-            if _none(state.residual):
+            if not keeps_residual:
                 residual = ()
             elif period > 1:
                 residual = jax.tree.map(lambda e: fitted(feedback, e) * e, residual)
-            return cast(moved), shared, residual, memory
-
-        def select(key, us, shared, residual, params):
-            assert isinstance(compressor, Selection)
-            us, structure = jax.tree.flatten(us)
-            keys = leaf_keys(compressor, key, us, axis_name)
-            kept = jax.tree.leaves(shared if detached else residual)
-            if detached:
-                ys = jax.tree.leaves(params)
-                sent = _send_detached(compressor, keys, us, kept, ys, detach, axis_name)
-            else:
-                sent = _send_selected(compressor, keys, us, kept, axis_name)
-            moved, kept = map(structure.unflatten, sent)
-            if detached:
-                return cast(moved), kept, residual, state.memory
-            return cast(moved), shared, kept, state.memory
+            return moved, shared, residual, memory
 
         count = advance(state.count, period)
-        moved, shared, residual, memory = every(
-            *(period, count, axis_name, send, alone),
-            *(us, state.shared, state.residual, params),
+        operands = us, state.shared, state.residual, state.memory
+        moved, shared, residual, memory = axis.cond_every(
+            period, count, send, alone, *operands
         )
-        return moved, ErrorFeedbackState(count, shared, residual, memory, state.model)
+        return moved, state._replace(
+            count=count, shared=shared, residual=residual, memory=memory
+        )
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        check_nobody_missing(extra_args, "error_feedback")
+        attached = isinstance(state, ResidualState)
+        if not attached:
+            params = require_params(params, "error_feedback with detach or period")
+        like = state.residual if attached else state.shared
+        check_trees("updates", updates, like)
+        if params is not None:
+            check_trees("params", params, like)
+        like = updates if params is None else params
+        axis, us = WorkerAxis.bind(axis_name), jax.tree.map(wide, updates)
+        if attached:
+            moved, state = update_attached(us, state, like, axis)
+        else:
+            moved, state = update_detached(us, state, params, axis)
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), moved, like), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _send_selected(
-    compressor: Selection, keys: list, us: list, es: list, axis_name: AxisName
-) -> tuple[list, list]:
-    """The updates and residuals of a step; only the selected entries are averaged."""
-    take = compressor.compress
+    codec: Selection, key: jax.Array, updates: Any, residual: Any, axis: WorkerAxis
+) -> tuple[Any, Any]:
+    """Returns the move and the new residual; only selected entries are averaged."""
+    us, structure = jax.tree.flatten(updates)
+    es, take = jax.tree.leaves(residual), codec.compress
+    keys = codec.keys(key, len(us), axis)
     sent = [take(k, e) + take(k, u) for k, e, u in zip(keys, es, us, strict=True)]
     # Read before it is written: then the residual need not be copied.
     es, sent = lax.optimization_barrier((es, sent))
-    means = average(sent, axis_name)
-    new = [
-        compressor.decompress(k, mean, e)
-        for k, mean, e in zip(keys, means, es, strict=True)
-    ]
+    means = axis.mean(sent)
+    new = [codec.decompress(*each) for each in zip(keys, means, es, strict=True)]
     es = [
-        jnp.where(compressor.mask(k, e), jnp.zeros_like(e), e + u)
+        jnp.where(codec.mask(k, e), jnp.zeros_like(e), e + u)
         for k, e, u in zip(keys, es, us, strict=True)
     ]
-    return new, es
+    return structure.unflatten(new), structure.unflatten(es)
 
 
 def _send_detached(
-    compressor: Selection,
-    keys: list,
-    us: list,
-    xs: list,
-    ys: list,
+    codec: Selection,
+    key: jax.Array,
+    updates: Any,
+    shared: Any,
+    params: Any,
     detach: float | jax.Array,
-    axis_name: AxisName,
-) -> tuple[list, list]:
-    """The same with the residual between shared model and parameters.
+    axis: WorkerAxis,
+) -> tuple[Any, Any]:
+    """Returns the move and the shared model, with the residual in between.
 
-    It is read and written only where something is sent. Elsewhere e grows by u: the
-    parameters move by `detach * u`, and the shared model stays.
+    The residual is read and written only where something is sent. Elsewhere e grows by
+    u: the parameters move by `detach * u`, and the shared model stays.
     """
-    take = compressor.compress
+    us, structure = jax.tree.flatten(updates)
+    xs, ys, take = jax.tree.leaves(shared), jax.tree.leaves(params), codec.compress
+    keys = codec.keys(key, len(us), axis)
     blocks = [take(k, x) for k, x in zip(keys, xs, strict=True)]
     sent = [
         (take(k, y) - x) / detach + take(k, u)
         for k, x, y, u in zip(keys, blocks, ys, us, strict=True)
     ]
-    means = average(sent, axis_name)
+    means = axis.mean(sent)
     blocks = [x + mean for x, mean in zip(blocks, means, strict=True)]
-    xs = [compressor.replace(*each) for each in zip(keys, xs, blocks, strict=True)]
+    xs = [codec.replace(*each) for each in zip(keys, xs, blocks, strict=True)]
     # The selected entries are read from the shared model: an index into the block
     # would keep XLA:CPU from vectorizing the pass.
     new = [
-        jnp.where(compressor.mask(k, x), x - y, detach * u)
+        jnp.where(codec.mask(k, x), x - y, detach * u)
         for k, x, y, u in zip(keys, xs, ys, us, strict=True)
     ]
-    return new, xs
+    return structure.unflatten(new), structure.unflatten(xs)

@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
-from decentral_jax.compression import Compressor, check_compressor
-from decentral_jax.transforms.compressed import (
-    average_compressed,
-    start_memory,
-    step_key,
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import (
+    advance,
+    cast_like,
+    is_narrow,
+    wide,
+    wide_copy,
+    wide_zeros,
 )
+from decentral_jax.compression import Compressor
+from decentral_jax.compression._base import check_compressor
 from decentral_jax.validation import (
     check_axis_name,
     check_int,
@@ -96,15 +99,11 @@ def error_reset(
         check_trees("params", params)
         return ErrorResetState(
             count=jnp.zeros([], jnp.int32),
-            shared=jax.tree.map(collectives.wide_copy, params),
-            error=(
-                jax.tree.map(collectives.wide_zeros, params)
-                if collectives.is_narrow(params)
-                else ()
-            ),
+            shared=jax.tree.map(wide_copy, params),
+            error=(jax.tree.map(wide_zeros, params) if is_narrow(params) else ()),
             memory=(
-                start_memory(compressor, params),
-                start_memory(reset_compressor, params),
+                compressor.init(jax.tree.leaves(params)),
+                reset_compressor.init(jax.tree.leaves(params)),
             ),
         )
 
@@ -113,24 +112,23 @@ def error_reset(
         params = require_params(params, "error_reset")
         check_trees("params", params, state.shared)
         check_trees("updates", updates, state.shared)
-        key = step_key(seed, state.count, axis_name)
-        keys = jax.random.split(key)
+        axis = WorkerAxis.bind(axis_name)
+        keys = jax.random.split(axis.step_key(seed, state.count))
 
         def synchronize(compressor, key, tree, shared, memory):
-            """What stays with the worker, and the shared model with all the others'."""
-            sent = collectives.cast_like(tree, params)
-            own, mean, memory = average_compressed(
-                compressor, key, sent, memory, axis_name
-            )
-            rest = jax.tree.map(lambda x, o: x - collectives.wide(o), tree, own)
-            shared = jax.tree.map(lambda x, m: x + collectives.wide(m), shared, mean)
+            """Returns what this worker keeps, the shared model and the memory."""
+            leaves, structure = jax.tree.flatten(cast_like(tree, params))
+            own, mean, memory = compressor.average(key, leaves, memory, axis)
+            own, mean = structure.unflatten(own), structure.unflatten(mean)
+            rest = jax.tree.map(lambda x, o: x - wide(o), tree, own)
+            shared = jax.tree.map(lambda x, m: x + wide(m), shared, mean)
             return rest, shared, memory
 
-        step = jax.tree.map(collectives.wide, updates)
+        step = jax.tree.map(wide, updates)
         rest, shared, memory = synchronize(
             compressor, keys[0], step, state.shared, state.memory[0]
         )
-        follows = not collectives.is_narrow(params)  # and so is not kept
+        follows = not is_narrow(params)  # and so is not kept
         error = state.error
         if follows:
             error = jax.tree.map(jnp.subtract, params, state.shared)
@@ -142,12 +140,12 @@ def error_reset(
         def wait(error, shared, memory):
             return error, shared, memory
 
-        count = collectives.advance(state.count, period)
-        error, shared, reset_memory = collectives.every(
-            period, count, axis_name, reset, wait, error, shared, state.memory[1]
+        count = advance(state.count, period)
+        error, shared, reset_memory = axis.cond_every(
+            period, count, reset, wait, error, shared, state.memory[1]
         )
         updates = jax.tree.map(
-            lambda x, e, p: (x + e - collectives.wide(p)).astype(p.dtype),
+            lambda x, e, p: (x + e - wide(p)).astype(p.dtype),
             *(shared, error, params),
         )
         memories = (memory, reset_memory)

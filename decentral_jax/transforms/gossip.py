@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from decentral_jax.collectives import AxisName, advance, wide, wide_zeros
+from decentral_jax._exchange.axis import AxisName
+from decentral_jax._exchange.numbers import advance, wide, wide_zeros
 from decentral_jax.mixing import mix, mix_differences
 from decentral_jax.topology import AnyTopology, Topology, check_topology
 from decentral_jax.validation import (

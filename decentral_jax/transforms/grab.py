@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.transforms.balancing import (
     balance,
     balance_apart,
@@ -77,7 +76,7 @@ def grab(
             (g.astype(m.dtype) - m).reshape(batch, -1)
             for g, m in zip(step.gradients, sums.mean, strict=True)
         ]
-        signs, running = balance(rows, sums.running, counts, axis_name)
+        signs, running = balance(rows, sums.running, counts, WorkerAxis.bind(axis_name))
         front = (signs > 0).astype(jnp.int32)
         before = sums.left + jnp.cumsum(front, dtype=jnp.int32) - front
         slot = jnp.where(front > 0, before, n - 1 - (position - before))
@@ -145,7 +144,9 @@ def pair_balance(
     def place(step, following, sums):
         pairs, pending = _pairs(step, sums.pending, n, odd_batches, "pair_balance")
         rows = flat(pairs.gradients)
-        signs, running = balance(rows, sums.running, pairs.complete, axis_name)
+        signs, running = balance(
+            rows, sums.running, pairs.complete, WorkerAxis.bind(axis_name)
+        )
         following = _put_pairs(following, pairs, signs, step.order)
         return following, PairBalance(running, pending), mean_of(step.gradients)
 
@@ -242,7 +243,7 @@ def d_grab(
         return PairBalance(running, pending)
 
     def place(step, following, sums):
-        axis = collectives.bound_axis(axis_name)
+        axis = WorkerAxis.bind(axis_name)
         if axis.size != n:
             raise ValueError(
                 f"num_workers must be the size of the axis {axis_name!r}, {axis.size}, "
@@ -254,7 +255,7 @@ def d_grab(
         else:
             together = balance_here if axis.num_devices == 1 else balance_apart
         signs, running, mean = together(
-            step.gradients, pairs.gradients, pairs.complete, sums.running, axis_name
+            step.gradients, pairs.gradients, pairs.complete, sums.running, axis
         )
         following = _put_pairs(following, pairs, signs, step.order)
         return following, PairBalance(running, pending), mean

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from decentral_jax.collectives import fitted, wide, wide_copy
+from decentral_jax._exchange.numbers import fitted, wide, wide_copy
 from decentral_jax.validation import check_interval, check_trees, require_params
 
 

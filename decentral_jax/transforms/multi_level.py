@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from decentral_jax.collectives import advance, agreed, every
+from decentral_jax._exchange.axis import WorkerAxis
+from decentral_jax._exchange.numbers import advance
 from decentral_jax.mixing import hub_average
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.transforms.gossip import difference
@@ -107,7 +108,8 @@ def multi_level(
         check_trees("params", params)
         check_trees("updates", updates, params)
         count = advance(state.count, q * tau * hub_topology.period)
-        tick = agreed(count, axes)
+        axis = WorkerAxis.bind(axes)
+        tick = axis.unvmap(count)
 
         def average(topology):
             def run(updates, params):
@@ -120,12 +122,12 @@ def multi_level(
 
         def exchange(updates, params):
             both = average(hub_topology), average(None)
-            return every(q, tick // tau, axes, *both, updates, params)
+            return axis.cond_every(q, tick // tau, *both, updates, params)
 
         def wait(updates, params):
             return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
 
-        updates = every(tau, tick, axes, exchange, wait, updates, params)
+        updates = axis.cond_every(tau, tick, exchange, wait, updates, params)
         return updates, MultiLevelState(count)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

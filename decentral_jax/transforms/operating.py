@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import advance
 from decentral_jax.validation import (
     as_table,
     check_axis_name,
@@ -81,16 +81,14 @@ def operating_rates(
         return OperatingRatesState(jnp.zeros([], jnp.int32), inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
-        sizes = tuple(collectives.bound_axis(name).size for name in names)
+        sizes = tuple(WorkerAxis.bind(name).size for name in names)
         if table.ndim and table.shape != sizes:
             raise ValueError(
                 f"rates must be one number, or one a worker in the shape {sizes} of "
                 f"axis_name={axis_name!r}, got shape {table.shape}."
             )
-        index = tuple(collectives.worker_index(name) for name in names)
-        key = jax.random.fold_in(
-            jax.random.key(seed), collectives.agreed(state.count, axis_name)
-        )
+        index = tuple(WorkerAxis.bind(name).index for name in names)
+        key = WorkerAxis.bind(axis_name).step_key(seed, state.count)
         # All workers' draws by each: cheaper than a key for each worker.
         drawn = jax.random.uniform(key, sizes, jnp.float32)[index]
         p = jnp.asarray(jnp.broadcast_to(table, sizes), jnp.float32)[index]
@@ -98,7 +96,7 @@ def operating_rates(
         new, inner_state = inner.update(updates, state.inner, params, **extra_args)
         new = jax.tree.map(lambda u: jnp.where(operates, u, jnp.zeros_like(u)), new)
         inner_state = optax.tree.where(operates, inner_state, state.inner)
-        count = collectives.advance(state.count)
+        count = advance(state.count)
         return new, OperatingRatesState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.transforms.balancing import mean_of
 from decentral_jax.validation import (
     check_axis_name,
@@ -118,10 +117,11 @@ def ordering(
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         del params, extra_args
+        axis = WorkerAxis.bind(axis_name)
         leaves, structure = jax.tree.flatten(updates)
         batch = _batch_size(leaves, name)
-        position = collectives.agreed(state.position, axis_name)
-        epoch = collectives.agreed(state.epoch, axis_name)
+        position = axis.unvmap(state.position)
+        epoch = axis.unvmap(state.epoch)
         step = Step(position, state.order, leaves)
         following, sums, mean = place(step, state.following, state.balance)
 
@@ -135,8 +135,8 @@ def ordering(
             return order, following, sums
 
         done = position + batch >= n
-        order, following, sums = collectives.either(
-            done, axis_name, finish, go_on, state.order, following, sums
+        order, following, sums = axis.uniform_cond(
+            done, finish, go_on, state.order, following, sums
         )
         position = jnp.where(done, 0, position + batch).astype(jnp.int32)
         epoch = epoch + done.astype(jnp.int32)
@@ -182,7 +182,7 @@ def random_reshuffling(
 
     def shuffle(epoch):
         key = jax.random.fold_in(jax.random.key(seed), epoch)
-        key = jax.random.fold_in(key, collectives.worker_index(axis_name))
+        key = jax.random.fold_in(key, WorkerAxis.bind(axis_name).index)
         return jax.random.permutation(key, jnp.arange(num_examples, dtype=jnp.int32))
 
     return ordering(

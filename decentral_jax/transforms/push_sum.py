@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from decentral_jax.collectives import AxisName, advance, weighted, widened
+from decentral_jax._exchange.axis import AxisName
+from decentral_jax._exchange.numbers import advance, weighted, widened
 from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import (

@@ -9,10 +9,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from decentral_jax import collectives
-from decentral_jax.collectives import AxisName
+from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import advance, is_narrow, wide, wide_zeros
 from decentral_jax.mixing import (
     accelerated_round,
     accelerated_rounds,
@@ -119,14 +118,14 @@ def track_gradients(
             )
             return jax.tree.map(jnp.add, tracker, change)
 
-        gradient = jax.tree.map(collectives.wide, updates)
+        gradient = jax.tree.map(wide, updates)
         if order == "combine_then_adapt":
             tracker = _correct(mixed(state.tracker), gradient, state.gradient)
         else:
             corrected = _correct(state.tracker, gradient, state.gradient)
             # The first tracker is the gradient itself, unmixed.
-            tracker = _where(state.count == 0, gradient, mixed(corrected))
-        count = collectives.advance(state.count, topology.period)
+            tracker = optax.tree.where(state.count == 0, gradient, mixed(corrected))
+        count = advance(state.count, topology.period)
         state = TrackGradientsState(count, tracker, gradient)
         return _like(tracker, updates), state
 
@@ -229,17 +228,16 @@ def accelerated_tracking(
         params = require_params(params, "accelerated_tracking")
         check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
-        count = collectives.agreed(state.count, axis_name)
+        axis = WorkerAxis.bind(axis_name)
+        count = axis.unvmap(state.count)
         first, last = count % rounds == 0, count % rounds == rounds - 1
-        total = jax.tree.map(
-            lambda s, g: s + collectives.wide(g) / rounds, state.total, updates
-        )
-        start = (jax.tree.map(collectives.wide, params), state.tracker)
+        total = jax.tree.map(lambda s, g: s + wide(g) / rounds, state.total, updates)
+        start = (jax.tree.map(wide, params), state.tracker)
         like = (params, updates)
 
         now, before = state.now, state.before
         if when == "every_step":
-            now, before = _where(first, start, now), _where(first, start, before)
+            now, before = (optax.tree.where(first, start, z) for z in (now, before))
             now, before = gossip_round(now, before, active, like), now
 
         def finish_phase(now, inner_state):
@@ -249,9 +247,7 @@ def accelerated_tracking(
                 )
             mixed, tracked = now
             step, inner_state = _step(inner, tracked, inner_state, params, extra_args)
-            moved = jax.tree.map(
-                lambda m, x, u: m - x + collectives.wide(u), mixed, start[0], step
-            )
+            moved = jax.tree.map(lambda m, x, u: m - x + wide(u), mixed, start[0], step)
             tracker = _correct(tracked, total, state.previous)
             zeros = optax.tree.zeros_like(total)
             return _like(moved, params), (zeros, total, tracker, inner_state)
@@ -261,11 +257,11 @@ def accelerated_tracking(
             zeros = optax.tree.zeros_like(params)
             return zeros, (total, state.previous, state.tracker, inner_state)
 
-        moved, (total, previous, tracker, inner_state) = _cond(
-            last, finish_phase, go_on, axis_name, now, state.inner
+        moved, (total, previous, tracker, inner_state) = axis.uniform_cond(
+            last, finish_phase, go_on, now, state.inner
         )
         return moved, AcceleratedTrackingState(
-            count=collectives.advance(state.count, rounds),
+            count=advance(state.count, rounds),
             total=total,
             previous=previous,
             tracker=tracker,
@@ -337,13 +333,13 @@ def exact_phases(
         """Adds a round of gossip to how parameters in half precision move."""
         moved, structure = jax.tree.flatten(moved)
         leaves = jax.tree.leaves(params)
-        half = [i for i, x in enumerate(leaves) if collectives.is_narrow(x)]
+        half = [i for i, x in enumerate(leaves) if is_narrow(x)]
         models = [leaves[i] for i in half]
         change = mix_differences(
-            [collectives.wide(x) for x in models], around, axis_name, like=models
+            [wide(x) for x in models], around, axis_name, like=models
         )
         for i, c in zip(half, change, strict=True):
-            moved[i] = collectives.wide(moved[i]) + c
+            moved[i] = wide(moved[i]) + c
         return _like(structure.unflatten(moved), params)
 
     def init_fn(params):
@@ -359,18 +355,17 @@ def exact_phases(
         params = require_params(params, "exact_phases")
         check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
-        position = collectives.agreed(state.count, axis_name) % phase
+        axis = WorkerAxis.bind(axis_name)
+        position = axis.unvmap(state.count) % phase
 
         def accumulate(average):
-            return jax.tree.map(
-                lambda a, g: a + collectives.wide(g) / rounds, average, updates
-            )
+            return jax.tree.map(lambda a, g: a + wide(g) / rounds, average, updates)
 
         def spread(average):
             return apply_factor(average, factors, position - rounds, axis_name)
 
-        average = _cond(
-            position >= rounds, spread, accumulate, axis_name, state.average
+        average = axis.uniform_cond(
+            position >= rounds, spread, accumulate, state.average
         )
 
         def finish_phase(average, inner_state):
@@ -381,22 +376,17 @@ def exact_phases(
         def go_on(average, inner_state):
             return optax.tree.zeros_like(params), average, inner_state
 
-        moved, average, inner_state = _cond(
-            position == phase - 1,
-            finish_phase,
-            go_on,
-            axis_name,
-            average,
-            state.inner,
+        moved, average, inner_state = axis.uniform_cond(
+            position == phase - 1, finish_phase, go_on, average, state.inner
         )
-        count = collectives.advance(state.count, phase)
+        count = advance(state.count, phase)
         return moved, ExactPhasesState(count, average, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _wide_zeros(tree: Any) -> Any:
-    return jax.tree.map(collectives.wide_zeros, tree)
+    return jax.tree.map(wide_zeros, tree)
 
 
 def _like(updates: Any, reference: Any) -> Any:
@@ -422,22 +412,3 @@ def _step(inner: Any, updates: Any, state: Any, params: Any, extra_args: dict) -
 def _correct(tracker: Any, new: Any, old: Any) -> Any:
     """Adds the gradients' change, so that the trackers' mean follows theirs."""
     return jax.tree.map(lambda y, a, b: y + (a - b), tracker, new, old)
-
-
-def _where(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def _cond(condition, yes, no, axis_name: AxisName, *operands: Any) -> Any:
-    """`lax.cond` whose branches agree in type under `shard_map(check_vma=True)`."""
-
-    def typed(branch):
-        def run(*operands):
-            result = branch(*operands)
-            return jax.tree.map(
-                lambda x: collectives.varying(jnp.asarray(x), axis_name), result
-            )
-
-        return run
-
-    return lax.cond(condition, typed(yes), typed(no), *operands)

@@ -35,7 +35,7 @@ class Round(NamedTuple):
 class Plan(NamedTuple):
     """The whole exchange: what stays on the device and what the rounds bring."""
 
-    num_workers: int
+    matrix: np.ndarray  # shape=[n, n], float64
     num_devices: int
     local: Source
     rounds: tuple[Round, ...]
@@ -77,14 +77,14 @@ def make_plan(matrix: np.ndarray, num_devices: int) -> Plan:
             chosen = np.array([], int) if sender is None else used[sender]
             workers.append((matrix, worker, sender or 0, chosen))
         rounds.append(Round(tuple(pairs), rows, _source(workers, per_device)))
-    return Plan(n, num_devices, local, tuple(rounds))
+    return Plan(matrix, num_devices, local, tuple(rounds))
 
 
 def partial_permutations(edges: list[Edge], size: int) -> list[list[Edge]]:
     """Splits directed edges into the fewest partial permutations.
 
     By offset where that is already the fewest (rings, tori, exponential graphs: every
-    round is a shift, which suits a physical ring); by edge colouring otherwise.
+    round is a shift, which suits a physical ring); by edge coloring otherwise.
 
     Args:
       edges: Different (sender, receiver) pairs.
@@ -102,28 +102,28 @@ def partial_permutations(edges: list[Edge], size: int) -> list[list[Edge]]:
         shifts.setdefault((receiver - sender) % size, []).append((sender, receiver))
     if len(shifts) == degree:
         return list(shifts.values())
-    return _colour(edges, size, int(degree))
+    return _color(edges, size, int(degree))
 
 
-def _colour(edges: list[Edge], size: int, degree: int) -> list[list[Edge]]:
-    """Bipartite edge colouring by alternating paths."""
-    # sent[u, c] is the receiver of u's message of colour c, -1 if none; received alike.
+def _color(edges: list[Edge], size: int, degree: int) -> list[list[Edge]]:
+    """Bipartite edge coloring by alternating paths."""
+    # sent[u, c] is the receiver of u's message of color c, -1 if none; received alike.
     sent = np.full((size, degree), -1)
     received = np.full((size, degree), -1)
     for sender, receiver in edges:
         free = int(np.argmin(sent[sender] >= 0))
         other = int(np.argmin(received[receiver] >= 0))
         if received[receiver, free] >= 0:
-            # Swap the two colours along the path that starts at the receiver.
-            path, node, colour, at_receiver = [], receiver, free, True
-            while (nxt := (received if at_receiver else sent)[node, colour]) >= 0:
+            # Swap the two colors along the path that starts at the receiver.
+            path, node, color, at_receiver = [], receiver, free, True
+            while (nxt := (received if at_receiver else sent)[node, color]) >= 0:
                 path.append((nxt, node) if at_receiver else (node, nxt))
                 node, at_receiver = int(nxt), not at_receiver
-                colour = other if colour == free else free
-            colours = [free if k % 2 == 0 else other for k in range(len(path))]
-            for (u, v), c in zip(path, colours, strict=True):
+                color = other if color == free else free
+            colors = [free if k % 2 == 0 else other for k in range(len(path))]
+            for (u, v), c in zip(path, colors, strict=True):
                 sent[u, c] = received[v, c] = -1
-            for (u, v), c in zip(path, colours, strict=True):
+            for (u, v), c in zip(path, colors, strict=True):
                 swapped = other if c == free else free
                 sent[u, swapped], received[v, swapped] = v, u
         sent[sender, free], received[receiver, free] = receiver, sender
