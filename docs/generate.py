@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 import decentral_jax as dj
+from decentral_jax._exchange.gossip import accelerated_round, momentum
 from decentral_jax._exchange.plans import make_plan
-from decentral_jax.mixing import accelerated_round, momentum
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f4e79", "#d9822b", "#3a7d44", "#b03a48", "#7f8c9a"
 LIGHT = "#dce9f7"

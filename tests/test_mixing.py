@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import decentral_jax as dj
-from decentral_jax.mixing import mix_differences, momentum
+from decentral_jax._exchange.gossip import mix_differences, momentum
 from decentral_jax.topology import Topology
 from tests.layouts import LAYOUTS, primitives
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.gossip import mix_decoded
 from decentral_jax._exchange.numbers import (
     advance,
     cast_like,
@@ -18,7 +19,7 @@ from decentral_jax._exchange.numbers import (
 )
 from decentral_jax.compression import Codec
 from decentral_jax.compression._base import check_codec
-from decentral_jax.mixing import mix, mix_decoded
+from decentral_jax.mixing import mix
 from decentral_jax.topology import Topology, check_topology
 from decentral_jax.validation import (
     check_axis_name,

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from decentral_jax._exchange.axis import AxisName
+from decentral_jax._exchange.gossip import mix_differences
 from decentral_jax._exchange.numbers import advance, wide, wide_zeros
-from decentral_jax.mixing import mix, mix_differences
+from decentral_jax.mixing import mix
 from decentral_jax.topology import AnyTopology, Topology, check_topology
 from decentral_jax.validation import (
     check_arrays,

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from decentral_jax._exchange.axis import WorkerAxis
+from decentral_jax._exchange.gossip import hub_average
 from decentral_jax._exchange.numbers import advance
-from decentral_jax.mixing import hub_average
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.transforms.gossip import difference
 from decentral_jax.validation import (

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.axis import AxisName
+from decentral_jax._exchange.gossip import mix_differences
 from decentral_jax._exchange.numbers import advance, fitted, wide, wide_zeros
-from decentral_jax.mixing import mix_differences
 from decentral_jax.topology import AnyTopology, check_topology
 from decentral_jax.validation import (
     check_axis_name,

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
-from decentral_jax._exchange.numbers import advance, is_narrow, wide, wide_zeros
-from decentral_jax.mixing import (
+from decentral_jax._exchange.gossip import (
     accelerated_round,
     accelerated_rounds,
     apply_factor,
     mix_differences,
 )
+from decentral_jax._exchange.numbers import advance, is_narrow, wide, wide_zeros
 from decentral_jax.topology import (
     AnyTopology,
     Topology,
