@@ -53,6 +53,8 @@ from decentral_jax._checkpoint_state import (
 from decentral_jax.validation import check_int, check_leading_axes
 from decentral_jax.workers import Workers
 
+__all__ = ["Checkpoints", "Restored"]
+
 logger = logging.getLogger(__name__)
 
 
@@ -284,7 +286,9 @@ class Checkpoints:
             logger.warning(
                 "the checkpoint of step %d is of workers %s, these are %s: all start "
                 "from its evaluated model, optimizer states are fresh",
-                *(step, sizes, self._workers.sizes),
+                step,
+                sizes,
+                self._workers.sizes,
             )
             leaves = start_anew(self._workers, leaves, parts, sizes, own)
         state = structure.unflatten(leaves)

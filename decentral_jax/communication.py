@@ -19,6 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from decentral_jax.validation import check_arrays, check_leading_axes
 
+__all__ = ["Collective", "CommunicationCost", "communication_cost"]
+
 # Bytes sent by a worker for an operand of b bytes among n workers.
 SENT: dict[str, Callable[[float, int], float]] = {
     "all-reduce": lambda b, n: 2 * b * (n - 1) / n,

@@ -10,6 +10,8 @@ from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.mixing import average
 from decentral_jax.validation import require_params
 
+__all__ = ["consensus_distance", "eval_params"]
+
 
 def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") -> Any:
     r"""The model to evaluate: the mean :math:`\bar x` of the workers' models.

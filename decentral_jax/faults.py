@@ -9,6 +9,8 @@ import optax
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.validation import check_int
 
+__all__ = ["GuardState", "guard_gradients", "takes_part"]
+
 
 def takes_part(
     step: jax.typing.ArrayLike,

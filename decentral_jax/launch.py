@@ -23,6 +23,8 @@ from typing import IO
 
 from decentral_jax.processes import NUM_PROCESSES, PROCESS_ID
 
+__all__ = ["main", "run"]
+
 # Seconds that processes get to end by themselves before they are killed.
 GRACE = 5.0
 

@@ -16,6 +16,8 @@ import jax
 
 from decentral_jax import _watch
 
+__all__ = ["initialize"]
+
 # What `decentral_jax.launch` sets for each process, beside JAX_COORDINATOR_ADDRESS.
 NUM_PROCESSES = "DECENTRAL_JAX_NUM_PROCESSES"
 PROCESS_ID = "DECENTRAL_JAX_PROCESS_ID"

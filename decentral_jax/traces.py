@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike
 
 from decentral_jax.validation import check_int
 
+__all__ = ["Trace", "from_speeds", "load", "round_robin", "uniform_delay"]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:

@@ -36,6 +36,8 @@ from decentral_jax.validation import (
     check_leading_axes,
 )
 
+__all__ = ["Workers"]
+
 AUTO = AxisType.Auto
 
 

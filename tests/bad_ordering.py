@@ -38,10 +38,6 @@ ROWS = {
         updated(dj.d_grab(8, 3)),
         "ValueError: num_workers | 'workers' | 2 | got 3",
     ),
-    "balance": (
-        lambda: dj.independent_grab(8, balance="median"),
-        "ValueError: balance | 'median' | 'pair'",
-    ),
     "an odd batch": (
         updated(dj.d_grab(8, 2), (3, 3)),
         "ValueError: updates | d_grab | 3 | odd_batches=True",

@@ -27,11 +27,6 @@ METHODS = {
         lambda n, m: dj.pair_balance(n, odd_batches=True),
         "pair_balance",
     ),
-    "independent_grab": (lambda n, m: dj.independent_grab(n), "grab"),
-    "independent pairs": (
-        lambda n, m: dj.independent_grab(n, balance="pair"),
-        "pair_balance",
-    ),
     "d_grab": (lambda n, m: dj.d_grab(n, m), "d_grab"),
     "d_grab, odd": (lambda n, m: dj.d_grab(n, m, odd_batches=True), "d_grab"),
     "d_grab, gathered": (lambda n, m: dj.d_grab(n, m, gathered=True), "d_grab"),
@@ -149,9 +144,6 @@ def test_orders_are_permutations_always(examples, workers, batch, name):
             examples, workers, odd_batches=True, gathered=True
         ),
         "pair_balance": lambda: dj.pair_balance(examples, odd_batches=True),
-        "independent pairs": lambda: dj.independent_grab(
-            examples, balance="pair", odd_batches=True
-        ),
         "d_grab": lambda: dj.d_grab(examples, workers, odd_batches=True),
     }
     tx = odd[name]() if name in odd else METHODS[name][0](examples, workers)

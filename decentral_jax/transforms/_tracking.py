@@ -25,7 +25,7 @@ from decentral_jax.topology import (
     exact_factors,
     from_graph,
 )
-from decentral_jax.transforms.gossip import Order
+from decentral_jax.transforms._gossip import Order
 from decentral_jax.validation import (
     check_arrays,
     check_axis_name,
@@ -36,6 +36,15 @@ from decentral_jax.validation import (
     check_optimizer,
     require_params,
 )
+
+__all__ = [
+    "AcceleratedTrackingState",
+    "ExactPhasesState",
+    "TrackGradientsState",
+    "accelerated_tracking",
+    "exact_phases",
+    "track_gradients",
+]
 
 When = Literal["every_step", "phase_end"]
 

@@ -7,10 +7,10 @@ import jax
 import optax
 
 from decentral_jax._exchange.axis import AxisName
-from decentral_jax.algorithms.base import Optimizer
+from decentral_jax.algorithms._base import Optimizer
 from decentral_jax.traces import Trace
-from decentral_jax.transforms.amsgrad import amsgrad
-from decentral_jax.transforms.asynchronous import asynchronous
+from decentral_jax.transforms._amsgrad import amsgrad
+from decentral_jax.transforms._asynchronous import asynchronous
 
 __all__ = ["apam"]
 

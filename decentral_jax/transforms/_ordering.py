@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
-from decentral_jax.transforms.balancing import mean_of
+from decentral_jax.transforms._balancing import mean_of
 from decentral_jax.validation import (
     check_axis_name,
     check_int,
     check_trees,
     require_params,
 )
+
+__all__ = ["OrderingState", "next_examples", "random_reshuffling"]
 
 
 class OrderingState(NamedTuple):

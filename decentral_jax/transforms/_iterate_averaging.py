@@ -8,6 +8,8 @@ import optax
 from decentral_jax._exchange.numbers import fitted, wide, wide_copy
 from decentral_jax.validation import check_interval, check_trees, require_params
 
+__all__ = ["IterateAveragingState", "iterate_averaging"]
+
 
 class IterateAveragingState(NamedTuple):
     """State of `iterate_averaging`."""
@@ -71,7 +73,9 @@ def iterate_averaging(
             lambda x, z, y: ((x + fitted(detach, x) * (z - x)) - wide(y)).astype(
                 y.dtype
             ),
-            *(x, z, params),
+            x,
+            z,
+            params,
         )
         return updates, IterateAveragingState(x, z)
 

@@ -25,6 +25,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["PeriodicAveragingState", "average_gradients", "average_parameters"]
+
 
 def average_gradients(
     *,
@@ -173,7 +175,9 @@ def average_parameters(
                 lambda z, p, u: (wide(z.astype(p.dtype)) - wide(p) - wide(u)).astype(
                     p.dtype
                 ),
-                *(start, params, updates),
+                start,
+                params,
+                updates,
             )
             way = jax.tree.map(wide, average(way, axis_name))
             # Where in the run the exchange is, for rates that follow a schedule.

@@ -11,7 +11,7 @@ from decentral_jax._exchange.axis import WorkerAxis
 from decentral_jax._exchange.gossip import hub_average
 from decentral_jax._exchange.numbers import advance
 from decentral_jax.topology import AnyTopology, check_topology
-from decentral_jax.transforms.gossip import difference
+from decentral_jax.transforms._gossip import difference
 from decentral_jax.validation import (
     as_table,
     check_axis_name,
@@ -20,6 +20,8 @@ from decentral_jax.validation import (
     check_trees,
     require_params,
 )
+
+__all__ = ["MultiLevelState", "multi_level"]
 
 
 class MultiLevelState(NamedTuple):

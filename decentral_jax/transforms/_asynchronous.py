@@ -25,6 +25,14 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = [
+    "AsynchronousState",
+    "DelayState",
+    "asynchronous",
+    "delay_gradients",
+    "scale_by_staleness",
+]
+
 
 class AsynchronousState(NamedTuple):
     """State of `asynchronous`; all but `waits_for` is equal on all workers."""

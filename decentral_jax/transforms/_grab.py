@@ -4,7 +4,7 @@ How the signs are found is in `balancing`; here they become orders.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
-from decentral_jax.transforms.balancing import (
+from decentral_jax.transforms._balancing import (
     balance,
     balance_apart,
     balance_gathered,
@@ -22,8 +22,10 @@ from decentral_jax.transforms.balancing import (
     size_and_dtype,
     zeros_like_wide,
 )
-from decentral_jax.transforms.ordering import Step, ordering
-from decentral_jax.validation import check_choice, check_int, check_nobody_missing
+from decentral_jax.transforms._ordering import Step, ordering
+from decentral_jax.validation import check_int, check_nobody_missing
+
+__all__ = ["d_grab", "grab", "pair_balance"]
 
 
 class MeanBalance(NamedTuple):
@@ -151,33 +153,6 @@ def pair_balance(
         return following, PairBalance(running, pending), mean_of(step.gradients)
 
     return ordering("pair_balance", n, start, place, _without_sums, axis_name)
-
-
-def independent_grab(
-    num_examples: int,
-    *,
-    balance: Literal["mean", "pair"] = "mean",
-    odd_batches: bool = False,
-    axis_name: AxisName = "workers",
-) -> optax.GradientTransformationExtraArgs:
-    """ID-GraB: every worker orders its examples by itself; a baseline for `d_grab`.
-
-    Args:
-      num_examples: Examples of each worker.
-      balance: "mean", as `grab`, or "pair", as `pair_balance`.
-      odd_batches: As in `pair_balance`.
-      axis_name: The worker axis.
-
-    Returns:
-      The transformation.
-
-    Raises:
-      ValueError: If `balance` is unknown, and as `grab` or `pair_balance`.
-    """
-    check_choice("balance", balance, ("mean", "pair"))
-    if balance == "mean":
-        return grab(num_examples, axis_name=axis_name)
-    return pair_balance(num_examples, odd_batches=odd_batches, axis_name=axis_name)
 
 
 def d_grab(

@@ -8,18 +8,18 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName
 from decentral_jax._exchange.numbers import fitted, wide
-from decentral_jax.algorithms.base import (
+from decentral_jax.algorithms._base import (
     Optimizer,
     OptimizerLike,
     learning_rate_of,
     local_optimizer,
 )
 from decentral_jax.topology import AnyTopology, complete
-from decentral_jax.transforms.averaging import average_parameters
-from decentral_jax.transforms.multi_level import multi_level
-from decentral_jax.transforms.operating import operating_rates
-from decentral_jax.transforms.push_sum import push_sum
-from decentral_jax.transforms.quasi_global import quasi_global_momentum
+from decentral_jax.transforms._averaging import average_parameters
+from decentral_jax.transforms._multi_level import multi_level
+from decentral_jax.transforms._operating import operating_rates
+from decentral_jax.transforms._push_sum import push_sum
+from decentral_jax.transforms._quasi_global import quasi_global_momentum
 from decentral_jax.validation import check_int, check_interval, check_learning_rate
 
 __all__ = ["diloco", "hl_sgd", "local_sgd", "mll_sgd", "qg_dsgdm", "sgp", "slowmo"]
@@ -354,7 +354,8 @@ def _heavy_ball(momentum: float | jax.Array) -> optax.GradientTransformation:
         del params
         buffers = jax.tree.map(
             lambda g, b: (g + fitted(momentum, b) * b).astype(b.dtype),
-            *(updates, state.trace),
+            updates,
+            state.trace,
         )
         return buffers, optax.TraceState(buffers)
 

@@ -29,6 +29,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["CompressedGossipState", "compressed_gossip"]
+
 
 class CompressedGossipState(NamedTuple):
     """State of `compressed_gossip`."""
@@ -135,7 +137,9 @@ def compressed_gossip(
         away = jax.tree.map(jnp.add, state.away, structure.unflatten(arrived))
         updates = jax.tree.map(
             lambda x, s, p: (x - wide(p) + fitted(rate, s) * s).astype(p.dtype),
-            *(half, away, params),
+            half,
+            away,
+            params,
         )
         count = advance(state.count)
         return updates, CompressedGossipState(count, public, away)

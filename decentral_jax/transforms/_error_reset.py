@@ -29,6 +29,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["ErrorResetState", "error_reset"]
+
 
 class ErrorResetState(NamedTuple):
     """State of `error_reset`."""
@@ -146,7 +148,9 @@ def error_reset(
         )
         updates = jax.tree.map(
             lambda x, e, p: (x + e - wide(p)).astype(p.dtype),
-            *(shared, error, params),
+            shared,
+            error,
+            params,
         )
         memories = (memory, reset_memory)
         kept = () if follows else error

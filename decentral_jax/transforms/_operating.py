@@ -20,6 +20,8 @@ from decentral_jax.validation import (
     check_optimizer,
 )
 
+__all__ = ["OperatingRatesState", "operating_rates"]
+
 
 class OperatingRatesState(NamedTuple):
     """State of `operating_rates`."""

@@ -17,6 +17,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["PushSumState", "push_sum"]
+
 
 class PushSumState(NamedTuple):
     """State of `push_sum`."""

@@ -3,16 +3,16 @@
 import optax
 
 from decentral_jax._exchange.axis import AxisName
-from decentral_jax.algorithms.base import Optimizer, OptimizerLike, local_optimizer
+from decentral_jax.algorithms._base import Optimizer, OptimizerLike, local_optimizer
 from decentral_jax.topology import (
     AnyTopology,
     Topology,
     check_topology,
     exact_factors,
 )
-from decentral_jax.transforms.averaging import average_gradients
-from decentral_jax.transforms.gossip import Order, exact_diffusion, gossip
-from decentral_jax.transforms.tracking import (
+from decentral_jax.transforms._averaging import average_gradients
+from decentral_jax.transforms._gossip import Order, exact_diffusion, gossip
+from decentral_jax.transforms._tracking import (
     When,
     accelerated_tracking,
     exact_phases,

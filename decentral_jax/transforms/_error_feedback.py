@@ -33,6 +33,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["AveragedState", "DetachedState", "ResidualState", "error_feedback"]
+
 Evaluate = Literal["shared", "averaged"]
 
 
@@ -233,7 +235,9 @@ def error_feedback(
             shared = jax.tree.map(jnp.add, shared, mean)
             moved = jax.tree.map(
                 lambda x, e, y: (x + fitted(detach, e) * e) - wide(y),
-                *(shared, residual, params),
+                shared,
+                residual,
+                params,
             )
             if not keeps_residual:
                 residual = ()

@@ -1,7 +1,7 @@
 """Vector balancing: signs that keep a running sum of vectors small.
 
 Vectors are taken in sequence, each with the sign that turns it against the sum so far.
-The mathematics of `decentral_jax.transforms.grab`, on lists of leaves.
+The mathematics of `decentral_jax.transforms._grab`, on lists of leaves.
 """
 
 import functools

@@ -10,6 +10,8 @@ import optax
 from decentral_jax._exchange.numbers import fitted, wide, wide_zeros
 from decentral_jax.validation import check_interval, check_learning_rate, require_params
 
+__all__ = ["ScaleByAmsgradState", "amsgrad", "project"]
+
 
 class ScaleByAmsgradState(NamedTuple):
     """State of `amsgrad`."""

@@ -22,6 +22,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["QuasiGlobalState", "quasi_global_momentum"]
+
 
 class QuasiGlobalState(NamedTuple):
     """State of `quasi_global_momentum`."""

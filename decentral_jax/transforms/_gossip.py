@@ -25,6 +25,8 @@ from decentral_jax.validation import (
     require_params,
 )
 
+__all__ = ["ExactDiffusionState", "GossipState", "exact_diffusion", "gossip"]
+
 Order = Literal["adapt_then_combine", "combine_then_adapt"]
 
 
