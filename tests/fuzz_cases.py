@@ -15,6 +15,7 @@ import optax
 from hypothesis import strategies as st
 
 import decentral_jax as dj
+from tests import registry
 from tests.dense_compressors import dense
 from tests.reference import (
     asynchronous,
@@ -130,6 +131,7 @@ class Algorithm(NamedTuple):
     # Rate, momentum -> the first argument; None where it is always a rate.
     optimizer: Callable[..., Any] | None = sgd
     two_axes: bool = False  # It asks for hubs and workers.
+    workers: int | None = None  # None where any number will do
     # Whether the reference asks for each worker's gradient once an iteration.
     asks_once: bool = True
 
@@ -438,6 +440,26 @@ ALGORITHMS = {
         optimizer=None,
     ),
 }
+
+
+def from_registry(setting):
+    """An algorithm without options of its own here: one setting, eight workers."""
+    return Algorithm(
+        {},
+        lambda g, x, s: setting.reference(g, x, RATE, STEPS),
+        lambda s: setting.arguments,
+        {"ring": SYMMETRIC["ring"]},  # not used
+        optimizer=setting.local or sgd,
+        workers=8,
+    )
+
+
+_drawn = {name.removesuffix("_choosing") for name in ALGORITHMS}
+for _setting in registry.ALGORITHMS.values():
+    _name = _setting.build.__name__
+    if _name in set(dj.algorithms.__all__) - _drawn:
+        ALGORITHMS[_name] = from_registry(_setting)
+
 # Options of the test's own, which the constructor does not take.
 OWN = {"unequal", "outer_rate", "outer_momentum"}
 
@@ -498,9 +520,9 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw, name):
-    algorithm = ALGORITHMS[name]
-    n = draw(only(8, 6, 4, 3, 2, 5, 7))
+def cases(draw, name, algorithm=None):
+    algorithm = algorithm or ALGORITHMS[name]
+    n = algorithm.workers or draw(only(8, 6, 4, 3, 2, 5, 7))
     pairs = [h for h in range(2, n) if n % h == 0]
     if algorithm.two_axes and not pairs:
         n, pairs = 8, [2, 4]

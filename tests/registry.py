@@ -3,6 +3,7 @@
 What an algorithm needs is data here, never a branch on its name in a test.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,8 +50,28 @@ class Algorithm(NamedTuple):
     # A variant shares its code with another setting, which runs all tests; of a variant
     # the trajectory is compared, in the layouts that differ most.
     variant: bool = False
-    # Of the optimizer, which is plain SGD where this is None.
-    heavy_ball: float | None = None
+    # What constructs each worker's optimizer from the rate; None for plain SGD.
+    local: Callable[..., optax.GradientTransformation] | None = None
+    # Whether all workers take the same step, and nothing else moves the parameters
+    alone: bool = False
+
+
+def momentum_sgd(momentum):
+    """SGD as a function of the rate; None where that is what a rate means."""
+    if momentum is None:
+        return None
+    return functools.partial(optax.sgd, momentum=momentum)
+
+
+def adamw(learning_rate):
+    """That of optax does not run under strict promotion."""
+    tx = optax.adamw(learning_rate)
+
+    def update(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return tx.update(*args)
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _algorithm(
@@ -58,18 +79,23 @@ def _algorithm(
     reference,
     shape: Shape = 8,
     finds_optimum=True,
-    heavy_ball=None,
+    local=None,
+    alone=False,
     **arguments,
 ):
     def make(learning_rate, **axes):
-        optimizer = learning_rate
-        if heavy_ball is not None:
-            optimizer = optax.sgd(learning_rate, momentum=heavy_ball)
+        optimizer = learning_rate if local is None else local(learning_rate)
         return build(optimizer, **arguments, **axes)
 
     return Algorithm(
-        *(make, reference, build, arguments, shape, finds_optimum),
-        heavy_ball=heavy_ball,
+        make,
+        reference,
+        build,
+        arguments,
+        shape,
+        finds_optimum,
+        local=local,
+        alone=alone,
     )
 
 
@@ -110,7 +136,7 @@ def _detag(topology, rounds, momentum, when):
         lambda g, x, lr, steps: tracking.detag(
             g, x, topology.matrix, lr, steps, rounds, momentum=momentum or 0.0
         ),
-        heavy_ball=momentum,
+        local=momentum_sgd(momentum),
         topology=topology,
         rounds=rounds,
         when=when,
@@ -124,6 +150,7 @@ def _defacto(topology, rounds):
         lambda g, x, lr, steps: tracking.defacto(
             g, x, factors, lr, steps, rounds or len(factors)
         ),
+        alone=True,
         topology=topology,
         rounds=rounds,
     )
@@ -151,7 +178,7 @@ def _feedback(build, compressor, detach, period=1, momentum=0.9):
                 *(detach, momentum, period),
             ).params
         ),
-        heavy_ball=momentum,
+        local=momentum_sgd(momentum),
         **arguments,
     )
 
@@ -168,7 +195,7 @@ def _cser(compressor, reset_compressor, period):
                 0.9,
             ).params
         ),
-        heavy_ball=0.9,
+        local=momentum_sgd(0.9),
         compressor=compressor,
         reset_compressor=reset_compressor,
         period=period,
@@ -218,38 +245,23 @@ def _slowmo(period, momentum, slow_rate, slow_momentum):
         lambda g, x, lr, steps: local_updates.slowmo(
             *(g, x, 8, lr, steps, period, slow_rate, slow_momentum, momentum)
         ),
-        heavy_ball=momentum,
+        local=momentum_sgd(momentum),
         period=period,
         slow_rate=slow_rate,
         slow_momentum=slow_momentum,
     )
 
 
-def diloco(learning_rate, *, period, fragments=1, axis_name="workers"):
-    """DiLoCo, whose AdamW of optax does not run under strict promotion."""
-    tx = dj.diloco(
-        optax.adamw(learning_rate),
-        period=period,
-        fragments=fragments,
-        axis_name=axis_name,
-    )
-
-    def update(*args, **extra_args):
-        with jax.numpy_dtype_promotion("standard"):
-            return tx.update(*args, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update)
-
-
 def _diloco(period, fragments):
     # The kernel is the larger of the two leaves: it is dealt first.
     parts = {1: [np.arange(10)], 2: [np.arange(4, 10), np.arange(4)]}[fragments]
     return _algorithm(
-        diloco,
+        dj.diloco,
         lambda g, x, lr, steps: local_updates.diloco(
             g, x, 8, lr, steps, period, 0.7, 0.9, parts
         ),
         finds_optimum=False,  # Adam's steps do not tell how far away optima are
+        local=adamw,
         period=period,
         fragments=fragments,
     )
@@ -316,7 +328,7 @@ def _sgp(topology, momentum):
         lambda g, x, lr, steps: local_updates.sgp(
             g, x, _matrices(topology), lr, steps, momentum or 0.0
         ),
-        heavy_ball=momentum,
+        local=momentum_sgd(momentum),
         topology=topology,
     )
 
@@ -361,6 +373,7 @@ ALGORITHMS = {
     "all_reduce_sgd": _algorithm(
         dj.all_reduce_sgd,
         lambda g, x, lr, steps: averaging.all_reduce_sgd(g, x, 8, lr, steps),
+        alone=True,
     ),
     "d_psgd": _d_psgd(RING, CTA),
     "d_psgd_atc": _d_psgd(RING, ATC),
@@ -397,7 +410,7 @@ ALGORITHMS = {
                 g, x, 8, lr, steps, dense(C.random_block(2)), 0.3, 0.9, 0.9
             ).params
         ),
-        heavy_ball=0.9,
+        local=momentum_sgd(0.9),
         compressor=C.random_block(2),
         detach=0.3,
         feedback=0.9,
@@ -407,13 +420,15 @@ ALGORITHMS = {
         lambda g, x, lr, steps: (
             compression.sgd_ia(g, x, 8, lr, steps, 0.25, 0.3, 0.9).params
         ),
-        heavy_ball=0.9,
+        local=momentum_sgd(0.9),
         ratio=4.0,
     ),
     "cser": _cser(C.random_block(2), C.identity(), 2),
     "choco_sgd_top_k": _choco(DIRECTED, C.top_k(ratio=2), 0.5),
     "choco_sgd_quantize": _choco(RING, C.quantize(4), 0.3),
-    "powersgd": _algorithm(dj.powersgd, _powersgd, heavy_ball=0.5, rank=1),
+    "powersgd": _algorithm(
+        dj.powersgd, _powersgd, local=momentum_sgd(0.5), alone=True, rank=1
+    ),
     "local_sgd": _algorithm(
         dj.local_sgd,
         lambda g, x, lr, steps: local_updates.local_sgd(g, x, 8, lr, steps, 4),

@@ -20,6 +20,7 @@ from jax import lax
 from optax import contrib
 
 import decentral_jax as dj
+from tests.registry import ALGORITHMS
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
@@ -381,43 +382,31 @@ def test_a_value_that_nobody_reads_is_allowed():
     jax.eval_shape(dj.Workers(8).spmd(step), jnp.ones((8, 3)))
 
 
-ALONE = {
-    "all_reduce_sgd": dj.all_reduce_sgd,
-    "defacto": functools.partial(dj.defacto, topology=RING),
-    "powersgd": functools.partial(dj.powersgd, rank=1),
+# Every algorithm that takes an optimizer, in one of its settings.
+SETTINGS = {
+    setting.build.__name__: setting
+    for setting in ALGORITHMS.values()
+    if "optimizer" in inspect.signature(setting.build).parameters
 }
-IDENTITY = dj.compression.identity()
-TOGETHER = {
-    "choco_sgd": functools.partial(
-        dj.choco_sgd, topology=RING, compressor=IDENTITY, consensus_rate=0.5
-    ),
-    "cser": functools.partial(dj.cser, compressor=IDENTITY),
-    "d2": functools.partial(dj.d2, topology=RING.lazy(0.75)),
-    "d_psgd": functools.partial(dj.d_psgd, topology=RING),
-    "def_a_sgd": functools.partial(dj.def_a_sgd, compressor=IDENTITY),
-    "def_sgd": functools.partial(dj.def_sgd, compressor=IDENTITY),
-    "detag": functools.partial(dj.detag, topology=RING, rounds=2),
-    "diloco": functools.partial(dj.diloco, period=2),
-    "dsgt": functools.partial(dj.dsgt, topology=RING),
-    "ef_sgd": functools.partial(dj.ef_sgd, compressor=IDENTITY),
-    "hl_sgd": functools.partial(dj.hl_sgd, num_hubs=2, tau=2, q=2),
-    "local_sgd": functools.partial(dj.local_sgd, period=2),
-    "mll_sgd": functools.partial(dj.mll_sgd, hub_topology=RING, tau=2, q=2),
-    "sgd_ia": functools.partial(dj.sgd_ia, ratio=4.0),
-    "sgp": functools.partial(dj.sgp, topology=RING),
-    "slowmo": functools.partial(dj.slowmo, period=2),
-}
+ALONE, TOGETHER = (
+    {
+        name: functools.partial(setting.build, **setting.arguments)
+        for name, setting in SETTINGS.items()
+        if setting.alone == alone
+    }
+    for alone in (True, False)
+)
 PARAMS = {"m": jnp.ones((3, 2)), "v": jnp.ones(4)}
 
 
-def test_every_algorithm_with_an_optimizer_says_whether_it_moves_alone():
+def test_every_algorithm_with_an_optimizer_is_here():
     algorithms = {name: getattr(dj.algorithms, name) for name in dj.algorithms.__all__}
     taking = {
         name
         for name, function in algorithms.items()
         if "optimizer" in inspect.signature(function).parameters
     }
-    assert taking == {*ALONE, *TOGETHER}
+    assert taking == SETTINGS.keys()
 
 
 @pytest.mark.parametrize("name", MOVES_ALONE)

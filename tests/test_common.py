@@ -147,9 +147,8 @@ def plain(name):
 
 def injected(algorithm, rate):
     """All numbers are arrays: the optimizer's own inside it."""
-    if algorithm.heavy_ball is not None:
-        sgd = optax.inject_hyperparams(optax.sgd)
-        rate = sgd(rate, momentum=algorithm.heavy_ball)
+    if algorithm.local is not None:
+        rate = optax.inject_hyperparams(algorithm.local)(rate)
     return inject(algorithm.build, rate, **algorithm.arguments)
 
 

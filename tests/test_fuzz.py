@@ -20,6 +20,7 @@ from hypothesis import seed as start_from
 from jax import lax
 
 import decentral_jax as dj
+from tests import registry
 from tests.fuzz_cases import (
     ALGORITHMS,
     DTYPES,
@@ -33,6 +34,7 @@ from tests.fuzz_cases import (
     Setting,
     cases,
     constructor,
+    from_registry,
     sgd,
 )
 from tests.injection import inject
@@ -256,6 +258,12 @@ def each(count, run, **options):
 def test_equals_reference(name):
     # The first case that Hypothesis draws is the simplest one.
     each(max(2, COUNT // len(ALGORITHMS)), check)(name)
+
+
+def test_an_algorithm_of_the_registry_alone(monkeypatch):
+    """Those without options here are drawn with the options of the registry."""
+    monkeypatch.setitem(ALGORITHMS, "sgp", from_registry(registry.ALGORITHMS["sgp"]))
+    each(2, check)("sgp")
 
 
 def test_all_kinds_of_cases_are_drawn():
