@@ -1,7 +1,10 @@
 """Pictures and tables of the pages, computed from the library at build time."""
 
+import inspect
 import math
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +67,34 @@ def write_all(folder: Path) -> None:
         _save(schedule.plot()[0].figure, folder / f"{name}.svg")
     (folder / "topologies.md").write_text(topology_table())
     (folder / "algorithms.md").write_text(algorithm_table())
+    for package in (dj.algorithms, dj.compression, dj.transforms):
+        name = package.__name__.rpartition(".")[2]
+        (folder / f"api_{name}.md").write_text(api_page(package))
     _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
     _save(draw_rounds(), folder / "rounds.svg")
     _save(draw_folding(), folder / "folding.svg")
     _save(draw_contraction(), folder / "contraction.svg")
+
+
+def api_page(package: ModuleType) -> str:
+    """The public functions and classes of a package, by the module they are in."""
+    shown_as = package if package is dj.compression else dj
+    modules: dict[str, list[str]] = {}
+    for name in package.__all__:
+        modules.setdefault(getattr(package, name).__module__, []).append(name)
+    lines = ["```{eval-rst}", f".. automodule:: {package.__name__}", "   :no-members:"]
+    lines += ["```", ""]
+    for module, names in modules.items():
+        first = inspect.getdoc(sys.modules[module]).splitlines()[0].rstrip(".")
+        lines += [f"## {first}", "", "```{eval-rst}"]
+        # Functions first: what they return is read about after them.
+        for name in sorted(names, key=lambda n: inspect.isclass(getattr(package, n))):
+            kind = "class" if inspect.isclass(getattr(package, name)) else "function"
+            lines.append(f".. auto{kind}:: {shown_as.__name__}.{name}")
+            if kind == "class":
+                lines.append("   :members:")
+        lines += ["```", ""]
+    return "\n".join(lines)
 
 
 def _save(figure, path: Path) -> None:
