@@ -337,7 +337,7 @@ class WorkerAxis:
             return tuple(map(_padded, parts, rows))
 
         branches = [functools.partial(receive, plan) for plan in plans]
-        return self.varying(lax.switch(self._round(plans, step), branches, block))
+        return lax.switch(self._round(plans, step), branches, block)
 
     def _receive(self, message, block):
         """One `ppermute` of the rows that the receiving device needs."""
@@ -394,16 +394,15 @@ class WorkerAxis:
                 y = jax.tree.map(jnp.add, y, more)
             return jax.tree.map(lambda y, x: y.astype(x.dtype), y, like)
 
-        # Where all steps have the same messages, weights are indexed by the step: no
-        # switch keeps what surrounds it from being fused, and under an outer vmap over
-        # runs no branch is computed in vain.
-        counts = {len(plan.rounds) for plan in plans}
-        if len(plans) == 1 or (len(counts) == 1 and self.num_virtual == 1):
-            return self.varying(weigh(plans, block, received, t))
         if self.num_devices == 1:
             return self.varying(weigh(plans, block, received, t))
+        # With one message in each step, weights are indexed by the step: without a
+        # switch the sums can be fused with what surrounds them.
+        single = all(len(plan.rounds) == 1 for plan in plans)
+        if len(plans) == 1 or (single and self.num_virtual == 1):
+            return weigh(plans, block, received, t)
         branches = [functools.partial(weigh, [plan]) for plan in plans]
-        return self.varying(lax.switch(t, branches, block, received))
+        return lax.switch(t, branches, block, received)
 
     def dense_differences(
         self,

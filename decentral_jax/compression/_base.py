@@ -57,7 +57,7 @@ class Compressor(Protocol):
           A pytree of arrays; `()` if it remembers nothing. It must stay equal on all
           workers.
         """
-        ...
+        raise NotImplementedError
 
     def average(
         self, key: jax.Array, leaves: list[jax.Array], memory: Any, exchange: Exchange
@@ -74,7 +74,7 @@ class Compressor(Protocol):
           What arrived of this worker's arrays; the mean over workers of what arrived,
           bitwise the same on all; and the new memory. Arrays keep shapes and dtypes.
         """
-        ...
+        raise NotImplementedError
 
 
 class Codec:
