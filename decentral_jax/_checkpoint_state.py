@@ -19,7 +19,7 @@ from jax import lax
 
 from decentral_jax.evaluation import eval_params
 from decentral_jax.mixing import average
-from decentral_jax.workers import Workers, as_numbers, is_key, like_before
+from decentral_jax.workers import Workers, is_key, unwrap_keys, wrap_keys
 
 SALT = 0x64656A78  # separates new workers' PRNG keys from keys that a run splits off
 
@@ -126,7 +126,7 @@ def writable(x: Any) -> Any:
 
     TensorStore knows only some dtypes of 8 bits or less: their bits are written.
     """
-    x = as_numbers(x)
+    x = unwrap_keys(x)
     if is_packed(x):
         return lax.bitcast_convert_type(jnp.asarray(x), bits_of(x)).astype(jnp.uint8)
     return x if isinstance(x, jax.Array) else np.array(x, jnp.result_type(x))
@@ -136,7 +136,7 @@ def as_before(x: jax.Array, like: Any) -> jax.Array:
     """The inverse of `writable`."""
     if is_packed(like):
         return lax.bitcast_convert_type(x.astype(bits_of(like)), jnp.result_type(like))
-    return like_before(x, like)
+    return wrap_keys(x, like)
 
 
 def is_packed(x: Any) -> bool:

@@ -278,7 +278,7 @@ class Checkpoints:
         check_same(step, notes["state"], own, renewed)
         shapes = [entry[2] for entry in notes["state"] if len(entry) == 3]
         # Of other workers, whole in each process.
-        place = self._workers.everywhere if reset else self._workers.sharding
+        place = self._workers.replicated if reset else self._workers.sharding
         leaves = self._read(self._folder / name, leaves, shapes, sizes, place)
         if parts is not None:
             logger.warning(

@@ -171,7 +171,7 @@ def from_speeds(
       >>> import decentral_jax as dj
       >>> trace = dj.traces.from_speeds([1.0, 2.5], 6)  # the second worker is slow
       >>> trace.workers.tolist(), trace.staleness.tolist()
-      ([0, 0, 1, 0, 0, 1], [0, 0, 2, 1, 0, 2])
+      ([0, 0, 1, 0, 0, 0], [0, 0, 2, 1, 0, 0])
     """
     means = np.asarray(seconds, np.float64)
     if (
