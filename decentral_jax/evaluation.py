@@ -13,7 +13,7 @@ from decentral_jax.validation import require_params
 
 def eval_params(
     opt_state: optax.OptState, params: optax.Params, axis_name: AxisName = "workers"
-) -> optax.Params:
+) -> Any:
     r"""Returns the model to evaluate: the mean :math:`\bar x` of the workers' models.
 
     Call it inside a function that runs under the worker axis. Some algorithms compute
@@ -78,7 +78,7 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _of_part(hidden: Any, params: optax.Params) -> list[Any]:
+def _of_part(hidden: Any, params: Any) -> list[Any]:
     """Returns the leaves of the model that one state holds.
 
     `optax.masked`, `partition`, and `multi_transform` pass only some leaves to a

@@ -92,10 +92,10 @@ def guard_gradients() -> optax.GradientTransformationExtraArgs:
 
     def update_fn(
         updates: optax.Updates,
-        state: GuardState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, GuardState]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         leaves = jax.tree.leaves(updates)
         # There are no leaves if, for example, optax.masked masks all of them.

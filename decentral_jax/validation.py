@@ -6,13 +6,15 @@ Every message names the argument, its value, and what to pass instead.
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+
+Tree = TypeVar("Tree")
 
 
 def check_static(name: str, value: Any, kind: str, arrays: Any = jax.Array) -> None:
@@ -198,7 +200,7 @@ def as_table(name: str, value: Any, fill: float) -> np.ndarray:
         ) from None
 
 
-def require_params(params: optax.Params | None, who: str) -> optax.Params:
+def require_params(params: Tree | None, who: str) -> Tree:
     """Returns the parameters that were passed to a transformation.
 
     Args:

@@ -82,7 +82,7 @@ class Workers:
     def __init__(
         self,
         shape: int | Mapping[str, int],
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
         axis_name: str = "workers",
     ):
         # Convert `shape` to a mapping from axis names to sizes.

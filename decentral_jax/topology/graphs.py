@@ -5,7 +5,7 @@ by default, which are symmetric and doubly stochastic on every graph.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import networkx as nx
 import numpy as np
@@ -244,7 +244,8 @@ def from_matrix(matrix: ArrayLike) -> Topology:
       ValueError: If the matrix is not square, not finite, or not stochastic, has
         negative weights, or its graph is not connected.
     """
-    topology = Topology(matrix, "from_matrix")
+    # `Topology` converts the matrix and reports what is wrong with it.
+    topology = Topology(cast(np.ndarray, matrix), "from_matrix")
     if (topology.matrix < 0).any():
         raise ValueError(
             f"matrix must not have negative weights, got {topology.matrix.min():.6g}: "
