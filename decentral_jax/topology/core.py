@@ -11,13 +11,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 from numpy.typing import ArrayLike
 
 from decentral_jax.validation import check_interval
 
 if TYPE_CHECKING:
+    import networkx as nx
     from matplotlib.axes import Axes
 
 # Tolerance for sums and comparisons of weights in float64. It accepts matrices that
@@ -106,6 +106,8 @@ class Topology:
     @functools.cached_property
     def is_connected(self) -> bool:
         """Whether the graph has a directed path between every pair of workers."""
+        import networkx as nx
+
         return nx.is_strongly_connected(self.graph)
 
     @functools.cached_property
@@ -136,11 +138,13 @@ class Topology:
         return 1.0 - self.second_eigenvalue
 
     @functools.cached_property
-    def graph(self) -> nx.DiGraph:
+    def graph(self) -> "nx.DiGraph":
         """Directed communication graph; edges point from senders to receivers.
 
         The graph has no self-loops.
         """
+        import networkx as nx
+
         graph = nx.DiGraph()
         graph.add_nodes_from(range(self.num_workers))
         receivers, senders = np.nonzero(self.matrix)
@@ -161,6 +165,8 @@ class Topology:
         Raises:
           ValueError: If the graph is not connected.
         """
+        import networkx as nx
+
         if not self.is_connected:
             raise ValueError(f"{self.name} is not connected, so it has no diameter.")
         return nx.diameter(self.graph) if self.num_workers > 1 else 0
@@ -195,6 +201,7 @@ class Topology:
         """
         # matplotlib is optional: only plots import it.
         import matplotlib.pyplot as plt
+        import networkx as nx
 
         if ax is None:
             ax = plt.figure(figsize=(4, 4), layout="constrained").subplots()
@@ -310,6 +317,8 @@ class TopologySchedule:
     @functools.cached_property
     def is_connected(self) -> bool:
         """Whether the union of the graphs of all rounds is strongly connected."""
+        import networkx as nx
+
         graphs = [topology.graph for topology in self.topologies]
         return nx.is_strongly_connected(nx.compose_all(graphs))
 

@@ -4,7 +4,6 @@ The factors are sparse matrices that respect the graph and whose product is `11^
 DeFacto (Lu & De Sa, ICML 2021) builds its optimal algorithm on them.
 """
 
-import networkx as nx
 import numpy as np
 
 from decentral_jax.topology.core import Topology, check_topology
@@ -46,6 +45,8 @@ def exact_factors(topology: Topology) -> list[np.ndarray]:
 
 def _tree_factors(topology: Topology) -> list[np.ndarray]:
     """Returns factors that sum along a spanning tree and broadcast the mean back."""
+    import networkx as nx
+
     n = topology.num_workers
     # The tree carries sums up and the mean down, so its edges must go both ways.
     mutual = topology.graph.to_undirected(reciprocal=True)

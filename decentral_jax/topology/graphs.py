@@ -5,14 +5,16 @@ by default, which are symmetric and doubly stochastic on every graph.
 """
 
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
-import networkx as nx
 import numpy as np
 from numpy.typing import ArrayLike
 
 from decentral_jax.topology.core import Topology, check_topology
 from decentral_jax.validation import check_choice, check_int, check_interval
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Weights = Literal["metropolis", "max_degree", "given", "push"]
 
@@ -149,6 +151,8 @@ def erdos_renyi(n: int, p: float, seed: int) -> Topology:
     Raises:
       ValueError: If the drawn graph is not connected.
     """
+    import networkx as nx
+
     n = check_int("n", n, 1)
     check_interval("p", p, 0.0, 1.0, closed="right")
     graph = nx.gnp_random_graph(n, p, seed=check_int("seed", seed, 0))
@@ -161,7 +165,7 @@ def erdos_renyi(n: int, p: float, seed: int) -> Topology:
     return _metropolis(n, graph.edges, f"erdos_renyi({n}, {p:g})")
 
 
-def from_graph(graph: nx.Graph, *, weights: Weights = "metropolis") -> Topology:
+def from_graph(graph: "nx.Graph", *, weights: Weights = "metropolis") -> Topology:
     r"""Returns the topology of a networkx graph; workers are numbered in node order.
 
     With :math:`d_i` as the degree of worker `i`, the weights of an edge are
@@ -194,6 +198,8 @@ def from_graph(graph: nx.Graph, *, weights: Weights = "metropolis") -> Topology:
       >>> dj.topology.from_graph(nx.petersen_graph()).max_degree
       3
     """
+    import networkx as nx
+
     check_choice("weights", weights, get_args(Weights))
     if not isinstance(graph, nx.Graph):
         raise TypeError(
@@ -306,6 +312,8 @@ def reweighted(topology: Topology, shares: ArrayLike) -> Topology:
 
 def _connected(topology: Topology) -> Topology:
     """Returns the topology; raises `ValueError` if it is not connected."""
+    import networkx as nx
+
     if not topology.is_connected:
         parts = nx.number_strongly_connected_components(topology.graph)
         raise ValueError(
@@ -317,6 +325,8 @@ def _connected(topology: Topology) -> Topology:
 
 def _lattice(rows: int, columns: int, name: str, periodic: bool) -> Topology:
     """Returns a grid in row-major order, or a torus if `periodic`."""
+    import networkx as nx
+
     rows, columns = check_int("rows", rows, 1), check_int("columns", columns, 1)
     graph = nx.grid_2d_graph(rows, columns, periodic=periodic)
     edges = [(a * columns + b, c * columns + d) for (a, b), (c, d) in graph.edges]
@@ -335,7 +345,7 @@ def _metropolis(n: int, edges: Iterable[tuple[int, int]], name: str) -> Topology
 
 
 def _weighted(
-    graph: nx.Graph, number: Mapping[Hashable, int], weights: Weights, name: str
+    graph: "nx.Graph", number: Mapping[Hashable, int], weights: Weights, name: str
 ) -> Topology:
     """Returns the topology of a graph with the weights "max_degree" or "given".
 
