@@ -9,13 +9,13 @@ state.
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from decentral_jax.evaluation import eval_params
@@ -59,6 +59,7 @@ def find_parts(
     candidates = []
     optimizer, model = _nnx(numbered)
     if optimizer is not None and model is not None:
+        nnx = sys.modules["flax.nnx"]
         params = _values(nnx.state(model, optimizer.wrt))
         opt_state = _values(optimizer.opt_state)
         candidates, init = [params], init or optimizer.tx.init
@@ -106,6 +107,10 @@ def find_parts(
 
 def _nnx(state: tuple[Any, ...]) -> tuple[Any, Any]:
     """Returns the nnx optimizer in a state and its model, or None for each."""
+    # A state holds objects of nnx only if the caller has imported it.
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return None, None
     # The parts that `nnx.split` returns.
     if isinstance(state[0], nnx.GraphDef):
         states = [x for x in state if isinstance(x, nnx.State)]
@@ -122,6 +127,7 @@ def _nnx(state: tuple[Any, ...]) -> tuple[Any, Any]:
 
 def _values(tree: Any) -> Any:
     """Replaces each `nnx.Variable` in a tree by its value."""
+    nnx = sys.modules["flax.nnx"]
 
     def is_variable(x):
         return isinstance(x, nnx.Variable)
@@ -280,6 +286,45 @@ def check_same(
                 f"{_words(expected, start)}."
             )
         number += is_leaf
+
+
+def check_constants(step: int, saved: Any, own: Any) -> None:
+    """Checks the numbers of an optimizer that its state keeps.
+
+    A state class lists them in `constants`, by the names of its fields.
+
+    Args:
+      step: The step of the checkpoint, for messages.
+      saved: The restored state.
+      own: The state of the optimizer that continues.
+    """
+
+    def nodes(tree):
+        pairs, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda node: hasattr(type(node), "constants")
+        )
+        return [pair for pair in pairs if hasattr(type(pair[1]), "constants")]
+
+    for (path, theirs), (_, ours) in zip(nodes(saved), nodes(own), strict=True):
+        for name in ours.constants:
+            before, now = (
+                [_first(x) for x in jax.tree.leaves(getattr(state, name))]
+                for state in (theirs, ours)
+            )
+            if None not in now and before != now:
+                raise ValueError(
+                    f"the checkpoint of step {step} is of another model or optimizer: "
+                    f"at {jax.tree_util.keystr(path)}.{name} it has {before[0]:.6g}, "
+                    f"expected {now[0]:.6g}."
+                )
+
+
+def _first(x: Any) -> float | None:
+    """Returns the number that all workers share; None if an array has no values."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    x = x.addressable_data(0) if isinstance(x, jax.Array) else x
+    return float(np.ravel(x)[0])
 
 
 def _words(entry: list[Any], start: int) -> str:

@@ -42,6 +42,7 @@ from decentral_jax._checkpoint_files import (
 )
 from decentral_jax._checkpoint_state import (
     as_before,
+    check_constants,
     check_same,
     describe,
     find_parts,
@@ -302,6 +303,8 @@ class Checkpoints:
             )
             leaves = start_anew(self._workers, leaves, parts, sizes, own)
         state = structure.unflatten(leaves)
+        if parts is None:
+            check_constants(step, state, like)
         # From now on, this object continues the run of the checkpoint.
         self._run = notes["run"]
         return Restored(

@@ -60,6 +60,9 @@ class DetachedState(NamedTuple):
     detach: Any  # shape=(), float: lambda. () if the residual is kept.
     memory: Any  # what the compressor remembers, equal on all workers
 
+    # With another lambda the parameters would mean another residual.
+    constants = ("detach",)
+
     def evaluation_params(self, params):
         """Returns the model to evaluate, before averaging over workers."""
         return jax.tree.map(lambda x, y: x.astype(y.dtype), self.shared, params)
