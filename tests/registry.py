@@ -419,6 +419,7 @@ ALGORITHMS = {
     "step_ahead_whole": _feedback(
         dj.def_sgd, C.top_k(ratio=3, whole_model=True), 1.0, momentum=0.5
     ),
+    "def_a_sgd": _feedback(dj.def_a_sgd, C.random_block(2), 0.3),
     "partial_feedback": _algorithm(
         dj.def_sgd,
         lambda g, x, lr, steps: (
@@ -475,6 +476,7 @@ ALGORITHMS = {
 }
 
 VARIANTS = (
+    "def_a_sgd",
     "ef_sgd_random_k_period",
     "def_sgd_top_k_period",
     "step_ahead_whole",
