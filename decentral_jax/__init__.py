@@ -33,7 +33,7 @@ from decentral_jax.communication import (
     communication_cost,
 )
 from decentral_jax.evaluation import consensus_distance, eval_params
-from decentral_jax.faults import guard_gradients, takes_part
+from decentral_jax.faults import sample_active, zero_nonfinite_updates
 from decentral_jax.mixing import (
     accelerated_mix,
     average,
@@ -109,7 +109,6 @@ __all__ = [
     "exact_phases",
     "gossip",
     "grab",
-    "guard_gradients",
     "hl_sgd",
     "independent_grab",
     "initialize",
@@ -127,13 +126,14 @@ __all__ = [
     "qg_dsgdm",
     "quasi_global_momentum",
     "random_reshuffling",
+    "sample_active",
     "scale_by_staleness",
     "sgd_ia",
     "sgp",
     "slowmo",
-    "takes_part",
     "topology",
     "traces",
     "track_gradients",
     "worker_index",
+    "zero_nonfinite_updates",
 ]

@@ -38,8 +38,8 @@ VALUE_MARKER = getattr(value_equal_on_all_workers, "__name__")  # noqa: B009
 REMEDY = (
     "Skip a step on all workers or on none: make the condition equal, for example "
     "dj.average(is_finite.astype(jnp.float32)) == 1. To leave out only one worker's "
-    "gradient, place dj.guard_gradients() first in the chain, and wrap the inner "
-    "optimizer, which does not communicate, in optax.apply_if_finite or similar."
+    "gradient, place dj.zero_nonfinite_updates() first in the chain, and wrap the "
+    "inner optimizer, which does not communicate, in optax.apply_if_finite or similar."
 )
 
 
