@@ -140,7 +140,7 @@ def check_lockstep(
         return
     # Follow the origins of all arguments through the program. Every integer scalar is a
     # counter, identified by its position.
-    interpreter = _JaxprInterpreter(sizes)
+    interpreter = _OriginInterpreter(sizes)
     origins = [
         _Origin(False, *[frozenset([] if leaf.shape else [i])] * 2)
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool
@@ -162,7 +162,7 @@ def check_lockstep(
             )
 
 
-class _JaxprInterpreter:
+class _OriginInterpreter:
     """Propagates the origins of values through a jaxpr.
 
     A call takes a jaxpr and the origins of its arguments, and returns the origins of
