@@ -15,7 +15,11 @@ from decentral_jax.communication import (
     communication_cost,
 )
 from decentral_jax.evaluation import consensus_distance, eval_params
-from decentral_jax.faults import GuardState, guard_gradients, takes_part
+from decentral_jax.faults import (
+    ZeroNonfiniteState,
+    sample_active,
+    zero_nonfinite_updates,
+)
 from decentral_jax.mixing import (
     accelerated_mix,
     average,
@@ -33,8 +37,8 @@ __version__ = importlib.metadata.version("decentral_jax")
 __all__ = [
     "Collective",
     "CommunicationCost",
-    "GuardState",
     "Workers",
+    "ZeroNonfiniteState",
     "accelerated_mix",
     "algorithms",
     "average",
@@ -44,14 +48,14 @@ __all__ = [
     "compression",
     "consensus_distance",
     "eval_params",
-    "guard_gradients",
     "initialize",
     "mix",
-    "takes_part",
+    "sample_active",
     "topology",
     "traces",
     "transforms",
     "worker_index",
+    "zero_nonfinite_updates",
 ]
 __all__ += algorithms.__all__
 __all__ += transforms.__all__

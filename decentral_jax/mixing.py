@@ -82,9 +82,9 @@ def mix(
       axis_name: The worker axis; its size is the topology's number of workers.
       step: The round of a schedule, an integer equal on all workers.
       active: :math:`a_i`, whether this worker takes part, such as
-        `dj.takes_part(step, missing=2)`; all do if None. Needs a symmetric topology. A
-        number more a message is sent, and what a missing worker holds, finite or not,
-        reaches nobody.
+        `dj.sample_active(step, missing=2)`; all do if None. Needs a symmetric topology.
+        Each message carries one extra scalar. A missing worker's values never
+        propagate, even if they are NaN.
 
     Returns:
       A tree of the same shapes and dtypes. Sums are accumulated in at least float32,

@@ -115,7 +115,7 @@ def without(
 
     def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
         count, inner = state
-        active = dj.takes_part(count, missing) if missing else None
+        active = dj.sample_active(count, missing) if missing else None
         updates, inner = tx.update(updates, inner, params, active=active, **extra_args)
         return updates, (count + 1, inner)
 

@@ -489,7 +489,7 @@ WRAPPERS = {
         lambda: optax.add_decayed_weights(0.125),
         lambda: lambda g, x: g + 0.125 * x,
     ),
-    "guard": (dj.guard_gradients, lambda: lambda g, x: g),
+    "guard": (dj.zero_nonfinite_updates, lambda: lambda g, x: g),
     "trace": (lambda: optax.trace(0.5), _heavy_ball),
 }
 # Has a state that each gradient changes.

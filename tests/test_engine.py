@@ -749,7 +749,7 @@ def test_progress_line(terminal):
     show = engine.progress_line(stream, every=0.5)
     for applied, seconds in ((1, 0.1), (2, 0.4), (3, 0.6), (4, 1.0)):
         show(engine.Progress(applied, 4, seconds, 2, 1, 0, X))
-    last = "4 of 4 gradients, 4.0 a second, staleness 2, 1 refused, 0 replaced"
+    last = "4 of 4 gradients, 4.0 per second, staleness 2, 1 refused, 0 replaced"
     *others, end = stream.getvalue().split(last)
     if terminal:
         assert end == "\x1b[K\n"

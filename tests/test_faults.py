@@ -106,7 +106,7 @@ def test_takes_part():
     def rounds(seed, layout):
         def worker(_):
             steps = jnp.arange(200, dtype=jnp.int32)
-            return lax.map(lambda t: dj.takes_part(t, 3, seed=seed), steps)
+            return lax.map(lambda t: dj.sample_active(t, 3, seed=seed), steps)
 
         return np.asarray(LAYOUTS[layout](worker)(np.zeros(8)))
 
@@ -142,7 +142,7 @@ def run(tx, steps, missing, gradient, x):
         def iteration(carry, args):
             x, state = carry
             t, noise = args
-            active = dj.takes_part(t, missing, seed=1)
+            active = dj.sample_active(t, missing, seed=1)
             updates, state = tx.update(gradient(x, noise), state, x, active=active)
             x = optax.apply_updates(x, updates)
             return (x, state), x
@@ -196,7 +196,7 @@ def test_runs_converge_without_some(name, x64):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_guard(bad):
-    tx = optax.chain(dj.guard_gradients(), optax.sgd(1.0))
+    tx = optax.chain(dj.zero_nonfinite_updates(), optax.sgd(1.0))
     params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
     grads = {"a": jnp.array([1.0, bad, 2.0]), "b": jnp.ones(2)}
     updates, state = tx.update(grads, tx.init(params))
@@ -220,7 +220,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_thousand_steps_with_nans(name):
     """In one worker's gradient, every third step."""
-    tx = optax.chain(dj.guard_gradients(), NETWORKS[name](0.05))
+    tx = optax.chain(dj.zero_nonfinite_updates(), NETWORKS[name](0.05))
 
     def worker(x):
         me = dj.worker_index()
@@ -263,12 +263,12 @@ BAD = {
         "active must be one boolean a worker, got .* float32",
     ),
     "all missing": (
-        lambda x: dj.takes_part(0, 8),
+        lambda x: dj.sample_active(0, 8),
         ValueError,
         "missing=8 must be fewer than the 8 workers",
     ),
     "fewer than none": (
-        lambda x: dj.takes_part(0, -1),
+        lambda x: dj.sample_active(0, -1),
         ValueError,
         "missing must be at least 0",
     ),
@@ -324,7 +324,7 @@ def test_an_order_of_all_workers_needs_all():
 
 def test_guard_gradients_of_no_leaves():
     """As where `optax.masked` leaves all of them out."""
-    tx = dj.guard_gradients()
+    tx = dj.zero_nonfinite_updates()
     gradients = {"a": jnp.ones(2)}
     masked = optax.masked(tx, {"a": False})
     updates, _ = masked.update(gradients, masked.init(gradients))

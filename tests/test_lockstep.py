@@ -170,7 +170,7 @@ def converged(x):
 
 
 def drawn(x):
-    active = dj.takes_part(3, missing=2)
+    active = dj.sample_active(3, missing=2)
     return dj.mix(x, RING, active=active)
 
 
@@ -191,7 +191,7 @@ def test_equal_conditions_run_alike_in_all_layouts(fn):
 
 def test_a_worker_s_own_counters_are_its_own():
     """Refused gradients, waiting workers: nothing communicates by their number."""
-    tx = optax.chain(dj.guard_gradients(), dj.d_psgd(0.1, ONE_PEER))
+    tx = optax.chain(dj.zero_nonfinite_updates(), dj.d_psgd(0.1, ONE_PEER))
 
     def step(params, state, target):
         updates, state = tx.update(params - target, state, params)
