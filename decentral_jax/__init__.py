@@ -43,6 +43,7 @@ from decentral_jax.mixing import (
     worker_index,
 )
 from decentral_jax.processes import initialize
+from decentral_jax.traffic import CommunicationCosts, communication_costs
 from decentral_jax.transforms.amsgrad import amsgrad, project
 from decentral_jax.transforms.asynchronous import (
     asynchronous,
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Collective",
     "CommunicationCost",
+    "CommunicationCosts",
     "Workers",
     "accelerated_mix",
     "accelerated_tracking",
@@ -87,6 +89,7 @@ __all__ = [
     "average_parameters",
     "choco_sgd",
     "communication_cost",
+    "communication_costs",
     "compressed_gossip",
     "compression",
     "consensus_distance",

@@ -161,7 +161,7 @@ class Runs:
         if name not in self.results:
             with self.console.status(f"training {name}"):
                 curves = Curves(**self.memory.recall(name, trained))
-            log = step_log(entry.make, setting, entry.phase, entry.levels)
+            log = step_log(entry.make, setting, entry.levels)
             shape = setting.iterations, setting.num_workers
             clock = wall_clock.finish_times(
                 np.ones(shape) if slots is None else slots,
@@ -187,7 +187,6 @@ class Runs:
             name,
             Entry(
                 lambda rate: dj.mll_sgd(rate, path, tau=tau, q=q, rates=table),
-                phase=q * tau,
                 levels={"hub": hubs, "worker": per_hub},
             ),
         )
@@ -195,7 +194,7 @@ class Runs:
     def local(self, period, name, slots=None):
         """Local SGD; with a period of one tick, distributed SGD."""
         steps = period * self.options.steps_per_tick
-        entry = Entry(lambda rate: dj.local_sgd(rate, period=steps), steps)
+        entry = Entry(lambda rate: dj.local_sgd(rate, period=steps))
         return self(name, entry, slots)
 
     def hl(self, name, slots=None):
@@ -207,7 +206,7 @@ class Runs:
             return dj.hl_sgd(rate, options.hubs, tau=tau, q=options.q)
 
         levels = {"hub": options.hubs, "worker": options.workers}
-        return self(name, Entry(make, options.q * tau, levels), slots)
+        return self(name, Entry(make, levels), slots)
 
 
 def main(options: MultiLevel) -> dict[str, list[results.Result]]:

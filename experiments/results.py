@@ -64,7 +64,7 @@ def run_all(
                 return train(entry.make, setting, advance, entry.levels)._asdict()
 
             curves = Curves(**memory.recall(f"{title}: {name}", run))
-            log = step_log(entry.make, setting, entry.phase, entry.levels)
+            log = step_log(entry.make, setting, entry.levels)
             sent = bytes_sent(log, setting.iterations)
             at = curves.iteration
             seconds = network.seconds(

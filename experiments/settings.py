@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,6 @@ class Entry(NamedTuple):
     """An algorithm as an experiment runs it."""
 
     make: Callable[[Any], optax.GradientTransformation]  # from a learning rate
-    phase: int = 1  # iterations after which its traffic repeats
     levels: Mapping[str, int] | None = None  # worker axes, if they are several
     waits: bool = True  # for slow workers; else they skip iterations
 
@@ -81,7 +80,6 @@ def compressed(
                 reset_compressor=block(max(1.0, 2 * ratio / RESET_PERIOD)),
                 period=RESET_PERIOD,
             ),
-            phase=RESET_PERIOD,
         ),
     }
 
@@ -113,18 +111,16 @@ def local_updates(
         return dj.diloco(optax.sgd(rate), period=PERIOD)
 
     return {
-        "Local SGD": Entry(lambda rate: dj.local_sgd(rate, period=PERIOD), PERIOD),
-        "SlowMo": Entry(slowmo, PERIOD),
-        "DiLoCo": Entry(diloco, PERIOD),
-        "HL-SGD": Entry(
-            lambda rate: dj.hl_sgd(rate, hubs["hub"], tau=tau, q=q), q * tau, hubs
-        ),
+        "Local SGD": Entry(lambda rate: dj.local_sgd(rate, period=PERIOD)),
+        "SlowMo": Entry(slowmo),
+        "DiLoCo": Entry(diloco),
+        "HL-SGD": Entry(lambda rate: dj.hl_sgd(rate, hubs["hub"], tau=tau, q=q), hubs),
         "MLL-SGD": Entry(
             lambda rate: dj.mll_sgd(rate, ring, tau=tau, q=q, rates=rates),
-            *(q * tau, hubs),
+            hubs,
             waits=False,
         ),
-        "SGP one-peer": Entry(lambda rate: dj.sgp(rate, one_peer), one_peer.period),
+        "SGP one-peer": Entry(lambda rate: dj.sgp(rate, one_peer)),
         "QG-DSGDm": Entry(lambda rate: dj.qg_dsgdm(rate, topology)),
     }
 
@@ -137,16 +133,13 @@ def everything(
     Asynchronous ones apply one worker's gradient per iteration, where these apply one
     of every worker: `experiments.apam` compares them by gradients and by the clock.
     """
-    factors = len(dj.topology.exact_factors(topology))
     n = topology.num_workers
     one_peer = dj.topology.one_peer_exponential(n)
     return {
         "all-reduce SGD": Entry(dj.all_reduce_sgd),
         **decentralized(topology, rounds),
-        "DeFacto": Entry(lambda rate: dj.defacto(rate, topology), phase=2 * factors),
-        "D-PSGD one-peer": Entry(
-            lambda rate: dj.d_psgd(rate, one_peer), one_peer.period
-        ),
+        "DeFacto": Entry(lambda rate: dj.defacto(rate, topology)),
+        "D-PSGD one-peer": Entry(lambda rate: dj.d_psgd(rate, one_peer)),
         **compressed(ratio=16),
         "PowerSGD": Entry(lambda rate: dj.powersgd(rate, rank=1)),
         "CHOCO-SGD": Entry(
@@ -174,7 +167,7 @@ class Network:
     def seconds(
         self,
         entry: Entry,
-        log: list[dj.CommunicationCost],
+        log: Sequence[dj.CommunicationCost],
         num_workers: int,
         iterations: int,
     ) -> np.ndarray:

@@ -101,39 +101,28 @@ def train(
 def step_log(
     make: Callable[..., optax.GradientTransformation],
     setting: Setting,
-    phase: int = 1,
     levels: Mapping[str, int] | None = None,
-) -> list[dj.CommunicationCost]:
-    """What a worker sends in each iteration of a phase.
+) -> dj.CommunicationCosts:
+    """What a worker sends in each iteration of one period of an algorithm.
 
     Args:
       make: From a learning rate to the algorithm.
       setting: Model and number of workers.
-      phase: The number of iterations after which the traffic repeats.
       levels: The worker axes and their sizes, if they are several.
 
     Returns:
-      One entry an iteration.
+      One cost per iteration.
     """
-    tx = make(0.1)
     example = jnp.asarray(setting.dataset.x_train[:1])
     key = jax.random.key(0)
     params = jax.eval_shape(setting.model.init, key, example)["params"]
-    state = jax.eval_shape(tx.init, params)
     sizes = worker_axes(levels, setting.num_workers)
-
-    def cost(t):
-        # A stateless algorithm has no counter to set.
-        at_t = optax.tree.set(state, count=np.int32(t)) if phase > 1 else state
-        return dj.communication_cost(tx.update, params, at_t, params, axis_sizes=sizes)
-
-    return [cost(t) for t in range(phase)]
+    return dj.communication_costs(make(0.1), params, axis_sizes=sizes)
 
 
-def bytes_sent(log: list[dj.CommunicationCost], iterations: int) -> np.ndarray:
+def bytes_sent(log: dj.CommunicationCosts, iterations: int) -> np.ndarray:
     """Bytes that a worker has sent after each iteration, `[iterations + 1]`, from 0."""
-    one_phase = np.array([cost.bytes_sent for cost in log])
-    each = np.resize(one_phase, iterations)
+    each = np.resize(log.bytes_sent, iterations)
     return np.concatenate([[0.0], np.cumsum(each)])
 
 

@@ -41,7 +41,7 @@ def finish_times(
 
     Args:
       compute: Seconds, shape `[steps, n]`.
-      log: What is sent in each step, as `dj.communication_cost` counts it; repeats.
+      log: What is sent in each step, as `dj.communication_costs` counts it; repeats.
       levels: The worker axes and their sizes, the outermost first.
       links: Latency :math:`l` and bandwidth :math:`B` of each axis; of several axes at
         once, the slowest counts. What is missing costs nothing.

@@ -297,7 +297,7 @@ def test_counters_go_on_at_their_end(name, monkeypatch):
 
 @pytest.mark.parametrize("period", [1, 3, 4, 1000, 10**6])
 def test_a_count_keeps_its_remainder(period):
-    last = LARGEST_COUNT // period * period
+    last = numbers.LARGEST_COUNT // period * period
     for count in (0, 1, last - 1, last):
         following = int(numbers.advance(count, period))
         assert 0 < following <= last

@@ -39,8 +39,8 @@ def test_every_algorithm_of_compare_traces():
         entries = settings.everything(dj.topology.ring(n).lazy(0.5), rounds=2)
         assert len(entries) > 18
         for entry in entries.values():
-            log = training.step_log(entry.make, setting, entry.phase, entry.levels)
-            assert len(log) == entry.phase
+            log = training.step_log(entry.make, setting, entry.levels)
+            assert len(log) == log.period
             sent = training.bytes_sent(log, 16)
             assert sent[-1] > 0 or n < 3
             seconds = settings.Network().seconds(entry, log, n, 16)
@@ -125,7 +125,8 @@ def test_bytes_sent_follow_the_phases():
     log = training.step_log(lambda r: dj.d_psgd(r, topology), setting)
     sent = training.bytes_sent(log, 20)
     np.testing.assert_allclose(sent, 2 * weights * np.arange(21))
-    log = training.step_log(lambda r: dj.defacto(r, topology), setting, 8)
+    log = training.step_log(lambda r: dj.defacto(r, topology), setting)
+    assert log.period == 8
     sends = np.arange(20) % 8 >= 4
     expected = 2 * weights * np.cumsum(sends)
     np.testing.assert_allclose(training.bytes_sent(log, 20)[1:], expected)
