@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from experiments import (
+from experiments.runs import (
     apam,
     compare,
     d_grab,

@@ -31,11 +31,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.group import ENVIRONMENT, Group
-from benchmarks.multi_process import modules
 from benchmarks.network import algorithms, figure, tasks
 from benchmarks.network.namespaces import FRAME, HEADERS, Hosts, burst
-from benchmarks.timing import machine
+from benchmarks.processes.multi_process import modules
+from benchmarks.support.group import ENVIRONMENT, Group
+from benchmarks.support.timing import machine
 from experiments import report
 
 HERE = Path(__file__).parent

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import real_time, report
+from experiments import report
+from experiments.runs import real_time
 from tests.experiments.files import write_files
 from tests.experiments.test_tabular import A9A
 

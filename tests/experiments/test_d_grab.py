@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import herding, ordered, report, tasks
+from experiments import report
+from experiments.runs import herding
+from experiments.training import ordered, tasks
 from tests.reference import ordering
 
 

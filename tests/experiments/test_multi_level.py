@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import multi_level, report
+from experiments import report
+from experiments.runs import multi_level
 
 SMALL = ["--hubs", "2", "--workers", "5", "--tau", "2", "--q", "2", "--seeds", "2"]
 SMALL += ["--rounds", "12", "--evaluations", "12", "--learning-rate", "0.5"]

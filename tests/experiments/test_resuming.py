@@ -9,18 +9,9 @@ import pytest
 from PIL import Image
 
 import decentral_jax as dj
-from experiments import (
-    compare,
-    delays,
-    herding,
-    multi_level,
-    ordered,
-    provenance,
-    real_time,
-    report,
-    results,
-    resuming,
-)
+from experiments import report
+from experiments.runs import compare, delays, herding, multi_level, real_time
+from experiments.training import ordered, provenance, results, resuming
 
 COMPARE = "compare --iterations 24 --evaluations 2 --rates 0.1"
 COMPARE += " --algorithms all-reduce_SGD D-PSGD DSGT"

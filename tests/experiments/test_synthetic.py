@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import synthetic
+from experiments.runs import synthetic
 
 
 def test_order_and_size(tmp_path):

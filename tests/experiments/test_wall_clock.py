@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments.wall_clock import Link, finish_times, slots_a_step
+from experiments.training.wall_clock import Link, finish_times, slots_a_step
 
 
 def cost(*collectives):
