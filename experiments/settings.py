@@ -10,6 +10,7 @@ import numpy as np
 import decentral_jax as dj
 from experiments.catalog import Entry
 from experiments.data import images
+from experiments.errors import UsageError
 from experiments.training import models, wall_clock
 from experiments.training.loop import Setting, worker_axes
 
@@ -45,25 +46,49 @@ class Network:
 
 
 def check_positive(options: Any, *names: str) -> None:
-    """Raises ValueError if an option, or one of its values, is not positive."""
+    """Raises UsageError if an option, or one of its values, is not positive."""
     for name in names:
         value = getattr(options, name)
         if value is not None and (not np.size(value) or np.less_equal(value, 0).any()):
-            raise ValueError(f"{name} must be positive, got {value}.")
+            raise UsageError(f"{name} must be positive, got {value}.")
+
+
+def check_at_least_one(options: Any, *names: str) -> None:
+    """Raises UsageError if an option is less than 1."""
+    for name in names:
+        if (value := getattr(options, name)) < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}.")
 
 
 def check_evaluations(options: Any) -> None:
-    """Raises ValueError if the evaluations do not divide the iterations."""
+    """Raises UsageError if the evaluations do not divide the iterations."""
     if options.iterations % options.evaluations:
-        raise ValueError(
+        raise UsageError(
             f"evaluations={options.evaluations} must divide "
             f"iterations={options.iterations}."
         )
 
 
 @dataclasses.dataclass
-class Options:
-    """Options that all experiments share."""
+class RunOptions:
+    """Options that all commands which train share."""
+
+    seeds: int = 5
+    """Number of seeds: initial model and order of the data."""
+    out: Path = Path("results")
+    """Folder for the figures (.png) and the numbers (.csv)."""
+    resume: bool = False
+    """Go on after what an interrupted run with these options has finished; it is kept
+    in the folder "finished" beside the figures."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        check_at_least_one(self, "seeds")
+
+
+@dataclasses.dataclass
+class ComparisonOptions(RunOptions):
+    """Options that all commands share which tune and compare synchronous algorithms."""
 
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     """Data set; "mnist" and "cifar10" are read from --data-dir."""
@@ -83,13 +108,13 @@ class Options:
     """Points on each curve; divides the iterations."""
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     """Learning rates to tune over; each algorithm is shown at its best."""
-    seeds: int = 5
-    """Number of seeds: initial model and order of the data."""
-    out: Path = Path("results")
-    """Folder for the figures (.png) and the numbers (.csv)."""
-    resume: bool = False
-    """Go on after what an interrupted run with these options has finished; it is kept
-    in the folder "finished" beside the figures."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        check_at_least_one(self, "workers", "batch_size", "iterations", "evaluations")
+        check_evaluations(self)
+        check_positive(self, "rates")
 
     def setting(self, shuffled: float) -> Setting:
         """Loads the data and deals them to the workers.
@@ -101,10 +126,8 @@ class Options:
           The setting of a training run.
 
         Raises:
-          ValueError: If an option is out of range or a file is broken.
-          FileNotFoundError: If a folder or file is missing.
+          UsageError: If an option is out of range, or a file is missing or broken.
         """
-        self._check()
         dataset = images.load(self.dataset, self.data_dir)
         if self.examples is not None:
             dataset = dataset._replace(
@@ -121,11 +144,3 @@ class Options:
             rates=tuple(self.rates),
             seeds=tuple(range(self.seeds)),
         )
-
-    def _check(self) -> None:
-        for name in ("workers", "batch_size", "iterations", "evaluations", "seeds"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        check_evaluations(self)
-        check_positive(self, "rates")

@@ -5,16 +5,18 @@ import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.errors import MissingFileError, UsageError
+
 
 @contextlib.contextmanager
 def readable(source: Path | str) -> Iterator[None]:
-    """Turns whatever a decoder raises on a broken file into one clear ValueError."""
+    """Turns whatever a decoder raises on a broken file into one clear UsageError."""
     try:
         yield
     except PermissionError:
         raise
     except Exception as error:  # decoders raise nearly anything on broken bytes
-        raise ValueError(
+        raise UsageError(
             f"{source} cannot be read ({type(error).__name__}: {error}): the file is "
             "broken or of another kind; fetch it again."
         ) from error
@@ -32,8 +34,8 @@ def read_file(data_dir: str | Path, sub_folder: str, *names: str) -> tuple[Path,
       Where it was, for messages, and its content.
 
     Raises:
-      FileNotFoundError: If there is none.
-      ValueError: If it is no gzip file though its name ends so.
+      MissingFileError: If there is none.
+      UsageError: If it is no gzip file though its name ends so.
     """
     for name in names:
         for folder in (Path(data_dir), Path(data_dir) / sub_folder):
@@ -42,7 +44,7 @@ def read_file(data_dir: str | Path, sub_folder: str, *names: str) -> tuple[Path,
             if (path := folder / f"{name}.gz").is_file():
                 with readable(path):
                     return path, gzip.decompress(path.read_bytes())
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"data_dir='{data_dir}' holds no {' or '.join(names)} (or .gz of it), nor does "
         f"its sub-folder {sub_folder}: put it there, or pass the folder which holds it."
     )

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from experiments.data.files import read_file, readable
+from experiments.errors import MissingFileError, UsageError
 
 DATASETS = ("digits", "mnist", "cifar10")
 
@@ -67,22 +68,22 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
       The data set: images in [0, 1].
 
     Raises:
-      ValueError: If the name is unknown, ``data_dir`` is needed and missing, or a
+      UsageError: If the name is unknown, ``data_dir`` is needed and missing, or a
         file is broken.
-      FileNotFoundError: If the folder or a file in it is missing.
+      MissingFileError: If the folder or a file in it is missing.
     """
     if name not in DATASETS:
-        raise ValueError(f"name={name!r} is unknown: pass one of {DATASETS}.")
+        raise UsageError(f"name={name!r} is unknown: pass one of {DATASETS}.")
     if name == "digits":
         return load_digits()
     if data_dir is None:
-        raise ValueError(
+        raise UsageError(
             f"data_dir=None, but name={name!r} is read from files: pass the folder "
             "which holds them, or use name='digits', which needs none."
         )
     folder = Path(data_dir)
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"data_dir='{folder}' is not an existing folder: create it, put the "
             f"{name} files into it, or pass the folder which holds them."
         )
@@ -138,28 +139,28 @@ def partition(
       ``shuffled=0`` these all belong to the highest label.
 
     Raises:
-      ValueError: If an argument is outside the ranges above.
+      UsageError: If an argument is outside the ranges above.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(
+        raise UsageError(
             f"labels has shape {labels.shape} and dtype {labels.dtype}: pass one "
             "integer class an example, shape [N]."
         )
     if not _is_integer(num_workers) or not 1 <= num_workers <= labels.size:
-        raise ValueError(
+        raise UsageError(
             f"num_workers={num_workers!r} for {labels.size} labels: pass an integer "
             "from 1 to the number of labels."
         )
     # True would otherwise pass for one percent.
     is_number = isinstance(shuffled, numbers.Real) and not isinstance(shuffled, bool)
     if not is_number or not 0 <= shuffled <= 100:
-        raise ValueError(
+        raise UsageError(
             f"shuffled={shuffled!r}: pass a percentage from 0 (sorted by label) to "
             "100 (uniformly random)."
         )
     if not _is_integer(seed) or seed < 0:
-        raise ValueError(f"seed={seed!r}: pass an integer of at least 0.")
+        raise UsageError(f"seed={seed!r}: pass an integer of at least 0.")
     order = np.argsort(labels, kind="stable")
     first = round(labels.size * float(shuffled) / 100)
     order[:first] = np.random.default_rng(seed).permutation(order[:first])
@@ -189,19 +190,19 @@ def _dataset(
     for part, (images, labels) in (("training", train), ("test", test)):
         images, labels = np.asarray(images), np.asarray(labels)
         if images.dtype != np.uint8 or images.shape[1:] != image_shape:
-            raise ValueError(
+            raise UsageError(
                 f"{source}: {part} images have shape {images.shape} and dtype "
                 f"{images.dtype}, expected [N, {', '.join(map(str, image_shape))}] "
                 "and uint8: fetch or convert the file again."
             )
         if labels.size != images.shape[0] or labels.size == 0:
-            raise ValueError(
+            raise UsageError(
                 f"{source}: {images.shape[0]} {part} images but {labels.size} labels; "
                 "expected one label an image and at least one image: put images and "
                 "labels of the same data set there."
             )
         if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:
-            raise ValueError(
+            raise UsageError(
                 f"{source}: {part} labels (dtype {labels.dtype}) must be integers "
                 "from 0 to 9: fetch or convert the file again."
             )
@@ -231,14 +232,14 @@ def _decode_idx(path: Path, content: bytes, ndim: int) -> np.ndarray:
     header = 4 + 4 * ndim
     magic = struct.pack(">HBB", 0, 8, ndim)  # 8 stands for unsigned bytes
     if len(content) < header or content[:4] != magic:
-        raise ValueError(
+        raise UsageError(
             f"{path} starts with {content[:4].hex() or 'nothing'}, expected "
             f"{magic.hex()} and {ndim} sizes: it is not the idx file its name "
             "promises; fetch it again."
         )
     shape = struct.unpack(f">{ndim}I", content[4:header])
     if len(content) - header != math.prod(shape):
-        raise ValueError(
+        raise UsageError(
             f"{path} promises {math.prod(shape)} values (shape {shape}) but holds "
             f"{len(content) - header}: it is cut short or damaged; fetch it again."
         )
@@ -249,7 +250,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
     for folder in (data_dir, data_dir / "cifar10"):
         archives = [p for p in sorted(folder.glob("cifar10*.npz")) if p.is_file()]
         if len(archives) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"data_dir='{data_dir}' holds several CIFAR-10 files, "
                 f"{', '.join(p.name for p in archives)}: keep one of them there."
             )
@@ -263,7 +264,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
         archive = folder / _CIFAR10_ARCHIVE
         if archive.is_file():
             return _decode_cifar10(_read_cifar10_tar(archive), archive)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"data_dir='{data_dir}' holds no CIFAR-10: put cifar10*.npz (arrays "
         f"{', '.join(_CIFAR10_ARRAYS)}), the folder {_CIFAR10_FOLDER} or "
         f"{_CIFAR10_ARCHIVE} there."
@@ -279,7 +280,7 @@ def _read_cifar10_npz(path: Path) -> Dataset:
             arrays = {n: archive[n] for n in _CIFAR10_ARRAYS if n in archive.files}
     missing = [name for name in _CIFAR10_ARRAYS if name not in arrays]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{path} lacks the arrays {missing}: store all of {_CIFAR10_ARRAYS} in it."
         )
     x_train, y_train, x_test, y_test = (arrays[name] for name in _CIFAR10_ARRAYS)
@@ -302,7 +303,7 @@ def _decode_cifar10(contents: Mapping[str, bytes], source: Path) -> Dataset:
     """Decodes the official batches: pickled dicts of planar uint8 rows and labels."""
     missing = [name for name in _CIFAR10_BATCHES if name not in contents]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"CIFAR-10 files {missing} are missing in {source}: put all of "
             f"{', '.join(_CIFAR10_BATCHES)} there."
         )

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from experiments.data.files import read_file, readable
+from experiments.errors import UsageError
 
 WINDOW = 20  # values that a forecast sees
 HORIZON = 6  # values that it foretells
@@ -49,8 +50,8 @@ def load_a9a(data_dir: str | Path) -> Table:
       32,561 training and 16,281 test examples of 123 features, each 0 or 1.
 
     Raises:
-      FileNotFoundError: If a file is missing.
-      ValueError: If a file is broken.
+      MissingFileError: If a file is missing.
+      UsageError: If a file is broken.
     """
     return Table(*_read_a9a(data_dir, "a9a"), *_read_a9a(data_dir, "a9a.t"))
 
@@ -79,11 +80,11 @@ def load_m4_weekly(
       The windows; those of one series are consecutive, in order of time.
 
     Raises:
-      FileNotFoundError: If a file is missing.
-      ValueError: If a file is broken, or ``windows_per_series`` is below 1.
+      MissingFileError: If a file is missing.
+      UsageError: If a file is broken, or ``windows_per_series`` is below 1.
     """
     if windows_per_series is not None and windows_per_series < 1:
-        raise ValueError(
+        raise UsageError(
             f"windows_per_series={windows_per_series!r}: pass at least 1, or None for "
             "all windows."
         )
@@ -91,7 +92,7 @@ def load_m4_weekly(
     test = _read_m4(data_dir, "Weekly-test.csv", at_least=HORIZON)
     unpaired = sorted(train.keys() ^ test.keys())
     if unpaired:
-        raise ValueError(
+        raise UsageError(
             f"data_dir='{data_dir}': only one of Weekly-train.csv and Weekly-test.csv "
             f"holds the series {', '.join(unpaired)}: put both files of one release "
             "there."
@@ -138,7 +139,7 @@ def _read_a9a(data_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
             zero_based=False,  # pyright: ignore[reportArgumentType]  (typed as str)
         )
     if labels.size == 0 or not np.isin(labels, (-1, 1)).all():
-        raise ValueError(
+        raise UsageError(
             f"{path} has the labels {np.unique(labels)}, expected -1 and 1: it is not "
             f"{name}; fetch it again."
         )
@@ -155,10 +156,10 @@ def _read_m4(data_dir: str | Path, name: str, at_least: int) -> dict[str, np.nda
                 row.pop()
             table[row[0]] = np.array(row[1:], np.float64)
     if not table:
-        raise ValueError(f"{path} holds no series: fetch it again.")
+        raise UsageError(f"{path} holds no series: fetch it again.")
     for series, values in table.items():
         if values.size < at_least or not (0 < values.min() <= values.max() < np.inf):
-            raise ValueError(
+            raise UsageError(
                 f"{path}: series {series} has {values.size} values, expected at least "
                 f"{at_least}, all positive and finite: fetch the file again."
             )

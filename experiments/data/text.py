@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data.files import read_file, readable
+from experiments.errors import UsageError
 
 TEXTS = ("python", "wikitext2")
 
@@ -49,18 +50,18 @@ def load_text(
       The text; its vocabulary is smaller if the training text has fewer words.
 
     Raises:
-      ValueError: If the name is unknown, ``data_dir`` is needed and missing,
+      UsageError: If the name is unknown, ``data_dir`` is needed and missing,
         ``vocabulary`` is too small, or a file is broken.
-      FileNotFoundError: If a file is missing.
+      MissingFileError: If a file is missing.
     """
     if name not in TEXTS:
-        raise ValueError(f"name={name!r} is unknown: pass one of {TEXTS}.")
+        raise UsageError(f"name={name!r} is unknown: pass one of {TEXTS}.")
     if vocabulary < 2:
-        raise ValueError(f"vocabulary={vocabulary!r}: pass at least 2.")
+        raise UsageError(f"vocabulary={vocabulary!r}: pass at least 2.")
     if name == "python":
         train, test = _python_words()
     elif data_dir is None:
-        raise ValueError(
+        raise UsageError(
             f"data_dir=None, but name={name!r} is read from files: pass the folder "
             "which holds them, or use name='python', which needs none."
         )
@@ -82,10 +83,10 @@ def segments(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
       token after its input. What fills no piece is left out, at the end.
 
     Raises:
-      ValueError: If ``length`` is outside its range.
+      UsageError: If ``length`` is outside its range.
     """
     if not 1 <= length < tokens.size:
-        raise ValueError(
+        raise UsageError(
             f"length={length!r} for {tokens.size} tokens: pass at least 1, and fewer "
             "than there are tokens."
         )
@@ -107,7 +108,7 @@ def _wikitext2_words(data_dir: str | Path, *parts: str) -> list[str]:
     with readable(path):
         words = content.decode().replace("\n", f" {_END_OF_LINE} ").split()
     if not words:
-        raise ValueError(f"{path} holds no words: fetch it again.")
+        raise UsageError(f"{path} holds no words: fetch it again.")
     return words
 
 

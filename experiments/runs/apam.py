@@ -10,13 +10,14 @@ from typing import Literal
 
 from experiments import report
 from experiments.data import images, tabular
+from experiments.errors import UsageError
 from experiments.runs import delays, real_time
-from experiments.settings import check_evaluations, check_positive
+from experiments.settings import RunOptions, check_evaluations, check_positive
 from experiments.training import models, resuming
 
 
 @dataclasses.dataclass
-class Apam:
+class Apam(RunOptions):
     """Asynchronous AMSGrad: accuracy against delay, and by the clock."""
 
     parts: tuple[Literal["delay", "time", "speedup"], ...] = (
@@ -47,35 +48,34 @@ class Apam:
     """What the parts "time" and "speedup" take."""
     out: Path = Path("results/apam")
     """Folder for the figures (.png) and the numbers (.csv)."""
-    resume: bool = False
-    """Go on after what an interrupted run with these options has finished; it is kept
-    in the folder "finished" beside the figures."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        check_positive(self, "batch_size", "iterations", "evaluations", "rate")
+        check_evaluations(self)
+        if not self.delays or min(self.delays) < 0:
+            raise UsageError(f"delays must be at least 0, got {self.delays}.")
+        self.timing.check()
 
 
-def main(options: Apam) -> None:
+def run(options: Apam, output: report.Output) -> None:
     """Prints tables, writes one figure and `.csv` a part and model."""
-    check_positive(options, "batch_size", "iterations", "evaluations", "rate", "seeds")
-    check_evaluations(options)
-    if not options.delays or min(options.delays) < 0:
-        raise ValueError(f"delays must be at least 0, got {options.delays}.")
-    options.timing.check()
     dataset = _load(options)
-    output = report.Output(options)
     for model in options.models:
         _run(model, dataset, options, output)
-    output.close()
 
 
 def _load(options: Apam) -> images.Dataset:
     if options.dataset != "a9a":
         return images.load(options.dataset, options.data_dir)
     if "lenet" in options.models:
-        raise ValueError(
+        raise UsageError(
             "models=lenet needs images, but dataset=a9a has none: pass --models "
             "logistic, or another data set."
         )
     if options.data_dir is None:
-        raise ValueError("dataset=a9a is read from files: pass data_dir with them.")
+        raise UsageError("dataset=a9a is read from files: pass data_dir with them.")
     return images.Dataset(*tabular.load_a9a(options.data_dir), num_classes=2)
 
 

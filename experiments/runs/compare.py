@@ -6,11 +6,12 @@ import matplotlib.pyplot as plt
 
 import decentral_jax as dj
 from experiments import catalog, report, settings
+from experiments.errors import UsageError, from_options
 from experiments.training import results, resuming
 
 
 @dataclasses.dataclass
-class Compare(settings.Options):
+class Compare(settings.ComparisonOptions):
     """Compares every algorithm on one ring of workers with differing data."""
 
     shuffled: float = 0.0
@@ -25,16 +26,16 @@ class Compare(settings.Options):
     """The machines of the simulated seconds."""
 
 
-def main(options: Compare) -> None:
+def run(options: Compare, output: report.Output) -> None:
     """Trains, prints the table, writes `compare.png`, `.csv` and `.md`."""
-    output = report.Output(options)
     setting = options.setting(options.shuffled)
-    topology = dj.topology.ring(options.workers).lazy(options.kappa)
+    with from_options():
+        topology = dj.topology.ring(options.workers).lazy(options.kappa)
     network = options.network
     entries = catalog.everything(topology, options.rounds, network.slow)
     unknown = set(options.algorithms) - set(entries)
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"algorithms must be among {', '.join(map(repr, entries))}, got "
             f"{sorted(unknown)}."
         )
@@ -63,4 +64,3 @@ def main(options: Compare) -> None:
         f"{options.seeds} seeds, tuned rates"
     )
     output.figure("compare", figure)
-    output.close()

@@ -13,14 +13,15 @@ import numpy as np
 from rich.progress import Progress
 
 from experiments import report
+from experiments.errors import UsageError
 from experiments.runs import herding as herding_test
-from experiments.settings import check_positive
+from experiments.settings import RunOptions, check_positive
 from experiments.training import ordered, resuming
 from experiments.training.tasks import Source, Task, load
 
 
 @dataclasses.dataclass
-class DGraB:
+class DGraB(RunOptions):
     """Example orders: the herding test, and training losses against random orders."""
 
     parts: tuple[Literal["herding", "training"], ...] = ("herding", "training")
@@ -51,42 +52,45 @@ class DGraB:
     """Number of seeds in training."""
     out: Path = Path("results/d_grab")
     """Folder for the figures (.png) and the numbers (.csv)."""
-    resume: bool = False
-    """Go on after what an interrupted run with these options has finished; it is kept
-    in the folder "finished" beside the figures."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        self.herding.check()
+        check_positive(self, "workers", "epochs", "examples", "rates")
+        if "training" not in self.parts or self.source is None:
+            return
+        if len(self.tasks) != 1:
+            raise UsageError(
+                f"source={self.source!r} is for one task, got {self.tasks}: pass "
+                "--tasks with the one meant."
+            )
 
 
-def main(options: DGraB) -> dict[tuple[str, int, str], np.ndarray]:
+def run(
+    options: DGraB, output: report.Output
+) -> dict[tuple[str, int, str], np.ndarray]:
     """Prints tables, writes `herding`, and one figure and `.csv` a task.
 
     Returns:
       For task, workers, method: the losses at each method's best rate, shape
       `[seeds, epochs + 1]`.
     """
-    output, found = report.Output(options), {}
-    options.herding.check()
-    check_positive(options, "workers", "epochs", "seeds", "examples", "rates")
-    chosen = []
+    found, chosen = {}, []
     if "training" in options.parts:
-        if options.source is not None and len(options.tasks) != 1:
-            raise ValueError(
-                f"source={options.source!r} is for one task, got {options.tasks}: pass "
-                "--tasks with the one meant."
-            )
         chosen = [_load(name, options) for name in options.tasks]
     if "herding" in options.parts:
         memory = resuming.memory(options)
-        herding_test.main(options.herding, output, memory)
+        herding_test.run(options.herding, output, memory)
     for task in chosen:
         found |= _train(task, options, output)
-    output.close()
     return found
 
 
 def _load(name: str, options: DGraB) -> Task:
     task = load(name, options.data_dir, options.source, options.examples)
     if len(task.x) < 2 * max(options.workers):
-        raise ValueError(
+        raise UsageError(
             f"workers={max(options.workers)} for the {len(task.x)} examples of "
             f"{task.name}: each worker needs two or more."
         )

@@ -11,11 +11,12 @@ import matplotlib.pyplot as plt
 
 import decentral_jax as dj
 from experiments import catalog, report, settings
+from experiments.errors import from_options
 from experiments.training import results, resuming
 
 
 @dataclasses.dataclass
-class DeTAG(settings.Options):
+class DeTAG(settings.ComparisonOptions):
     """DeTAG against D-PSGD, D2 and DSGT: shuffled fractions, and sparser rings."""
 
     fractions: tuple[float, ...] = (0.0, 50.0, 100.0)
@@ -28,9 +29,8 @@ class DeTAG(settings.Options):
     """Folder for the figures (.png) and the numbers (.csv)."""
 
 
-def main(options: DeTAG) -> None:
+def run(options: DeTAG, output: report.Output) -> None:
     """Trains, prints tables, writes `fractions.png`, `kappas.png` and CSV files."""
-    output = report.Output(options)
     figures = {
         "fractions": [(options.kappas[0], f) for f in options.fractions],
         "kappas": [(kappa, options.fractions[0]) for kappa in options.kappas],
@@ -60,7 +60,6 @@ def main(options: DeTAG) -> None:
         for (kappa, fraction), found in done.items()
     }
     output.table("summary", report.summary(cells, options.dataset))
-    output.close()
 
 
 def _run(
@@ -82,7 +81,8 @@ def _run(
 
 def _topology(options: DeTAG, kappa: float) -> dj.topology.Topology:
     ring = dj.topology.ring(options.workers).lazy(0.75)
-    return ring if kappa == 1 else ring.lazy(kappa)
+    with from_options():
+        return ring if kappa == 1 else ring.lazy(kappa)
 
 
 def _rounds(options: DeTAG, kappa: float) -> int:

@@ -18,7 +18,7 @@ from experiments.training import results, resuming
 
 
 @dataclasses.dataclass
-class ErrorFeedback(settings.Options):
+class ErrorFeedback(settings.ComparisonOptions):
     """DEF, DEF-A, EF-SGD, CSER and SGD-IA against dense SGD."""
 
     ratios: tuple[float, ...] = (16.0, 64.0, 256.0)
@@ -48,9 +48,8 @@ def dense() -> dict[str, Entry]:
     return {"dense SGD": Entry(make)}
 
 
-def main(options: ErrorFeedback) -> None:
+def run(options: ErrorFeedback, output: report.Output) -> None:
     """Trains, prints a table and writes a figure a ratio, and `def.csv`."""
-    output = report.Output(options)
     setting = options.setting(shuffled=100.0)
     examples = setting.parts.size
     memory = resuming.memory(options)
@@ -83,4 +82,3 @@ def main(options: ErrorFeedback) -> None:
         output.figure(name, figure)
     output.csv("def", rows)
     output.table("summary", report.summary(found, options.dataset))
-    output.close()

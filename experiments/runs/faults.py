@@ -16,11 +16,12 @@ import optax
 import decentral_jax as dj
 from experiments import catalog, report, settings
 from experiments.catalog import Entry
+from experiments.errors import UsageError, from_options
 from experiments.training import results, resuming
 
 
 @dataclasses.dataclass
-class Faults(settings.Options):
+class Faults(settings.ComparisonOptions):
     """D-PSGD, DeTAG and CHOCO-SGD with workers missing in every round."""
 
     missing: tuple[int, ...] = (0, 2, 4)
@@ -40,24 +41,27 @@ class Faults(settings.Options):
     out: Path = Path("results/faults")
     """Folder for the figure (.png) and the numbers (.csv)."""
 
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        inside = [0 <= missing < self.workers for missing in self.missing]
+        if not inside or not all(inside):
+            raise UsageError(
+                f"missing={self.missing} must be at least 0, and fewer than the "
+                f"{self.workers} workers."
+            )
 
-def main(options: Faults) -> dict[int, list[results.Result]]:
+
+def run(options: Faults, output: report.Output) -> dict[int, list[results.Result]]:
     """Prints a table for each number of missing workers, writes a figure and `.csv`.
 
     Returns:
       From the number of missing workers to the results.
     """
-    if not options.missing or not 0 <= min(options.missing) <= max(options.missing) < (
-        options.workers
-    ):
-        raise ValueError(
-            f"missing={options.missing} must be at least 0, and fewer than the "
-            f"{options.workers} workers."
-        )
-    output = report.Output(options)
     setting = options.setting(options.shuffled)
     ring = dj.topology.ring(options.workers)
-    top = dj.compression.top_k(options.ratio)
+    with from_options():
+        top = dj.compression.top_k(options.ratio)
     algorithms: dict[str, Callable] = {
         "D-PSGD": lambda rate: dj.d_psgd(rate, ring),
         "DeTAG": lambda rate: dj.detag(rate, ring, rounds=catalog.phase_length(ring)),
@@ -101,7 +105,6 @@ def main(options: Faults) -> dict[int, list[results.Result]]:
     )
     output.figure("faults", figure)
     output.csv("faults", rows)
-    output.close()
     return found
 
 

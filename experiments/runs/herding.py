@@ -15,6 +15,7 @@ from jax import lax
 
 import decentral_jax as dj
 from experiments import report
+from experiments.errors import UsageError
 from experiments.training.resuming import Memory
 
 # Published means of rounds 11 to 15 for 5, 10, 20, 50 and 100 workers.
@@ -42,18 +43,18 @@ class Herding:
     """Number of draws of the vectors."""
 
     def check(self) -> None:
-        """Raises ValueError if an option is out of range."""
+        """Raises UsageError if an option is out of range."""
         for m in self.shared_by:
             if m < 1 or self.vectors % (2 * m):
-                raise ValueError(
+                raise UsageError(
                     f"vectors={self.vectors} must divide into an even number for each "
                     f"of shared_by={m}."
                 )
         if self.rounds < 1 or self.draws < 1:
-            raise ValueError("rounds and draws must be at least 1.")
+            raise UsageError("rounds and draws must be at least 1.")
 
 
-def main(
+def run(
     options: Herding, output: report.Output, memory: Memory
 ) -> dict[str, np.ndarray]:
     """Prints a table, writes `herding.png` and `.csv`.

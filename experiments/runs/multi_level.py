@@ -18,6 +18,8 @@ import decentral_jax as dj
 from experiments import report
 from experiments.catalog import Entry
 from experiments.data import images
+from experiments.errors import UsageError
+from experiments.settings import RunOptions, check_at_least_one, check_positive
 from experiments.training import models, results, resuming, wall_clock
 from experiments.training.loop import (
     Curves,
@@ -41,7 +43,7 @@ QUOTED = {
 
 
 @dataclasses.dataclass
-class MultiLevel:
+class MultiLevel(RunOptions):
     """Multi-Level Local SGD against Local SGD, HL-SGD and distributed SGD."""
 
     dataset: Literal["digits", "mnist"] = "digits"
@@ -74,24 +76,24 @@ class MultiLevel:
     """Number of seeds: initial model and batches."""
     out: Path = Path("results/mll_sgd")
     """Folder for the figures (.png) and the numbers (.csv)."""
-    resume: bool = False
-    """Go on after what an interrupted run with these options has finished; it is kept
-    in the folder "finished" beside the figures."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        check_at_least_one(self, "hubs", "workers", "tau", "q", "steps_per_tick")
+        check_at_least_one(self, "rounds", "evaluations", "batch_size")
+        check_positive(self, "learning_rate")
+        if self.rounds % self.evaluations:
+            raise UsageError(
+                f"evaluations={self.evaluations} must divide rounds={self.rounds}."
+            )
 
     def setting(self) -> Setting:
         """Loads the data and deals them to the workers.
 
         Raises:
-          ValueError: If an option is out of range or a file is broken.
-          FileNotFoundError: If a folder or file is missing.
+          UsageError: If a folder or file is missing or broken.
         """
-        for name in ("hubs", "workers", "tau", "q", "steps_per_tick", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1.")
-        if self.evaluations < 1 or self.rounds % self.evaluations:
-            raise ValueError(
-                f"evaluations={self.evaluations} must divide rounds={self.rounds}."
-            )
         dataset = images.load(self.dataset, self.data_dir)
         rate = self.learning_rate
         if self.model == "logistic":
@@ -211,9 +213,8 @@ class Runs:
         return self(name, Entry(make, levels), slots)
 
 
-def main(options: MultiLevel) -> dict[str, list[results.Result]]:
+def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Result]]:
     """Trains, prints a table and writes a figure a part, and `mll_sgd.csv`."""
-    output = report.Output(options)
     runs = Runs(options, output.console)
     round_ticks = options.q * options.tau
     ones = runs.rates["all 1"]
@@ -259,7 +260,6 @@ def main(options: MultiLevel) -> dict[str, list[results.Result]]:
         )
         output.figure(part, figure)
     output.csv("mll_sgd", rows)
-    output.close()
     return found
 
 

@@ -22,6 +22,7 @@ import decentral_jax as dj
 from decentral_jax import engine
 from experiments import report
 from experiments.data import images
+from experiments.errors import UsageError
 from experiments.settings import check_positive
 from experiments.training.resuming import Memory
 
@@ -50,14 +51,14 @@ class Timing:
     """Numbers of workers of the part "speedup"; one must be 1."""
 
     def check(self) -> None:
-        """Raises ValueError if an option is out of range."""
+        """Raises UsageError if an option is out of range."""
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
         if self.gradients % self.points:
-            raise ValueError(
+            raise UsageError(
                 f"points={self.points} must divide gradients={self.gradients}."
             )
         if 1 not in self.speedup_workers:
-            raise ValueError(
+            raise UsageError(
                 f"speedup_workers must hold 1, to compare with, got "
                 f"{self.speedup_workers}."
             )

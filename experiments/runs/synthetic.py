@@ -16,6 +16,9 @@ from jax import lax
 
 import decentral_jax as dj
 from experiments import catalog, report
+from experiments.errors import from_options
+from experiments.settings import RunOptions, check_at_least_one, check_positive
+from experiments.training import resuming
 
 NUM_WORKERS, DIMENSION = 8, 20
 
@@ -24,7 +27,7 @@ QUOTED = {"D-PSGD": 2.1e-1, "D2": 9.5e-3, "DSGT": 8.4e-3, "DeTAG": 4.7e-3}
 
 
 @dataclasses.dataclass
-class Synthetic:
+class Synthetic(RunOptions):
     """Relative error on heterogeneous quadratics, each algorithm at its best rate."""
 
     kappa: float = 0.1
@@ -40,17 +43,29 @@ class Synthetic:
     out: Path = Path("results")
     """Folder for the table (.md) and the numbers (.csv)."""
 
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        check_at_least_one(self, "rounds", "iterations")
+        check_positive(self, "rates")
 
-def main(options: Synthetic) -> dict[str, np.ndarray]:
+
+def run(options: Synthetic, output: report.Output) -> dict[str, np.ndarray]:
     """Prints a table, writes `synthetic.csv`; returns errors `[rates, seeds]`."""
-    output = report.Output(options)
-    topology = dj.topology.ring(NUM_WORKERS).lazy(options.kappa)
+    with from_options():
+        topology = dj.topology.ring(NUM_WORKERS).lazy(options.kappa)
     entries = {
         "all-reduce SGD": catalog.Entry(dj.all_reduce_sgd),
         **catalog.decentralized(topology, options.rounds),
     }
     problems = _problems(options)
-    errors = {name: _errors(e.make, options, problems) for name, e in entries.items()}
+    memory = resuming.memory(options)
+    errors = {
+        name: memory.recall(
+            name, lambda entry=entry: {"of": _errors(entry.make, options, problems)}
+        )["of"]
+        for name, entry in entries.items()
+    }
     rows, lines = [], []
     for name, error in errors.items():
         mean = np.exp(np.log(error).mean(1))
@@ -72,7 +87,6 @@ def main(options: Synthetic) -> dict[str, np.ndarray]:
     columns = "algorithm", "geometric mean", "lowest to highest seed", "best rate"
     output.table("synthetic", report.Table(title, columns, lines))
     output.csv("synthetic", rows)
-    output.close()
     return errors
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import tyro
 from rich.console import Console
 
+from experiments.errors import UsageError
 from experiments.training.provenance import ROOT, code
 
 # What stands for --data-dir's folder in the commands below.
@@ -158,11 +159,11 @@ class Tables:
     """Folder for the results, one folder for each run."""
 
 
-def main(options: Tables) -> None:
+def run(options: Tables) -> None:
     """Runs what is stale; exits with 1 if a command failed."""
     unknown = set(options.names) - set(RUNS)
     if unknown:
-        raise ValueError(f"names must be among {', '.join(RUNS)}, got {unknown}.")
+        raise UsageError(f"names must be among {', '.join(RUNS)}, got {unknown}.")
     console, docs = Console(highlight=False), options.write or ROOT / "docs"
     failed = []
     for name in options.names or RUNS:
@@ -193,9 +194,8 @@ def _argv(run: Run, folder: Path, options: Tables) -> list[str]:
     if options.data_dir is not None:
         data_dir = str(options.data_dir.resolve())
         words = [data_dir if word == FOLDER else word for word in words]
-    if words[0] != "synthetic":  # which is too short to be resumed
-        words.append("--resume")
-    return [sys.executable, "-m", "experiments", *words, "--out", str(folder)]
+    words += ["--resume", "--out", str(folder)]
+    return [sys.executable, "-m", "experiments", *words]
 
 
 def block(name: str, table: str) -> re.Pattern:
@@ -211,7 +211,7 @@ def fresh(name: str, docs: Path) -> bool:
     for table in run.tables:
         found = block(name, table).search(text)
         if found is None:
-            raise ValueError(
+            raise UsageError(
                 f"{run.page} has no comments for the table {name}/{table}."
             )
         says = f"`{run.shown_command}`" in found[2] and f"code {code()}," in found[2]
@@ -239,7 +239,7 @@ def write(name: str, folder: Path, docs: Path) -> None:
             lambda m, new=new: m[1] + new + m[3], text
         )
         if count != 1:
-            raise ValueError(f"{run.page} has {count} places for {name}/{table}.")
+            raise UsageError(f"{run.page} has {count} places for {name}/{table}.")
     page.write_text(text, encoding="utf-8")
     for picture, file in run.pictures:
         shutil.copyfile(folder / file, docs / "images" / picture)

@@ -18,6 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.errors import UsageError
+
 
 class Conv(nn.Module):
     """Convolution over images, as shifted slices and one matrix product.
@@ -327,10 +329,10 @@ def get_model(name: str, num_classes: int) -> nn.Module:
       The module; nothing is initialised.
 
     Raises:
-      ValueError: If the name is unknown or there are fewer than 2 classes.
+      UsageError: If the name is unknown or there are fewer than 2 classes.
     """
     if name not in MODELS:
-        raise ValueError(f"name={name!r} is unknown: pass one of {tuple(MODELS)}.")
+        raise UsageError(f"name={name!r} is unknown: pass one of {tuple(MODELS)}.")
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes!r}: pass at least 2.")
+        raise UsageError(f"num_classes={num_classes!r}: pass at least 2.")
     return MODELS[name](num_classes)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.catalog import Entry
+from experiments.errors import from_options
 from experiments.settings import Network
 from experiments.training.loop import Curves, Setting, bytes_sent, step_log, train
 from experiments.training.resuming import Memory
@@ -45,7 +46,13 @@ def run_all(
     """Trains algorithms one after the other behind a progress bar.
 
     Those that the memory of an interrupted run holds are not trained again.
+
+    Raises:
+      UsageError: If an algorithm cannot be constructed from the options.
     """
+    with from_options():
+        for entry in entries.values():
+            entry.make(setting.rates[0])
     network = network or Network()
     bar = Progress(
         TextColumn("{task.description:<28}"),

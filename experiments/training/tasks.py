@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.data import images, tabular, text
+from experiments.errors import UsageError
 from experiments.training import models
 
 # The tokens of one example of a language model, and the words it knows.
@@ -46,8 +47,8 @@ def load(
       examples: At most so many, the first ones; None for all.
 
     Raises:
-      ValueError: If the task has no such source, or needs a folder.
-      FileNotFoundError: If a file is missing.
+      UsageError: If the task has no such source, or needs a folder.
+      MissingFileError: If a file is missing.
     """
     makers = {
         "logistic": (_logistic, ("digits", "a9a")),
@@ -58,7 +59,7 @@ def load(
     make, sources = makers[name]
     source = source or sources[0]
     if source not in sources:
-        raise ValueError(f"source={source!r} of {name} must be one of {sources}.")
+        raise UsageError(f"source={source!r} of {name} must be one of {sources}.")
     task = make(source, data_dir)
     return task._replace(
         name=f"{name}, {source}", x=task.x[:examples], y=task.y[:examples]
@@ -67,7 +68,7 @@ def load(
 
 def _table(loader: Callable, source: str, data_dir: Path | None, **options: int) -> Any:
     if data_dir is None:
-        raise ValueError(
+        raise UsageError(
             f"data_dir=None, but the task is {source}, which is read from files: pass "
             "data_dir, the folder which holds them."
         )

@@ -104,6 +104,5 @@ def test_first_time():
         (["--speedup-workers", "2"], "speedup_workers must hold 1"),
     ],
 )
-def test_bad_options(run, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run("apam", *arguments)
+def test_bad_options(fails, arguments, message):
+    fails(message, "apam", *arguments)

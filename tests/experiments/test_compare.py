@@ -8,7 +8,7 @@ import pytest
 import decentral_jax as dj
 from experiments import catalog, report, settings
 from experiments.runs import compare, detag
-from experiments.training import loop, models
+from experiments.training import loop, models, results
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
 
@@ -86,17 +86,38 @@ def test_def_figures(run):
         (["--kappa", "2"], "kappa must lie in"),
         (["--algorithms", "Adam"], "algorithms must be among 'all-reduce SGD'"),
         (["--shuffled", "101"], "shuffled=101"),
-        (["--workers", "1.5"], None),
     ],
 )
-def test_bad_options_end_with_one_clear_line(run, capsys, arguments, message):
+def test_bad_options_end_with_one_clear_line(fails, arguments, message):
+    fails(message, "compare", *arguments)
+
+
+def test_options_of_another_type(run):
     with pytest.raises(SystemExit) as stop:
-        run("compare", *arguments)
-    if message:
-        assert str(stop.value).startswith("error: ")
-        assert message in str(stop.value)
-    else:
-        assert stop.value.code == 2
+        run("compare", "--workers", "1.5")
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["def", "--ratios", "0.5"], "ratio"),
+        (["detag", "--kappas", "2"], "kappa must lie in"),
+        (["synthetic", "--kappa", "2"], "kappa must lie in"),
+        (["synthetic", "--iterations", "0"], "iterations must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_of_other_commands(fails, arguments, message):
+    fails(message, *arguments)
+
+
+def test_mistakes_in_the_code_show_a_traceback(run, monkeypatch):
+    def broken(*args):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(results, "train", broken)
+    with pytest.raises(ValueError, match="broken"):
+        run("compare", *QUICK, "--algorithms", "DSGT")
 
 
 def small_setting(**changes):

@@ -69,9 +69,8 @@ def test_herding(run):
         (["--examples", "7"], "workers=16 for the 7 examples of logistic, digits"),
     ],
 )
-def test_bad_options(run, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run("d-grab", *arguments)
+def test_bad_options(fails, arguments, message):
+    fails(message, "d-grab", *arguments)
 
 
 def test_training(run):

@@ -64,12 +64,12 @@ def test_digits_are_scikit_learns_in_a_fixed_balanced_split():
     for ours, again in zip(digits, images.load_digits(), strict=True):
         np.testing.assert_array_equal(ours, again)
 
-    images, labels = sklearn_datasets.load_digits(return_X_y=True)
+    pixels, labels = sklearn_datasets.load_digits(return_X_y=True)
     x = np.concatenate([digits.x_train, digits.x_test]).reshape(-1, 64) * 16
     y = np.concatenate([digits.y_train, digits.y_test])
     ours = sorted((row.tobytes(), label) for row, label in zip(x, y, strict=True))
-    images = images.astype(np.float32)
-    theirs = sorted((r.tobytes(), n) for r, n in zip(images, labels, strict=True))
+    pixels = pixels.astype(np.float32)
+    theirs = sorted((r.tobytes(), n) for r, n in zip(pixels, labels, strict=True))
     assert ours == theirs
 
 

@@ -65,6 +65,5 @@ def test_rates_have_the_published_mean():
         (["--rounds", "10", "--evaluations", "3"], "evaluations=3 must divide"),
     ],
 )
-def test_bad_options(run, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run("mll-sgd", *arguments)
+def test_bad_options(fails, arguments, message):
+    fails(message, "mll-sgd", *arguments)
