@@ -29,6 +29,7 @@ from decentral_jax.mixing import (
     worker_index,
 )
 from decentral_jax.processes import initialize
+from decentral_jax.traffic import CommunicationCosts, communication_costs
 from decentral_jax.transforms import *
 from decentral_jax.workers import Workers
 
@@ -37,6 +38,7 @@ __version__ = importlib.metadata.version("decentral_jax")
 __all__ = [
     "Collective",
     "CommunicationCost",
+    "CommunicationCosts",
     "Workers",
     "ZeroNonfiniteState",
     "accelerated_mix",
@@ -45,6 +47,7 @@ __all__ = [
     "average_by_factors",
     "average_every",
     "communication_cost",
+    "communication_costs",
     "compression",
     "consensus_distance",
     "eval_params",

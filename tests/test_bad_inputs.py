@@ -78,6 +78,7 @@ NOT_ARRAY_ROWS = {
     "shard": lambda: dj.Workers(8).shard(MODULE),
     "spmd": lambda: dj.Workers(8).spmd(lambda x: x)(MODULE),
     "cost": lambda: dj.communication_cost(lambda x: x, MODULE, axis_sizes={"a": 2}),
+    "costs": lambda: dj.communication_costs(ADAM, MODULE, axis_sizes={"a": 2}),
     "cost of spmd": lambda: dj.communication_cost(
         dj.Workers(8).spmd(lambda x: x), MODULE
     ),
@@ -386,6 +387,14 @@ WORKERS = {
     "cost of a wrong shape": (
         lambda: dj.communication_cost(dj.Workers(8).spmd(lambda x: x), np.ones(3)),
         r"ValueError: arguments | \(3,\) | \.replicate",
+    ),
+    "costs of no transformation": (
+        lambda: dj.communication_costs(3, X, axis_sizes={"workers": 8}),
+        "TypeError: tx | 3 | transformation",
+    ),
+    "costs of no steps": (
+        lambda: dj.communication_costs(ADAM, X, 0, axis_sizes={"workers": 8}),
+        "ValueError: steps | 0 | at least 1",
     ),
     "cost without axes": (
         lambda: dj.communication_cost(lambda x: dj.mix(x, RING), np.ones(3)),

@@ -11,7 +11,6 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 import decentral_jax as dj
 from decentral_jax.communication import Collective
 from tests.layouts import LAYOUTS, compilations
-from tests.registry import ALGORITHMS
 
 N = 8
 T = dj.topology
@@ -91,49 +90,6 @@ def test_buckets_by_dtype():
     tree = {"a": X, "b": X, "c": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}
     result = cost(lambda x: dj.mix(x, RING), tree)
     assert result.collectives == ppermutes(4, 2 * (2 * BYTES + 6))
-
-
-# Bytes a worker sends in one step of 40 bytes of parameters, in all-reduces of them
-# and in single copies of them.
-PER_STEP = {
-    "all_reduce_sgd": (ALL_REDUCE,),
-    "d_psgd": (2 * BYTES,),
-    "d_psgd_atc": (2 * BYTES,),
-    "d_psgd_exponential": (3 * BYTES,),
-    "d_psgd_complete": (ALL_REDUCE,),
-    "d_psgd_one_peer": (BYTES,),
-    "d2": (2 * BYTES,),
-    "dsgt": (4 * BYTES,),
-    "dsgt_atc": (4 * BYTES,),
-    "dsgt_atc_one_peer": (2 * BYTES,),
-    "detag": (4 * BYTES,),
-    "detagm": (4 * BYTES,),
-    "detagm_phase_end": (0, 0, 3 * 4 * BYTES),
-    "defacto": (0, 0, 0, 0, *[2 * BYTES] * 4),
-}
-
-
-@pytest.mark.parametrize("name", PER_STEP)
-def test_every_algorithms_step(name):
-    tx = ALGORITHMS[name].make(0.1)
-    workers = dj.Workers(N)
-    step = workers.spmd(lambda grads, state, params: tx.update(grads, state, params))
-    params = jnp.zeros(10)
-    state = workers.replicate(tx.init(params))
-    stacked = jax.ShapeDtypeStruct((N, 10), jnp.float32)
-    phase = PER_STEP[name]
-    for count in range(len(phase) + 1):
-        state = at_step(state, count)
-        result = dj.communication_cost(step, stacked, state, stacked)
-        assert result.bytes_sent == phase[count % len(phase)]
-        assert result.is_exact
-
-
-def at_step(state, count):
-    """The state with its step counters, its only integers, set to `count`."""
-    return jax.tree.map(
-        lambda x: np.full_like(x, count) if x.dtype == jnp.int32 else x, state
-    )
 
 
 @pytest.mark.parametrize("num_devices", [8, 4, 1])

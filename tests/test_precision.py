@@ -1,6 +1,7 @@
 """States integrated over many steps keep their invariants in half precision.
 
-`python -m benchmarks.precision` measures the same over 1e5 steps and several seeds.
+`python -m benchmarks.one_device.precision` measures the same over 1e5 steps and several
+seeds.
 """
 
 import functools
@@ -12,8 +13,8 @@ import optax
 import pytest
 
 import decentral_jax as dj
-from benchmarks import precision
-from benchmarks.precision import BLOCK, RING, TOP, TRACE
+from benchmarks.one_device import precision
+from benchmarks.one_device.precision import BLOCK, RING, TOP, TRACE
 
 STEPS, SEEDS = 4000, 2
 distance = functools.partial(precision.distances, steps=STEPS, seeds=SEEDS)

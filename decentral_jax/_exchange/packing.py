@@ -9,7 +9,7 @@ import numpy as np
 
 # A leaf of at least this many bytes travels alone: packing it would cost a copy, and
 # saves only a negligible number of messages. An all-reduce is several messages, so that
-# packing pays for larger leaves (benchmarks/multi_process.py).
+# packing pays for larger leaves (benchmarks/processes/multi_process.py).
 BUCKET_BYTES = 1 << 20
 ALL_REDUCE_BUCKET_BYTES = 2 << 20
 
