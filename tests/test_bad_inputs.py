@@ -155,7 +155,7 @@ MIXING = {
     ),
     "no step": (
         traced(lambda x: dj.mix(x, ONE_PEER)),
-        "ValueError: step | None | number of the round",
+        "ValueError: step | None | round number",
     ),
     "step 1.5": (
         traced(lambda x: dj.mix(x, ONE_PEER, step=1.5)),
