@@ -100,15 +100,20 @@ def compressed_gossip(
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> CompressedGossipState:
         params = require_params(params, "compressed_gossip")
         check_trees("params", params)
         public, away = (jax.tree.map(wide_zeros, params) for _ in range(2))
         return CompressedGossipState(jnp.zeros([], jnp.int32), public, away)
 
     def update_fn(
-        updates, state, params=None, *, active: Any = None, **extra_args: Any
-    ) -> Any:
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        *,
+        active: jax.Array | bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, CompressedGossipState]:
         del extra_args
         params = require_params(params, "compressed_gossip")
         check_trees("params", params, state.public)

@@ -45,7 +45,7 @@ class ResidualState(NamedTuple):
     residual: optax.Params  # like params, at least float32: what is yet to be sent
     memory: Any  # what the compressor remembers, equal on all workers
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         return params
 
@@ -60,7 +60,7 @@ class DetachedState(NamedTuple):
     detach: Any  # shape=(), float: lambda. () if the residual is kept.
     memory: Any  # what the compressor remembers, equal on all workers
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         return jax.tree.map(lambda x, y: x.astype(y.dtype), self.shared, params)
 
@@ -68,7 +68,7 @@ class DetachedState(NamedTuple):
 class AveragedState(DetachedState):
     """The same, evaluated with everything that is yet to be sent, as in DEF-A."""
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         residual = self.residual
         if _is_empty(residual):
@@ -175,7 +175,7 @@ def error_feedback(
     if isinstance(compressor, Selection) and not weighs:
         selection = compressor
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ResidualState | DetachedState:
         params = require_params(params, "error_feedback")
         check_trees("params", params)
         count = jnp.zeros([], jnp.int32)
@@ -254,7 +254,12 @@ def error_feedback(
             count=count, shared=shared, residual=residual, memory=memory
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ResidualState | DetachedState]:
         check_nobody_missing(extra_args, "error_feedback")
         attached = isinstance(state, ResidualState)
         if not attached:

@@ -96,7 +96,7 @@ def error_reset(
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ErrorResetState:
         params = require_params(params, "error_reset")
         check_trees("params", params)
         return ErrorResetState(
@@ -109,7 +109,12 @@ def error_reset(
             ),
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ErrorResetState]:
         check_nobody_missing(extra_args, "error_reset")
         params = require_params(params, "error_reset")
         check_trees("params", params, state.shared)

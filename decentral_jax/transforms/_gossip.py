@@ -85,13 +85,18 @@ def gossip(
     check_choice("order", order, get_args(Order))
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> GossipState:
         check_arrays("params", params)
         return GossipState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
-        updates, state, params=None, *, active: Any = None, **extra_args: Any
-    ) -> Any:
+        updates: optax.Updates,
+        state,
+        params=None,
+        *,
+        active: jax.Array | bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GossipState]:
         del extra_args
         params = require_params(params, "gossip")
         check_dtypes("params", params, jnp.inexact)
@@ -169,11 +174,16 @@ def exact_diffusion(
             "of their own, such as topology.lazy(0.75)."
         )
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ExactDiffusionState:
         params = require_params(params, "exact_diffusion")
         return ExactDiffusionState(jax.tree.map(wide_zeros, params))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ExactDiffusionState]:
         check_nobody_missing(extra_args, "exact_diffusion")
         params = require_params(params, "exact_diffusion")
         check_dtypes("params", params, jnp.inexact)

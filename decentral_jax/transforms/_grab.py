@@ -237,7 +237,12 @@ def d_grab(
 
     tx = ordering("d_grab", examples, start, place, _without_sums, axis_name)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         check_nobody_missing(extra_args, "d_grab")
         return tx.update(updates, state, params)
 

@@ -17,7 +17,7 @@ class IterateAveragingState(NamedTuple):
     average: optax.Params  # like params, at least float32: x
     iterate: optax.Params  # like params, at least float32: z
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """The average."""
         return jax.tree.map(lambda x, p: x.astype(p.dtype), self.average, params)
 
@@ -56,13 +56,18 @@ def iterate_averaging(
     delta = check_interval("delta", delta, 0.0, 1.0, closed="right")
     detach = check_interval("detach", detach, 0.0, 1.0)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> IterateAveragingState:
         params = require_params(params, "iterate_averaging")
         check_trees("params", params)
         copies = [jax.tree.map(wide_copy, params) for _ in range(2)]
         return IterateAveragingState(*copies)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, IterateAveragingState]:
         del extra_args
         params = require_params(params, "iterate_averaging")
         check_trees("params", params, state.iterate)

@@ -99,12 +99,17 @@ def multi_level(
     axes = (hub_axis, worker_axis)
     table = None if shares is None else _shares(shares, hub_topology)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> MultiLevelState:
         params = require_params(params, "multi_level")
         check_trees("params", params)
         return MultiLevelState(count=jnp.zeros([], jnp.int32))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, MultiLevelState]:
         check_nobody_missing(extra_args, "multi_level")
         params = require_params(params, "multi_level")
         check_trees("params", params)

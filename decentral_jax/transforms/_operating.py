@@ -79,10 +79,15 @@ def operating_rates(
     check_axis_name(axis_name)
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> OperatingRatesState:
         return OperatingRatesState(jnp.zeros([], jnp.int32), inner.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, OperatingRatesState]:
         sizes = tuple(WorkerAxis.bind(name).size for name in names)
         if table.ndim and table.shape != sizes:
             raise ValueError(

@@ -110,14 +110,19 @@ def ordering(
     n = check_int("num_examples", num_examples, minimum=2)
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> OrderingState:
         params = require_params(params, name)
         check_trees("params", params)
         order, zero = jnp.arange(n, dtype=jnp.int32), jnp.zeros([], jnp.int32)
         sums = start(jax.tree.leaves(params))
         return OrderingState(zero, zero, order, jnp.copy(order), sums)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, OrderingState]:
         del params, extra_args
         axis = WorkerAxis.bind(axis_name)
         leaves, structure = jax.tree.flatten(updates)

@@ -26,7 +26,7 @@ class PushSumState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: rounds so far
     weight: jax.Array  # shape=(), at least float32: w
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """The numerator, whose mean over workers is the weighted mean of models."""
         return jax.tree.map(lambda z: weighted(z, self.weight), params)
 
@@ -78,13 +78,18 @@ def push_sum(
         )
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> PushSumState:
         params = require_params(params, "push_sum")
         check_trees("params", params)
         dtype = widened(jnp.result_type(*jax.tree.leaves(params)))
         return PushSumState(jnp.zeros([], jnp.int32), jnp.ones([], dtype))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PushSumState]:
         check_nobody_missing(extra_args, "push_sum")
         params = require_params(params, "push_sum")
         check_trees("params", params)

@@ -76,13 +76,18 @@ def quasi_global_momentum(
     share = check_interval("factor", factor, 0.0, 1.0)
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> QuasiGlobalState:
         params = require_params(params, "quasi_global_momentum")
         check_trees("params", params)
         zeros = jax.tree.map(wide_zeros, params)
         return QuasiGlobalState(jnp.zeros([], jnp.int32), zeros)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, QuasiGlobalState]:
         check_nobody_missing(extra_args, "quasi_global_momentum")
         params = require_params(params, "quasi_global_momentum")
         check_trees("params", params)

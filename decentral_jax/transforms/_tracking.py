@@ -106,7 +106,7 @@ def track_gradients(
     check_choice("order", order, get_args(Order))
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> TrackGradientsState:
         check_arrays("params", params)
         return TrackGradientsState(
             count=jnp.zeros([], jnp.int32),
@@ -115,8 +115,13 @@ def track_gradients(
         )
 
     def update_fn(
-        updates, state, params=None, *, active: Any = None, **extra_args: Any
-    ) -> Any:
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        *,
+        active: jax.Array | bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackGradientsState]:
         del params, extra_args
         check_arrays("updates", updates)
 
@@ -211,7 +216,7 @@ def accelerated_tracking(
     check_optimizer("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> AcceleratedTrackingState:
         params = require_params(params, "accelerated_tracking")
 
         def zeros():
@@ -232,8 +237,13 @@ def accelerated_tracking(
         )
 
     def update_fn(
-        updates, state, params=None, *, active: Any = None, **extra_args: Any
-    ) -> Any:
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        *,
+        active: jax.Array | bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AcceleratedTrackingState]:
         params = require_params(params, "accelerated_tracking")
         check_dtypes("params", params, jnp.inexact)
         check_arrays("updates", updates)
@@ -351,7 +361,7 @@ def exact_phases(
             moved[i] = wide(moved[i]) + c
         return _like(structure.unflatten(moved), params)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ExactPhasesState:
         params = require_params(params, "exact_phases")
         return ExactPhasesState(
             count=jnp.zeros([], jnp.int32),
@@ -359,7 +369,12 @@ def exact_phases(
             inner=inner.init(params),
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ExactPhasesState]:
         check_nobody_missing(extra_args, "exact_phases")
         params = require_params(params, "exact_phases")
         check_dtypes("params", params, jnp.inexact)
