@@ -1,4 +1,4 @@
-"""Folders of checkpoints: their order, and whether every byte is as it was written."""
+"""Checkpoint folders: their order, and the verification of their files."""
 
 import hashlib
 import json
@@ -7,38 +7,56 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger("decentral_jax.checkpoints")
 
 DIGESTS, NOTES, STATE = "digests.json", "notes.json", "state"
-FORMAT = 1  # of notes.json
+FORMAT = 1  # version of the format of notes.json
 
 
 class Damage(Exception):
-    """A checkpoint that is unfinished, damaged, or none of ours."""
+    """A checkpoint is unfinished, damaged, or not written by this library."""
 
 
 def rank(folder: Path) -> tuple[int, int]:
-    """The step and the attempt that a folder is named after; (-1, 0) if neither."""
+    """Returns the step and the attempt in a folder's name.
+
+    Returns (-1, 0) if the name is not that of a checkpoint.
+    """
     match = re.fullmatch(r"(0|[1-9][0-9]*)(?:\.([1-9][0-9]*))?", folder.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
 
 
 def attempts(folder: Path) -> list[tuple[tuple[int, int], Path]]:
-    """All that is named like a checkpoint, the earliest first."""
+    """Returns all folders with the name of a checkpoint, the earliest first.
+
+    Args:
+      folder: Folder that holds the checkpoints; it need not exist.
+
+    Returns:
+      Pairs of (step, attempt) and the path.
+    """
     if not folder.is_dir():
         return []
     named = [(rank(path), path) for path in folder.iterdir()]
     return sorted(x for x in named if x[0][0] >= 0)
 
 
-def verified(folder: Path) -> dict:
-    """The notes of a complete checkpoint.
+def verified(folder: Path) -> dict[str, Any]:
+    """Verifies all files of a checkpoint, and returns its notes.
+
+    Args:
+      folder: Folder of the checkpoint.
+
+    Returns:
+      The content of `notes.json`.
 
     Raises:
-      Damage: If it is unfinished, damaged, or not a checkpoint of this library.
-      OSError: If it cannot be read.
+      Damage: If the checkpoint is unfinished, damaged, or not written by this library.
+      OSError: If any file cannot be read.
     """
+    # The notes are written first, the digests last.
     if not (folder / NOTES).exists():
         raise Damage(f"{NOTES} is missing, so this library has not written it")
     if not (folder / DIGESTS).exists():
@@ -49,6 +67,7 @@ def verified(folder: Path) -> dict:
         digests = None
     if not isinstance(digests, dict) or NOTES not in digests:
         raise Damage(f"{DIGESTS} is damaged")
+    # Every file with a digest must exist and be unchanged. Other files do no harm.
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     for name, digest in digests.items():
         if name not in files:
@@ -62,7 +81,7 @@ def verified(folder: Path) -> dict:
 
 
 def delete(folder: Path) -> None:
-    """Deletes a folder, or warns if it cannot."""
+    """Deletes a folder, or logs a warning if that fails."""
     try:
         shutil.rmtree(folder)
     except OSError as error:
@@ -70,7 +89,12 @@ def delete(folder: Path) -> None:
 
 
 def digest_of(file: Path, sync: bool = False) -> str:
-    """The SHA-256 of a file, after it has reached the disk if `sync`."""
+    """Returns the SHA-256 digest of a file.
+
+    Args:
+      file: Path of the file.
+      sync: Whether to wait first until the file's content is on disk.
+    """
     with file.open("rb") as content:
         if sync:
             os.fsync(content.fileno())

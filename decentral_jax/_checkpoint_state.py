@@ -1,49 +1,65 @@
-"""What a training state consists of: described, compared, and carried to new workers.
+"""Structure of training states: descriptions, comparisons, and changes of workers.
 
-`dj.Checkpoints` writes the description beside the arrays. It tells a state of another
-model or optimizer from this one, and finds the parameters and the optimizer state when
-the number of workers changes.
+`dj.Checkpoints` writes a description of the state next to the arrays. With it,
+`restore` detects a state of another model or optimizer. If the number of workers
+changes, this module finds the parameters and the optimizer state, and converts the
+state.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from decentral_jax.evaluation import eval_params
 from decentral_jax.mixing import average
-from decentral_jax.workers import Workers, as_numbers, is_key, like_before
+from decentral_jax.workers import Workers, is_key, unwrap_keys, wrap_keys
 
-SALT = 0x64656A78  # separates new workers' PRNG keys from keys that a run splits off
+# Separates the PRNG keys of new workers from keys that a run derives by splitting.
+SALT = 0x64656A78
 
 
 class Parts(NamedTuple):
-    """Where the parameters and optimizer states are among all leaves, by number."""
+    """The parameters and optimizer states among all leaves of a state."""
 
-    params: Any
-    opt_state: Any
-    init: Callable
+    params: Any  # a tree of leaf numbers
+    opt_state: Any  # a tree of leaf numbers
+    init: Callable[[Any], Any]  # from one worker's parameters to its optimizer state
 
 
-def find_parts(numbered: tuple, like: tuple, init: Any, axes: int) -> Parts | None:
-    """Finds parameters and optimizer states; None if they are not recognizable.
+def find_parts(
+    numbered: tuple[Any, ...],
+    like: tuple[Any, ...],
+    init: Callable[[Any], Any] | None,
+    axes: int,
+) -> Parts | None:
+    """Finds the parameters and optimizer states in a state.
 
     Args:
       numbered: The state, with the numbers of its leaves in place of arrays.
       like: The state.
       init: The optimizer's `init`, or None.
       axes: Number of worker axes.
+
+    Returns:
+      The parts, or None if the state has no recognizable form or no `init` is known.
+
+    Raises:
+      ValueError: If `init` does not return such optimizer states for the parameters.
     """
+    # Three forms: an nnx model with its optimizer; a train state; or params and
+    # opt_state. `params` may hold the parameters under the key "params".
     candidates = []
     optimizer, model = _nnx(numbered)
     if optimizer is not None and model is not None:
+        nnx = sys.modules["flax.nnx"]
         params = _values(nnx.state(model, optimizer.wrt))
         opt_state = _values(optimizer.opt_state)
         candidates, init = [params], init or optimizer.tx.init
@@ -60,7 +76,7 @@ def find_parts(numbered: tuple, like: tuple, init: Any, axes: int) -> Parts | No
     if init is None:
         return None
 
-    # The optimizer's parameters are those from which `init` makes such a state.
+    # Choose the candidate for which `init` returns the structure of `opt_state`.
     leaves = jax.tree.leaves(like)
     for params in candidates:
         numbers = jax.tree.leaves(params)
@@ -68,6 +84,7 @@ def find_parts(numbered: tuple, like: tuple, init: Any, axes: int) -> Parts | No
             jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact) for i in numbers
         ):
             continue
+        # The parameters of one worker.
         one = jax.tree.map(
             lambda i: jax.ShapeDtypeStruct(
                 jnp.shape(leaves[i])[axes:], jnp.result_type(leaves[i])
@@ -77,19 +94,24 @@ def find_parts(numbered: tuple, like: tuple, init: Any, axes: int) -> Parts | No
         try:
             fresh = jax.eval_shape(init, one)
         except (TypeError, ValueError, KeyError, AttributeError):
-            continue  # other trees than these
+            continue  # `init` expects other trees.
         if jax.tree.structure(fresh) == jax.tree.structure(opt_state):
             return Parts(params, opt_state, init)
     raise ValueError(
         "init does not make optimizer states like those given from the parameters: "
-        "pass init=tx.init, and what lies beside the parameters (step counters, PRNG "
-        'keys, batch statistics) as {"params": params, ...} or as further trees: '
+        "pass init=tx.init, and pass what is not a parameter (step counters, PRNG "
+        'keys, batch statistics) in {"params": params, ...} or as further trees: '
         "restore(params, opt_state, others)."
     )
 
 
-def _nnx(state: tuple) -> tuple[Any, Any]:
-    """An nnx optimizer in the state and its model, or None."""
+def _nnx(state: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Returns the nnx optimizer in a state and its model, or None for each."""
+    # A state holds objects of nnx only if the caller has imported it.
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return None, None
+    # The parts that `nnx.split` returns.
     if isinstance(state[0], nnx.GraphDef):
         states = [x for x in state if isinstance(x, nnx.State)]
         state = nnx.merge(state[0], *states)
@@ -104,7 +126,8 @@ def _nnx(state: tuple) -> tuple[Any, Any]:
 
 
 def _values(tree: Any) -> Any:
-    """The same tree with the value of each `nnx.Variable` in place of it."""
+    """Replaces each `nnx.Variable` in a tree by its value."""
+    nnx = sys.modules["flax.nnx"]
 
     def is_variable(x):
         return isinstance(x, nnx.Variable)
@@ -117,47 +140,53 @@ def _values(tree: Any) -> Any:
 
 
 def get(tree: Any, name: str) -> Any:
-    """A part of a state by the name of its key or attribute, or None."""
+    """Returns the key or attribute of a state with the given name, or None."""
     return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
 
 
 def writable(x: Any) -> Any:
-    """An array that can be written: PRNG keys as the numbers they are made of.
+    """Converts an array to a dtype that can be written.
 
-    TensorStore knows only some dtypes of 8 bits or less: their bits are written.
+    PRNG keys become their key data. TensorStore supports only some dtypes of at most 8
+    bits, so the others become unsigned integers with the same bits.
     """
-    x = as_numbers(x)
+    x = unwrap_keys(x)
     if is_packed(x):
         return lax.bitcast_convert_type(jnp.asarray(x), bits_of(x)).astype(jnp.uint8)
     return x if isinstance(x, jax.Array) else np.array(x, jnp.result_type(x))
 
 
-def as_before(x: jax.Array, like: Any) -> jax.Array:
-    """The inverse of `writable`."""
+def as_before(x: jax.Array, like: jax.typing.ArrayLike) -> jax.Array:
+    """Inverts `writable`, for an array of the dtype of `like`."""
     if is_packed(like):
         return lax.bitcast_convert_type(x.astype(bits_of(like)), jnp.result_type(like))
-    return like_before(x, like)
+    return wrap_keys(x, like)
 
 
-def is_packed(x: Any) -> bool:
-    """Whether the dtype is int4, float8 or the like, of any variant."""
+def is_packed(x: jax.typing.ArrayLike) -> bool:
+    """Returns whether the dtype is int4, float8, or similar, in any variant."""
     dtype = jnp.result_type(x)
     return dtype.itemsize == 1 and dtype.name not in ("bool", "int8", "uint8")
 
 
-def bits_of(x: Any) -> Any:
-    """The dtype of unsigned integers that are as wide."""
+def bits_of(x: jax.typing.ArrayLike) -> np.dtype:
+    """Returns the dtype of unsigned integers of the same width."""
     dtype = jnp.result_type(x)
     info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return jnp.dtype(f"uint{info(dtype).bits}")
 
 
-def describe(state: Any, axes: int) -> list:
-    """Names what a state is made of.
+def describe(state: Sequence[Any], axes: int) -> list[list[Any]]:
+    """Describes the structure of a state.
+
+    Args:
+      state: The trees of the state.
+      axes: Number of leading worker axes.
 
     Returns:
-      In the order of the tree, `[path, type]` of each node, with its static fields;
-      and `[path, dtype, shape]` of each leaf, without the worker axes.
+      Entries in the order of the tree: `[path, type]` for each node, where the type
+      includes static fields; and `[path, dtype, shape]` for each leaf, where the shape
+      is without the worker axes.
     """
     entries = []
 
@@ -165,6 +194,7 @@ def describe(state: Any, axes: int) -> list:
         children, structure = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node
         )
+        # Leaves have no node data.
         data: Any = structure.node_data()
         if data is None:
             entries.append(
@@ -172,7 +202,7 @@ def describe(state: Any, axes: int) -> list:
             )
             return
         kind, static = data
-        # A dictionary's keys are in the paths.
+        # The keys of dictionaries are already in the paths.
         if kind is dict or static is None:
             text = kind.__qualname__
         elif isinstance(static, kind):
@@ -189,14 +219,17 @@ def describe(state: Any, axes: int) -> list:
 
 
 def to_json(value: Any) -> Any:
-    """Converts what JSON does not know: NumPy arrays and numbers."""
+    """Converts NumPy arrays and scalars for `json.dumps`."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"got {value!r} of type {type(value).__name__}")
 
 
 def _static(value: Any) -> Any:
-    """What JSON can hold of a static field, and is the same in another process."""
+    """Converts a static field to JSON, such that it is equal in other processes.
+
+    Of values that JSON cannot represent, such as functions, only the type remains.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, type):
@@ -212,15 +245,21 @@ def _static(value: Any) -> Any:
     return name
 
 
-def check_same(step: int, saved: list, own: list, renewed: set[int]) -> None:
-    """Checks that a checkpoint is of the state to be restored.
+def check_same(
+    step: int, saved: list[list[Any]], own: list[list[Any]], renewed: set[int]
+) -> None:
+    """Checks that a checkpoint matches the state to restore.
 
     Args:
-      step: The step of the checkpoint, for messages.
-      saved: The description of its state.
-      own: The description of the state to be restored.
+      step: Step of the checkpoint, for messages.
+      saved: Description of the saved state.
+      own: Description of the state to restore.
       renewed: Numbers of leaves whose shapes may differ.
+
+    Raises:
+      ValueError: If the descriptions differ. The message names the first differences.
     """
+    # Compare the paths first, then types, dtypes, and shapes.
     theirs, ours = ({path: rest for path, *rest in x} for x in (saved, own))
     if list(theirs) != list(ours):
         differ = theirs.keys() ^ ours.keys()
@@ -236,7 +275,8 @@ def check_same(step: int, saved: list, own: list, renewed: set[int]) -> None:
         if got != expected and not (
             is_leaf and number in renewed and got[:1] == expected[:1]
         ):
-            # Long ones, such as an nnx.GraphDef, from shortly before they differ.
+            # Show long descriptions, such as that of an nnx.GraphDef, from 60
+            # characters before the first difference.
             pairs = itertools.zip_longest(got[0], expected[0])
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
             start = len(list(same)) - 60
@@ -248,16 +288,82 @@ def check_same(step: int, saved: list, own: list, renewed: set[int]) -> None:
         number += is_leaf
 
 
-def _words(entry: list, start: int) -> str:
+def check_constants(step: int, saved: Any, own: Any) -> None:
+    """Checks the numbers of an optimizer that its state keeps.
+
+    A state class lists them in `constants`, by the names of its fields.
+
+    Args:
+      step: The step of the checkpoint, for messages.
+      saved: The restored state.
+      own: The state of the optimizer that continues.
+    """
+
+    def nodes(tree):
+        pairs, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda node: hasattr(type(node), "constants")
+        )
+        return [pair for pair in pairs if hasattr(type(pair[1]), "constants")]
+
+    for (path, theirs), (_, ours) in zip(nodes(saved), nodes(own), strict=True):
+        for name in ours.constants:
+            before, now = (
+                [_first(x) for x in jax.tree.leaves(getattr(state, name))]
+                for state in (theirs, ours)
+            )
+            if None not in now and before != now:
+                raise ValueError(
+                    f"the checkpoint of step {step} is of another model or optimizer: "
+                    f"at {jax.tree_util.keystr(path)}.{name} it has {before[0]:.6g}, "
+                    f"expected {now[0]:.6g}."
+                )
+
+
+def _first(x: Any) -> float | None:
+    """Returns the number that all workers share; None if an array has no values."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return None
+    x = x.addressable_data(0) if isinstance(x, jax.Array) else x
+    return float(np.ravel(x)[0])
+
+
+def _words(entry: list[Any], start: int) -> str:
+    """Returns an entry of a description in words, without its path.
+
+    Args:
+      entry: `[type]` of a node, or `[dtype, shape]` of a leaf.
+      start: Position in the type from which to show it.
+    """
     if len(entry) == 1:
         return entry[0][max(start, 0) :][:120]
     return f"shape {tuple(entry[1])} and dtype {entry[0]} per worker"
 
 
 def start_anew(
-    workers: Workers, leaves: list, parts: Parts, sizes: dict, description: list
-) -> list:
-    """All leaves for `workers`, from all leaves of the old ones."""
+    workers: Workers,
+    leaves: list[jax.Array],
+    parts: Parts,
+    sizes: dict[str, int],
+    description: list[list[Any]],
+) -> list[jax.Array]:
+    """Converts the leaves of a state to another number of workers.
+
+    Args:
+      workers: The new workers.
+      leaves: All leaves, with the worker axes of the old workers.
+      parts: The parameters and optimizer states among the leaves.
+      sizes: Sizes of the old worker axes.
+      description: Description of the state, for messages.
+
+    Returns:
+      All leaves, with the worker axes of the new workers.
+
+    Raises:
+      ValueError: If integer leaves differ between the old workers, or the parameters
+        are not the whole tree that the optimizer evaluates.
+    """
+    # Sort the leaves: parameters and optimizer states, other floating-point leaves, and
+    # the rest (integers and PRNG keys).
     names = tuple(sizes)
     params, opt_state = jax.tree.map(
         leaves.__getitem__, (parts.params, parts.opt_state)
@@ -266,6 +372,8 @@ def start_anew(
     others = [i for i in range(len(leaves)) if i not in renewed]
     floating = [i for i in others if jnp.issubdtype(leaves[i].dtype, jnp.inexact)]
 
+    # The evaluated model and the means of the other floating-point leaves, computed
+    # over the old workers. All old workers have the same results: take the first.
     def worker(params, opt_state, others):
         model = eval_params(opt_state, params, names)
         return model, average(others, names) if others else others
@@ -280,8 +388,9 @@ def start_anew(
     if jax.tree.structure(model) != jax.tree.structure(params):
         raise ValueError(
             "the evaluated model is only part of params: pass the parameters as "
-            '{"params": ..., ...}, or what lies beside them as another tree.'
+            '{"params": ..., ...}, or pass the other leaves as another tree.'
         )
+    # Give all new workers the model, fresh optimizer states, and the means.
     model = workers.replicate(model)
     fresh = workers.spmd(parts.init)(model)
     new = dict(zip(floating, workers.replicate(means), strict=True))
@@ -296,7 +405,21 @@ def start_anew(
 
 
 def _carry(workers: Workers, x: jax.Array, axes: int, path: str) -> jax.Array:
-    """An integer or PRNG key of old workers, for these workers."""
+    """Converts a leaf of integers or PRNG keys to another number of workers.
+
+    Args:
+      workers: The new workers.
+      x: The leaf, with the worker axes of the old workers.
+      axes: Number of the old worker axes.
+      path: Path of the leaf, for messages.
+
+    Returns:
+      The leaf, with the worker axes of the new workers.
+
+    Raises:
+      ValueError: If integers differ between the old workers.
+    """
+    # Copy values that are equal on all old workers.
     values = np.asarray(writable(x))
     first = x[(0,) * axes]
     if (values == values[(0,) * axes]).all():
@@ -304,10 +427,12 @@ def _carry(workers: Workers, x: jax.Array, axes: int, path: str) -> jax.Array:
     if not is_key(x):
         raise ValueError(
             f"the workers of the checkpoint have different integers at {path}, "
-            "which another number of workers cannot share: keep only what is equal "
-            "on all workers, floating-point arrays, and typed jax.random.key keys."
+            "which another number of workers cannot share: keep only integers that "
+            "are equal on all workers, floating-point arrays, and typed "
+            "jax.random.key keys."
         )
 
+    # Derive a different key for each new worker from the key of the first old worker.
     def derive():
         keys = jax.random.wrap_key_data(
             jnp.asarray(values[(0,) * axes]), impl=jax.random.key_impl(x)

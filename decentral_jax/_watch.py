@@ -1,11 +1,12 @@
-"""Watches the processes of a job, so that no process waits forever for another.
+"""Monitors the processes of a job, so that no process waits forever for another one.
 
-JAX notices a lost process after minutes and then aborts the others without naming it.
-Here each process keeps one TCP connection to process 0. The connections are made on the
-coordinator's own address before JAX takes it over, so no further port is needed, and a
-process that does not start is a `TimeoutError` instead of an abort. Afterward a thread
-in each process sends a few bytes per second: what its process runs and how it ends.
-Process 0 decides whether the job is stuck and tells the others.
+JAX notices a lost process only after minutes, and then aborts the others without naming
+it. Here, each process keeps one TCP connection to process 0. The processes connect on
+the coordinator's own address before JAX uses it. Therefore, no additional port is
+necessary, and a process that does not start results in a `TimeoutError` instead of an
+abort. Afterward, a thread in each process sends a few bytes per second, which say what
+the process runs and how it ends. Process 0 decides whether the job is stuck, and tells
+the others.
 """
 
 import atexit
@@ -25,17 +26,22 @@ from typing import Any
 
 import jax
 
-# Seconds in which the process that failed ends before the others do, so that a launcher
-# sees its exit code first.
+# Seconds for the process that failed to end before the others, so that a launcher sees
+# its exit code first.
 HEAD_START = 1.0
-# Seconds that a process may take to end once the job has failed.
+# Seconds for a process to end after the job has failed.
 GRACE = 10.0
-# Seconds after which a process that has ended can no longer be on its way.
+# Seconds to wait for a process that has already ended, instead of the full timeout.
 ENDED = 30.0
 
 
 class Calls:
-    """The calls that all processes make together, counted in this process."""
+    """Counts this process's calls that all processes make together.
+
+    Attributes:
+      count: Number of calls so far.
+      name: Name of the latest call.
+    """
 
     def __init__(self):
         self.count = 0
@@ -45,7 +51,7 @@ class Calls:
 
     @contextlib.contextmanager
     def __call__(self, name: str):
-        """Counts one call, which lasts until the block ends."""
+        """Returns a context that counts one call, which lasts until the block ends."""
         self.count, self.name, self._depth = self.count + 1, name, self._depth + 1
         try:
             yield
@@ -53,15 +59,16 @@ class Calls:
             self._depth -= 1
 
     def returned(self, results: Any) -> None:
-        """Remembers results, which JAX may still be computing."""
-        # Arrays of typed PRNG keys do not say whether they are ready.
+        """Keeps a reference to a call's results, which JAX may still be computing."""
+        # Arrays of typed PRNG keys have no `is_ready`.
         leaves = [x for x in jax.tree.leaves(results) if hasattr(x, "is_ready")]
         if leaves:
             self._last = weakref.ref(leaves[-1])
 
     def state(self) -> dict[str, Any]:
+        """Returns the number and name of the latest call, and whether it is running."""
         last = self._last()
-        with contextlib.suppress(RuntimeError):  # Deleted, as donated arrays are.
+        with contextlib.suppress(RuntimeError):  # A donated array has been deleted.
             waiting = self._depth > 0 or not (last is None or last.is_ready())
             return {"count": self.count, "name": self.name, "waiting": waiting}
         return {"count": self.count, "name": self.name, "waiting": False}
@@ -78,19 +85,23 @@ def meet(
     wait: float,
     timeout: float,
 ) -> "Watch":
-    """Waits for all processes; must precede `jax.distributed.initialize`.
+    """Connects all processes. Must be called before `jax.distributed.initialize`.
 
     Args:
       address: Host and port of process 0.
-      bind: Host and port at which process 0 listens; all its addresses if None.
+      bind: Host and port on which process 0 listens. If None, it listens on all its
+        addresses.
       processes: Number of processes.
       rank: This process's number.
-      wait: Seconds to wait for the others now.
-      timeout: Seconds after which the watch gives a process up.
+      wait: Seconds to wait for the other processes in this call.
+      timeout: Seconds after which the watch considers a process lost.
+
+    Returns:
+      The watch, not yet started.
 
     Raises:
-      ValueError: If two processes disagree about how many there are or who is who.
-      TimeoutError: If a process does not come.
+      ValueError: If the processes disagree on their number, or two have the same rank.
+      TimeoutError: If a process does not connect in time.
     """
     host, port = _split(address)
     if rank:
@@ -106,6 +117,7 @@ def meet(
 
 
 def _split(address: str) -> tuple[str, int]:
+    """Splits an address into host and port; the host may be an IPv6 address."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
@@ -113,7 +125,15 @@ def _split(address: str) -> tuple[str, int]:
 def _collect(
     host: str, port: int, processes: int, timeout: float
 ) -> dict[int, socket.socket]:
-    """Process 0: one connection per other process."""
+    """Accepts the connections of all other processes, in process 0.
+
+    Returns:
+      The connection to each other process.
+
+    Raises:
+      ValueError: If the processes disagree on their number, or two have the same rank.
+      TimeoutError: If a process does not connect in time.
+    """
     deadline = time.monotonic() + timeout
     found: dict[int, socket.socket] = {}
     try:
@@ -126,10 +146,11 @@ def _collect(
                     missing = sorted({*range(1, processes)} - found.keys())
                     raise TimeoutError(
                         f"{_listed(missing)} did not come within {timeout:g} seconds; "
-                        f"process 0 of {processes} waits at port {port}. See why it is "
-                        "late or gone, or pass a longer timeout."
+                        f"process 0 of {processes} waits at port {port}. Check whether "
+                        "it is late or has ended, or pass a longer timeout."
                     ) from None
-                # Whoever says something else, such as a port scanner, is turned away.
+                # Close connections that do not follow the protocol, such as those of
+                # port scanners.
                 hello = _first_line(connection, 5.0)
                 if "rank" not in hello:
                     connection.close()
@@ -142,6 +163,7 @@ def _collect(
                         f"process 0 counts {processes} processes, process {rank} "
                         f"counts {hello['processes']}: pass the same number to all."
                     )
+                # A process may reconnect after it has closed its first connection.
                 if before is not None and not _closed(before):
                     found[-1] = before
                     raise ValueError(
@@ -149,6 +171,7 @@ def _collect(
                         f"{processes} processes its own, from 0 to {processes - 1}."
                     )
     except (TimeoutError, ValueError) as error:
+        # All connected processes raise the same error.
         for connection in found.values():
             refusal = {"error": type(error).__name__, "message": str(error)}
             with contextlib.suppress(OSError):
@@ -161,14 +184,23 @@ def _collect(
 def _join(
     host: str, port: int, processes: int, rank: int, timeout: float
 ) -> socket.socket:
-    """Another process: its connection to process 0, once all processes are there."""
+    """Connects to process 0, and waits until all processes have connected.
+
+    Returns:
+      The connection to process 0.
+
+    Raises:
+      ValueError: If process 0 reports this error.
+      TimeoutError: If process 0 reports this error, or does not answer in time.
+    """
     deadline = time.monotonic() + timeout
     while True:
         reason = "it closed the connection"
         try:
             connection = socket.create_connection((host, port), timeout=timeout)
             connection.sendall(_line({"rank": rank, "processes": processes}))
-            # Process 0 waits for the others as long, and then says who is missing.
+            # Process 0 itself waits for the others for up to the timeout, and then
+            # reports which processes are missing.
             left = deadline - time.monotonic() + timeout + 5
             answer = _first_line(connection, left)
             if "go" in answer:
@@ -186,13 +218,14 @@ def _join(
         if time.monotonic() > deadline:
             raise TimeoutError(
                 f"process 0 did not come within {timeout:g} seconds; process {rank} of "
-                f"{processes} looks for it at {host}:{port} ({reason}). See whether it "
-                "runs and the address is right, or pass a longer timeout."
+                f"{processes} looks for it at {host}:{port} ({reason}). Check whether "
+                "it runs and the address is correct, or pass a longer timeout."
             )
         time.sleep(0.05)
 
 
 def _server(host: str, port: int, processes: int) -> socket.socket:
+    """Returns a listening socket, for IPv4 and IPv6 if the host means all addresses."""
     if host in ("", "::"):
         if socket.has_dualstack_ipv6():
             return socket.create_server(
@@ -207,11 +240,22 @@ def _server(host: str, port: int, processes: int) -> socket.socket:
 
 
 def _line(message: dict[str, Any]) -> bytes:
+    """Encodes a message as one line of JSON."""
     return json.dumps(message).encode() + b"\n"
 
 
 def _first_line(connection: socket.socket, timeout: float) -> dict[str, Any]:
-    """One message, byte by byte since more may follow; empty if there is none."""
+    """Receives one message.
+
+    Args:
+      connection: The connection.
+      timeout: Seconds to wait for the message.
+
+    Returns:
+      The message; `{"other": True}` if the line is not one; or an empty dictionary if
+      nothing arrives.
+    """
+    # Read byte by byte, because another message may follow.
     deadline, line = time.monotonic() + timeout, b""
     try:
         while not line.endswith(b"\n") and len(line) < 4096:
@@ -229,6 +273,7 @@ def _first_line(connection: socket.socket, timeout: float) -> dict[str, Any]:
 
 
 def _closed(connection: socket.socket) -> bool:
+    """Returns whether the other side has closed a connection, without reading."""
     connection.setblocking(False)
     try:
         return connection.recv(1, socket.MSG_PEEK) == b""
@@ -241,12 +286,25 @@ def _closed(connection: socket.socket) -> bool:
 
 
 def _listed(ranks: list[int]) -> str:
+    """Lists the numbers of processes in words, at most eight of them."""
     shown = ", ".join(map(str, ranks[:8])) + ", ..." * (len(ranks) > 8)
     return f"process{'es' * (len(ranks) > 1)} {shown}"
 
 
 class Watch:
-    """One process's view of the others."""
+    """Monitors the other processes from one process.
+
+    Args:
+      rank: This process's number.
+      processes: Number of processes.
+      sockets: Connections: process 0 has one to each other process, and each other
+        process has one to process 0.
+      timeout: Seconds after which a process is considered lost.
+      coordinator: Host and port on which JAX's coordinator will listen.
+
+    Attributes:
+      reason: Why the job has failed, or an empty string.
+    """
 
     def __init__(
         self,
@@ -261,14 +319,15 @@ class Watch:
         self._sockets = sockets
         self._coordinator = coordinator
         self._lock = threading.Lock()
-        # What each process last said, and since when it says so.
+        # The last state of each process, and the time at which it entered this state.
         self._said: dict[int, dict[str, Any]] = {}
         self._since: dict[int, float] = {}
-        # When each last sent anything, to tell one that is stopped or cut off.
+        # The time of each process's last message, to detect processes that are stopped
+        # or disconnected.
         self._seen: dict[int, float] = {}
-        self._ended = False
-        self._over = threading.Event()
-        self._heard = threading.Event()
+        self._ended = False  # whether this process has reached its end
+        self._over = threading.Event()  # set after all processes have ended
+        self._heard = threading.Event()  # set after the job has failed
         self._own_failure = self._explained = False
         self.reason = ""
         self._thread = threading.Thread(
@@ -276,24 +335,26 @@ class Watch:
         )
 
     def start(self) -> None:
+        """Starts the thread, and installs the hooks that report failures."""
         hook = sys.excepthook
 
         def excepthook(kind, error, trace):
-            # At a prompt, the process goes on after an exception.
+            # In an interactive session, the process continues after an exception.
             if not hasattr(sys, "ps1"):
                 self.fail(kind, error)
             hook(kind, error, trace)
             self._explain()
 
         sys.excepthook = excepthook
-        # A forked child, such as a data loader's, must not hold connections open after
-        # this process has died.
+        # A forked child, such as a data loader's worker, must not keep the connections
+        # open after this process has died.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._close)
         if sys.platform == "linux":
-            # When process 0 dies, JAX aborts the other processes at once, from a thread
-            # of its own. `sleep`, called as a signal handler, holds that thread for 6
-            # seconds (SIGABRT's number), in which the watch names what happened.
+            # When process 0 dies, JAX aborts the other processes immediately, from a
+            # thread of its own. The C function `sleep` as the signal handler delays
+            # that thread for 6 seconds (SIGABRT's number). In this time, the watch
+            # reports what happened.
             libc = ctypes.CDLL(None)
             libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
             libc.signal.restype = ctypes.c_void_p
@@ -302,11 +363,16 @@ class Watch:
         self._thread.start()
 
     def fail(self, kind: type[BaseException], error: BaseException | None) -> None:
-        """Tells the others that this process raises."""
+        """Reports an uncaught exception of this process to the others.
+
+        Args:
+          kind: Type of the exception.
+          error: The exception.
+        """
         text = " ".join(str(error).split())
         text = text if len(text) < 500 else text[:500] + "..."
-        # An exception such as "Gloo: connection closed by peer" follows from another
-        # process's end, of which the watch hears in a moment.
+        # An exception such as "Gloo: connection closed by peer" may be a consequence of
+        # another process's end, which the watch learns about within a moment.
         self._heard.wait(0.5)
         self._own_failure = not self.reason
         self._tell(
@@ -314,7 +380,7 @@ class Watch:
         )
 
     def leave(self) -> None:
-        """At exit: waits until all processes end, or the job has failed."""
+        """Waits at exit until all processes have ended, or the job has failed."""
         failed = True
         try:
             if not self.reason and self._thread.is_alive():
@@ -331,10 +397,10 @@ class Watch:
                 _abandon()
 
     def _outlast(self) -> None:
-        """Ends after the process that failed, and process 0 after all the others.
+        """Delays this process's end until after that of the process that failed.
 
-        A launcher passes on the exit code that it sees first, and the coordinator's end
-        would abort the others.
+        A launcher returns the exit code that it sees first. Process 0 also waits for
+        all other processes, because the end of its coordinator would abort them.
         """
         deadline = time.monotonic() + GRACE / 2
         while self.rank == 0 and self._sockets and time.monotonic() < deadline:
@@ -346,16 +412,24 @@ class Watch:
             time.sleep(HEAD_START / 2)
 
     def _close(self) -> None:
+        """Closes all connections, in a forked child."""
         for connection in self._sockets.values():
             connection.close()
         self._sockets = {}
 
     def _send(self, rank: int, message: dict[str, Any]) -> None:
+        """Sends a message, or nothing if the connection is closed."""
         with self._lock, contextlib.suppress(OSError, KeyError):
             self._sockets[rank].sendall(_line(message))
 
     def _tell(self, reason: str) -> None:
-        """The job has failed: the first reason counts."""
+        """Tells the other processes that the job has failed.
+
+        Only the first reason counts.
+
+        Args:
+          reason: Why the job has failed, as a clause without a period.
+        """
         if self.reason:
             return
         self.reason = reason
@@ -364,22 +438,28 @@ class Watch:
             self._send(rank, {"failed": reason})
 
     def _run(self) -> None:
+        """Sends and receives states until all processes end or the job fails.
+
+        The thread runs this function.
+        """
         if self.rank == 0:
             self._await_coordinator()
-        beat = min(1.0, self.timeout / 5)
+        beat = min(1.0, self.timeout / 5)  # seconds between two messages
         self._seen = dict.fromkeys(self._sockets, time.monotonic())
-        rest = dict.fromkeys(self._sockets, b"")
+        rest = dict.fromkeys(self._sockets, b"")  # incomplete lines
         with selectors.DefaultSelector() as selector:
             for rank, connection in list(self._sockets.items()):
                 selector.register(connection, selectors.EVENT_READ, rank)
             due = last = time.monotonic()
             while not self.reason:
+                # Send this process's own state at regular intervals.
                 if time.monotonic() >= due:
                     due = time.monotonic() + beat
                     own = {**calls.state(), "ended": self._ended}
                     self._note(self.rank, own)
                     for rank in list(self._sockets):
                         self._send(rank, own)
+                # Receive the states of other processes.
                 for key, _ in selector.select(min(beat, 0.2)):
                     rank = key.data
                     self._seen[rank] = time.monotonic()
@@ -387,6 +467,7 @@ class Watch:
                         data = self._sockets[rank].recv(65536)
                     except (OSError, KeyError):
                         data = b""
+                    # No data means that the process has closed the connection.
                     if not data:
                         selector.unregister(key.fileobj)
                         self._tell(
@@ -401,10 +482,11 @@ class Watch:
                     return
                 last, before = time.monotonic(), last
                 if last - before > 3 * beat + 1:
-                    # This process was stopped, maybe together with the others, whose
-                    # silence tells nothing then.
+                    # This process was stopped, maybe together with the others, so their
+                    # silence means nothing: restart all clocks.
                     self._seen = dict.fromkeys(self._seen, last)
                     self._since = dict.fromkeys(self._since, last)
+                # Report processes that have been silent for too long.
                 for rank, when in self._seen.items():
                     silent = time.monotonic() - when
                     if silent > self.timeout + 2 * beat:
@@ -415,12 +497,16 @@ class Watch:
                 if self.rank == 0:
                     self._judge()
                 if self._over.is_set():
-                    # From here on, connections close because processes end.
+                    # From now on, connections close because processes end.
                     return
-        self._obey()
+        self._end_process()
 
     def _await_coordinator(self) -> None:
-        """Process 0 lets the others go on once JAX listens, to spare them a retry."""
+        """Waits for JAX's coordinator, and then lets the other processes continue.
+
+        Only process 0 calls this function. If the others continued earlier, they would
+        have to retry their connections to the coordinator.
+        """
         host, port = self._coordinator
         host = {"::": "localhost", "0.0.0.0": "127.0.0.1", "": "localhost"}.get(
             host, host
@@ -435,6 +521,12 @@ class Watch:
             self._send(rank, {"go": True})
 
     def _note(self, rank: int, message: dict[str, Any]) -> None:
+        """Records a message of a process.
+
+        Args:
+          rank: The process.
+          message: That the job has failed, that it is over, or the process's state.
+        """
         if "failed" in message:
             if self.rank == 0:
                 self._tell(message["failed"])
@@ -447,17 +539,23 @@ class Watch:
             self._since[rank] = time.monotonic()
 
     def _judge(self) -> None:
-        """Process 0: whether all have ended, or one waits for another in vain."""
+        """Decides whether the job is over or stuck, in process 0.
+
+        The job is stuck if one process waits in a call that another process does not
+        make within the timeout.
+        """
         said, now = dict(self._said), time.monotonic()
         if len(said) == self.processes and all(s["ended"] for s in said.values()):
             for rank in list(self._sockets):
                 self._send(rank, {"over": True})
             self._over.set()
             return
+        # Compare each waiting process with every other process.
         for waits, a in said.items():
             if not a["waiting"]:
                 continue
             for other, b in said.items():
+                # Both processes must have been in their states for the whole time.
                 limit = min(self.timeout, ENDED) if b["ended"] else self.timeout
                 if min(now - self._since[waits], now - self._since[other]) < limit:
                     continue
@@ -467,6 +565,7 @@ class Watch:
                     f"{a['count']} ({a['name']}), in which process {waits} waits; "
                     f"process {other}"
                 )
+                # The other process has not reached the call, or is in another one.
                 if b["count"] < a["count"] and not b["waiting"]:
                     how = "ended" if b["ended"] else "is elsewhere"
                     if now - self._seen.get(other, now) > self.timeout / 2:
@@ -476,19 +575,20 @@ class Watch:
                     self._tell(f"{late} waits in {last}")
 
     def _explain(self) -> None:
-        """Says once why this process ends, if another one is the reason."""
+        """Prints why this process ends, once, if another process is the reason."""
         with self._lock:
             if self._own_failure or self._explained or not self.reason:
                 return
             self._explained = True
         reason = self.reason.removesuffix(".")
         text = f"decentral_jax: process {self.rank} ends because {reason}.\n"
-        # Not through `sys.stderr`, whose lock the main thread may hold.
+        # Write to the file descriptor: the main thread may hold the lock of
+        # `sys.stderr`.
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
 
-    def _obey(self) -> None:
-        """Ends this process, since the job has failed."""
+    def _end_process(self) -> None:
+        """Ends this process after the job has failed."""
         if self._own_failure:
             time.sleep(GRACE)
             os._exit(1)
@@ -497,7 +597,7 @@ class Watch:
             self._outlast()
         self._explain()
         if self._ended:
-            # The main thread is at its end and keeps its own exit code.
+            # The main thread has reached its end: let it exit with its own code.
             self._over.set()
             time.sleep(GRACE)
         with contextlib.suppress(Exception):
@@ -506,7 +606,7 @@ class Watch:
 
 
 def _drained(connection: socket.socket) -> bool:
-    """Whether the other side has closed, whatever it sent before."""
+    """Reads all pending data, and returns whether the other side has closed."""
     connection.setblocking(False)
     try:
         while connection.recv(65536):
@@ -519,22 +619,23 @@ def _drained(connection: socket.socket) -> bool:
 
 
 def _abandon() -> None:
-    """Lets this process exit without JAX's barrier, which waits for all processes."""
+    """Lets this process exit without JAX's shutdown, which waits for all processes."""
     from jax._src import api, dispatch, xla_bridge
     from jax._src.distributed import global_state
 
     atexit.unregister(api.clean_up)
     atexit.unregister(dispatch.wait_for_tokens)
-    # Their destructors would wait, too.
+    # Keep these objects alive forever, because their destructors would wait, too.
     state: Any = global_state
     parts = state.client, state.service, state.preemption_sync_manager
     for kept in (*parts, *getattr(xla_bridge, "_backends", {}).values()):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
-    # If Python's own finalization hangs; works without the interpreter.
+    # Exit after GRACE seconds even if Python's own finalization hangs. This timer does
+    # not need the interpreter.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     faulthandler.dump_traceback_later(GRACE, exit=True, file=nowhere)
-    # glibc passes the exit code to such handlers: `_exit(code)` ends the process before
-    # the destructors of C++ libraries, which wait for their threads.
+    # glibc passes the exit code to `on_exit` handlers. Register `_exit`, which ends the
+    # process before the destructors of C++ libraries, which wait for their threads.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "on_exit"):
         libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)
@@ -544,7 +645,7 @@ _watch: Watch | None = None
 
 
 def begin(watch: Watch) -> None:
-    """Starts the one watch of this process."""
+    """Starts a watch and makes it the only one of this process."""
     global _watch
     _watch = watch
     watch.start()
@@ -552,6 +653,7 @@ def begin(watch: Watch) -> None:
 
 @atexit.register
 def _leave() -> None:
-    # Registered after JAX's own handler, by the import above, so called before it.
+    # The import of JAX above has registered JAX's own handler. Handlers run in reverse
+    # order, so this one runs first.
     if _watch is not None:
         _watch.leave()

@@ -42,6 +42,7 @@ from decentral_jax._checkpoint_files import (
 )
 from decentral_jax._checkpoint_state import (
     as_before,
+    check_constants,
     check_same,
     describe,
     find_parts,
@@ -144,48 +145,52 @@ class Checkpoints:
             )
         self._keep = None if keep is None else check_int("keep", keep, minimum=1)
         self._workers = workers
-        # Orbax's CheckpointManager would rank, and delete, foreign folders as well.
+        # Orbax's CheckpointManager would also count, and delete, unrelated folders.
         self._orbax: Any = ocp.StandardCheckpointer()
+        # Identifies this run in the notes of its checkpoints. `restore` takes over the
+        # identity of the run that it continues.
         self._run = uuid.uuid4().hex
-        self._damaged: set[str] = set()
+        self._damaged: set[str] = set()  # names of folders
+        # The background thread that completes the latest checkpoint, and its error.
         self._sealing: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
         except Exception:
-            # The error that ends the block is the one to raise.
+            # Do not hide an exception from inside the block.
             if kind is None:
                 raise
             logger.exception("the last checkpoint was not saved")
 
     def save(self, step: int, *state: Any, data: Any = None) -> None:
-        """Saves in the background; the arrays may be donated as soon as it returns.
+        """Saves in the background. The arrays may be donated after this call returns.
 
-        Saving a step again replaces its checkpoint once the new one is complete.
+        Saving a step again replaces its checkpoint after the new one is complete.
 
         Args:
-          step: Number of steps done.
+          step: Number of completed steps.
           *state: The state of all workers, with leading worker axes: parameters and
             optimizer states; or one train state with `params`, `opt_state` and `tx`; or
             an nnx model and its optimizer, whole or as `nnx.split` returns them. Batch
             statistics, step counters and PRNG keys may be part of it, or be passed as
             further trees.
-          data: The position in the data and such, the same in all processes: an epoch,
-            or the state of a NumPy generator. Whatever JSON can hold; NumPy arrays and
-            scalars come back as lists and numbers.
+          data: Other values to save, equal in all processes, such as the epoch or the
+            state of a NumPy generator. They must be serializable as JSON. NumPy arrays
+            and scalars are restored as lists and numbers.
 
         Raises:
-          TypeError: If `step` is not an integer, any leaf is not an array, or JSON
-            cannot hold `data`.
-          ValueError: If the folder holds a later checkpoint, which `restore` would
-            prefer, or a leaf lacks the worker axes.
-          RuntimeError: If the save before this one failed in the background.
+          TypeError: If `step` is not an integer, any leaf is not an array, or `data` is
+            not serializable as JSON.
+          ValueError: If the folder holds a complete checkpoint of a later step, which
+            `restore` would prefer, or any leaf lacks the leading worker axes.
+          RuntimeError: If the previous save failed in the background.
         """
+        # Only one save runs at a time.
         self.wait()
         try:
             step = operator.index(step)
@@ -202,8 +207,9 @@ class Checkpoints:
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"data must be what JSON can hold, or NumPy arrays: {error}. Convert "
-                "the rest to lists, numbers and strings."
+                "other values to lists, numbers, and strings."
             ) from error
+        # The notes describe the checkpoint for `restore`.
         notes = {
             "format": FORMAT,
             "step": step,
@@ -216,6 +222,7 @@ class Checkpoints:
         # Orbax refuses arrays without entries, and trees without arrays.
         arrays = {i: x for i, x in arrays.items() if x.size}
         if arrays:
+            # Returns after copying the arrays, and writes them in the background.
             self._orbax.save(folder / STATE, arrays)
         self._sealing = threading.Thread(target=self._seal, args=(folder,))
         self._sealing.start()
@@ -223,24 +230,24 @@ class Checkpoints:
     def restore(
         self, *like: Any, init: Callable[[Any], Any] | None = None
     ) -> Restored | None:
-        """Restores the latest complete checkpoint; changes nothing in the folder.
+        """Restores the latest complete checkpoint without changing the folder.
 
-        Damaged and unfinished checkpoints are skipped with a warning.
+        Skips damaged and unfinished checkpoints with a warning.
 
-        If the number of workers has changed, parameters start from the evaluated model
-        (`dj.eval_params`), optimizer states are fresh, and other floating-point leaves
-        are averaged over the old workers. Integer leaves are copied, which requires
-        that they are equal on all old workers. PRNG keys are copied if they were equal,
-        and derived anew for each worker if not. What residuals, trackers and momenta
-        held is lost, as a warning says.
+        If the number of workers has changed, all workers start from the evaluated model
+        (`dj.eval_params`) with fresh optimizer states. The contents of residuals,
+        trackers, and momenta are lost, as a warning says. Other floating-point leaves
+        are averaged over the old workers. Integer leaves are copied and must be equal
+        on all old workers. PRNG keys are copied if they were equal on all old workers;
+        otherwise, each worker derives a new key.
 
         Args:
-          *like: The state as at the start, for structure, shapes and dtypes. The same
-            trees that were passed to `save`.
-          init: The optimizer's `init`, for checkpoints of another number of workers. A
-            train state or nnx optimizer that holds its `tx` needs none. It is called
-            with one worker's parameters: `params`, or `params["params"]` where other
-            variables lie beside them.
+          *like: The same trees that were passed to `save`, with initial values. They
+            determine the structure, shapes, and dtypes.
+          init: The optimizer's `init`, for checkpoints of another number of workers. It
+            is called with one worker's parameters: `params`, or `params["params"]` if
+            `params` also holds other variables. Not necessary for a train state or nnx
+            optimizer, which holds its `tx`.
 
         Returns:
           The restored state, on the devices of these workers. None if the folder holds
@@ -248,13 +255,14 @@ class Checkpoints:
 
         Raises:
           TypeError: If any leaf is not an array.
-          ValueError: If the checkpoint belongs to another model or optimizer, or to
-            another number of workers and there is no `init`.
+          ValueError: If the checkpoint belongs to another model or optimizer; or if the
+            number of workers has changed and `init` is missing.
         """
         self.wait()
         if not like:
             raise TypeError("restore needs a state: call restore(params, opt_state).")
         check_leading_axes("like", like, self._workers.shape)
+        # Process 0 chooses the checkpoint for all processes.
         found = self._on_first(self._latest)
         if found is None:
             return None
@@ -262,6 +270,8 @@ class Checkpoints:
         step, sizes = notes["step"], notes["workers"]
         reset = sizes != self._workers.sizes
         own = describe(like, len(self._workers.shape))
+        # If the number of workers has changed, find the parameters and optimizer states
+        # among the numbered leaves.
         leaves, structure = jax.tree.flatten(like)
         numbered = structure.unflatten(range(len(leaves)))
         parts = None
@@ -270,17 +280,18 @@ class Checkpoints:
             if parts is None:
                 raise ValueError(
                     f"the checkpoint of step {step} is of workers {sizes}, these are "
-                    f"{self._workers.sizes}: pass init=tx.init to start them all from "
-                    "its evaluated model, with fresh optimizer states. The state must "
-                    "be params and opt_state; or a train state with params, opt_state "
-                    "and tx; or an nnx model and its optimizer, whole or as "
+                    f"{self._workers.sizes}: pass init=tx.init to start all workers "
+                    "from its evaluated model, with fresh optimizer states. The state "
+                    "must be params and opt_state; or a train state with params, "
+                    "opt_state, and tx; or an nnx model and its optimizer, whole or as "
                     "*nnx.split((model, optimizer))."
                 )
+        # Fresh optimizer states may have other shapes than the saved ones.
         renewed = set() if parts is None else set(jax.tree.leaves(parts.opt_state))
         check_same(step, notes["state"], own, renewed)
         shapes = [entry[2] for entry in notes["state"] if len(entry) == 3]
-        # Of other workers, whole in each process.
-        place = self._workers.everywhere if reset else self._workers.sharding
+        # Every process reads the state of other workers in full.
+        place = self._workers.replicated if reset else self._workers.sharding
         leaves = self._read(self._folder / name, leaves, shapes, sizes, place)
         if parts is not None:
             logger.warning(
@@ -292,6 +303,9 @@ class Checkpoints:
             )
             leaves = start_anew(self._workers, leaves, parts, sizes, own)
         state = structure.unflatten(leaves)
+        if parts is None:
+            check_constants(step, state, like)
+        # From now on, this object continues the run of the checkpoint.
         self._run = notes["run"]
         return Restored(
             step, state[0] if len(like) == 1 else state, notes["data"], reset
@@ -301,7 +315,7 @@ class Checkpoints:
         """Waits until the checkpoint being saved is complete.
 
         Raises:
-          RuntimeError: If it could not be saved.
+          RuntimeError: If the checkpoint could not be saved.
         """
         if self._sealing is not None:
             self._sealing.join()
@@ -310,75 +324,101 @@ class Checkpoints:
         if error is not None:
             raise RuntimeError(
                 f"the last checkpoint in {self._folder} was not saved: {error!r}. "
-                "Checkpoints before it are kept; free space or repair the folder, and "
+                "Earlier checkpoints are kept; free space or repair the folder, and "
                 "save again."
             ) from error
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the threads."""
+        """Waits for the checkpoint being saved, and ends the background threads.
+
+        Raises:
+          RuntimeError: If the checkpoint could not be saved.
+        """
         try:
             self.wait()
         finally:
             self._orbax.close()
 
-    def _on_first(self, fn: Callable, *args: Any) -> Any:
-        """Runs `fn` in process 0 and gives its result, or its error, to all."""
+    def _on_first(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Runs `fn` in process 0, and returns its result in all processes.
+
+        If `fn` raises an error, all processes raise it.
+        """
         if jax.process_count() == 1:
             return fn(*args)
+        # Process 0 sends the result and the error message as JSON: first the size, then
+        # the bytes.
         result, error, answer = None, None, b""
         if jax.process_index() == 0:
             try:
                 result = fn(*args)
             except Exception as caught:
                 error = caught
-            told = None if error is None else str(error)
-            answer = json.dumps([result, told]).encode()
+            message = None if error is None else str(error)
+            answer = json.dumps([result, message]).encode()
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(answer))))
         content = np.zeros(size, np.uint8)
         content[: len(answer)] = np.frombuffer(answer, np.uint8)
         content = np.asarray(multihost_utils.broadcast_one_to_all(content))
         if error is not None:
             raise error
-        result, told = json.loads(content.astype(np.uint8).tobytes())
-        if told is not None:
-            raise ValueError(f"process 0: {told}")
+        result, message = json.loads(content.astype(np.uint8).tobytes())
+        if message is not None:
+            raise ValueError(f"process 0: {message}")
         return result
 
-    def _claim(self, step: int, notes: dict) -> str:
-        """Makes a new folder for a checkpoint, after all others of its step."""
+    def _claim(self, step: int, notes: dict[str, Any]) -> str:
+        """Creates a new folder for a checkpoint, after all others of its step.
+
+        Args:
+          step: The step.
+          notes: The notes, written to the folder together with the identity of the run.
+
+        Returns:
+          The name of the folder.
+
+        Raises:
+          ValueError: If the folder holds a complete checkpoint of a later step.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
+        # Find the next free attempt, and refuse to save before a later step.
         attempt = 0
         for order, folder in attempts(self._folder):
             if order[0] == step:
                 attempt = order[1] + 1
             later = order[0] > step and folder.name not in self._damaged
-            # Only a complete checkpoint is preferred by `restore`.
+            # `restore` prefers only complete checkpoints.
             if later and self._whole(folder) is not None:
                 raise ValueError(
                     f"{self._folder} holds a checkpoint of step {order[0]}, which "
-                    f"restore prefers over step {step}: restore it before you go on, "
-                    "pass another folder to start a new run, or remove it."
+                    f"restore prefers over step {step}: restore it before you "
+                    "continue, pass another folder to start a new run, or remove it."
                 )
         while True:
             folder = self._folder / (f"{step}.{attempt}" if attempt else str(step))
             try:
                 folder.mkdir()
                 break
-            except FileExistsError:  # of another process, just now
+            except FileExistsError:  # Another program has just created it.
                 attempt += 1
         (folder / NOTES).write_text(json.dumps({**notes, "run": self._run}))
         return folder.name
 
     def _seal(self, folder: Path) -> None:
-        """Completes a checkpoint by its digests, then deletes what it supersedes."""
+        """Completes a checkpoint, and deletes the checkpoints that it supersedes.
+
+        The background thread runs this function.
+        """
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
+                # All files must be on disk before the digests.
                 digests = {
                     str(file.relative_to(folder)): digest_of(file, sync=True)
                     for file in sorted(folder.rglob("*"))
                     if file.is_file()
                 }
+                # Renaming is atomic: the file of digests appears only when complete.
                 partial = folder / f"{DIGESTS}.partial"
                 with partial.open("w") as file:
                     json.dump(digests, file)
@@ -387,10 +427,16 @@ class Checkpoints:
                 partial.rename(folder / DIGESTS)
                 self._delete_superseded(folder)
         except BaseException as error:
+            # `wait` raises it in the main thread.
             self._error = error
 
     def _delete_superseded(self, sealed: Path) -> None:
-        """Deletes this run's checkpoints before `sealed`, except the last `keep`."""
+        """Deletes this run's checkpoints before `sealed`, except the latest ones.
+
+        Args:
+          sealed: Folder of the checkpoint just completed, which counts toward `keep`.
+        """
+        # Earlier checkpoints of this run, in order.
         before = []
         for _, folder in attempts(self._folder):
             if folder == sealed:
@@ -399,7 +445,9 @@ class Checkpoints:
                 if json.loads((folder / NOTES).read_text())["run"] == self._run:
                     before.append(folder)
             except (OSError, ValueError, TypeError, LookupError):
-                continue  # not this run's, or not recognizable
+                continue  # Not a checkpoint of this library.
+        # From the latest to the earliest, keep one complete checkpoint per step until
+        # there are `keep` of them, and delete all others.
         kept = {rank(sealed)[0]}
         for folder in reversed(before):
             step = rank(folder)[0]
@@ -411,16 +459,19 @@ class Checkpoints:
             else:
                 delete(folder)
 
-    def _latest(self) -> tuple[str, dict] | None:
-        """The name and the notes of the latest complete checkpoint."""
+    def _latest(self) -> tuple[str, dict[str, Any]] | None:
+        """Returns the name and the notes of the latest complete checkpoint, if any."""
         for _, folder in reversed(attempts(self._folder)):
             notes = self._whole(folder)
             if notes is not None:
                 return folder.name, notes
         return None
 
-    def _whole(self, folder: Path) -> dict | None:
-        """The notes of a checkpoint; None, with a warning, if it is not complete."""
+    def _whole(self, folder: Path) -> dict[str, Any] | None:
+        """Returns the notes of a checkpoint, or None if it is not complete.
+
+        Warns if the checkpoint is not complete.
+        """
         try:
             self._damaged.discard(folder.name)
             return verified(folder)
@@ -430,10 +481,28 @@ class Checkpoints:
             return None
 
     def _read(
-        self, folder: Path, like: list, shapes: list, sizes: dict, place: Any
+        self,
+        folder: Path,
+        like: list[jax.typing.ArrayLike],
+        shapes: list[list[int]],
+        sizes: dict[str, int],
+        place: jax.sharding.Sharding,
     ) -> list[jax.Array]:
-        """Reads all leaves of a checkpoint, which have the dtypes of `like`."""
+        """Reads all leaves of a checkpoint.
+
+        Args:
+          folder: Folder of the checkpoint.
+          like: Leaves with the dtypes of the saved leaves.
+          shapes: Shapes of the saved leaves, without the worker axes.
+          sizes: Sizes of the saved worker axes.
+          place: Sharding of the arrays to return.
+
+        Returns:
+          The leaves, with the saved worker axes.
+        """
         axes = tuple(sizes.values())
+        # The types of the arrays in the file: keys and small dtypes are stored as
+        # unsigned integers.
         plain = [
             jax.eval_shape(
                 writable, jax.ShapeDtypeStruct((*axes, *shape), jnp.result_type(x))
@@ -446,7 +515,7 @@ class Checkpoints:
             if x.size
         }
         arrays = self._orbax.restore(folder / STATE, abstract) if abstract else {}
-        # Arrays without entries were not saved.
+        # Create the arrays without entries, which `save` leaves out.
         for i, x in enumerate(plain):
             if not x.size:
                 zeros = np.zeros(x.shape, x.dtype)
@@ -457,7 +526,16 @@ class Checkpoints:
 
 
 def _part(state: Any, name: str, position: int) -> Any:
-    """A part of a state by its name, or else by its position among several trees."""
+    """Returns a part of a restored state.
+
+    Args:
+      state: The state.
+      name: Name of the key or attribute.
+      position: Position of the part if the state consists of several trees.
+
+    Raises:
+      AttributeError: If the state has no such part.
+    """
     part = get(state, name)
     if part is None and type(state) is tuple and len(state) > position:
         part = state[position]

@@ -1,4 +1,4 @@
-"""What to look at while training: the model to evaluate, and how far workers differ."""
+"""Evaluation during training: the averaged model, and the consensus distance."""
 
 from typing import Any
 
@@ -13,24 +13,28 @@ from decentral_jax.validation import require_params
 __all__ = ["consensus_distance", "eval_params"]
 
 
-def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") -> Any:
-    r"""The model to evaluate: the mean :math:`\bar x` of the workers' models.
+def eval_params(
+    opt_state: optax.OptState, params: optax.Params, axis_name: AxisName = "workers"
+) -> Any:
+    r"""Returns the model to evaluate: the mean :math:`\bar x` of the workers' models.
 
-    Call it inside a function that runs under the worker axis. An algorithm whose model
-    differs from the point where gradients are taken keeps it in its state, and gives
-    that state a method `evaluation_params(params)`; it is found here through
-    `optax.chain`, `optax.masked`, `optax.partition` and the like. Leaves that none of
-    these states sees, such as frozen ones, are the parameters' own.
+    Call it inside a function that runs under the worker axis. Some algorithms compute
+    gradients at a point that differs from their model. Such an algorithm stores the
+    model in its state, and the state has a method `evaluation_params(params)`.
+    `eval_params` finds these states inside `optax.chain`, `optax.masked`,
+    `optax.partition`, and similar wrappers. For leaves that no such state covers, such
+    as frozen ones, it averages the parameters themselves.
 
     Args:
-      opt_state: The optimizer's state, as `init` and `update` return it.
+      opt_state: The optimizer state, as `init` and `update` return it.
       params: This worker's parameters.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The averaged model, the same on all workers.
+      The averaged model, which is equal on all workers.
 
     Raises:
+      TypeError: If any leaf of `params` is not an array.
       ValueError: If `params` is None, or two states hold a hidden model of one leaf.
 
     Example:
@@ -46,8 +50,10 @@ def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") ->
     def is_hidden(node):
         return hasattr(node, "evaluation_params")
 
+    # One list per hidden model: its leaves, or MaskedNode for leaves it does not cover.
     nodes = jax.tree.leaves(opt_state, is_leaf=is_hidden)
     models = [_of_part(node, params) for node in nodes if is_hidden(node)]
+    # Replace each leaf of params by that of the hidden model that covers it, if any.
     leaves, structure = jax.tree.flatten(params)
     for number, alternatives in enumerate(zip(*models, strict=True)):
         found = [leaf for leaf in alternatives if not _is_masked(leaf)]
@@ -55,12 +61,13 @@ def eval_params(opt_state: Any, params: Any, axis_name: AxisName = "workers") ->
             name = jax.tree_util.keystr(jax.tree.leaves_with_path(params)[number][0])
             raise ValueError(
                 f"opt_state must hold at most one hidden model of each leaf, got "
-                f"{len(found)} of params{name}: chain only one transformation that "
-                "evaluates away from params, or give each its own leaves by "
-                "optax.partition."
+                f"{len(found)} of params{name}: chain only one transformation whose "
+                "evaluated model differs from params, or assign separate leaves to "
+                "each with optax.partition."
             )
         leaves[number] = found[0] if found else leaves[number]
-    # Frozen leaves may be integers, which have no mean; they are equal on all workers.
+    # Frozen leaves may be integers, which cannot be averaged. They are equal on all
+    # workers.
     averaged = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     means = iter(average(averaged, axis_name))
     return structure.unflatten(
@@ -73,13 +80,24 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _of_part(hidden: Any, params: Any) -> list:
-    """The model in a state of some leaves, `optax.MaskedNode` for all the others.
+def _of_part(hidden: Any, params: Any) -> list[Any]:
+    """Returns the leaves of the model that one state holds.
 
-    `optax.masked`, `partition` and `multi_transform` show a transformation its own
-    leaves alone. Which those are is seen in the trees that its state keeps.
+    `optax.masked`, `partition`, and `multi_transform` pass only some leaves to a
+    transformation, and `optax.MaskedNode` in place of the others. The trees in the
+    state show which leaves the transformation has received.
+
+    Args:
+      hidden: A state with a method `evaluation_params`.
+      params: All parameters.
+
+    Returns:
+      One entry per leaf of `params`: the model's leaf, or `optax.MaskedNode` if the
+      state does not cover it.
     """
     leaves, structure = jax.tree.flatten(params)
+    # Find a field of the state with the structure of params; its masked nodes tell
+    # which leaves are missing.
     masked = [False] * len(leaves)
     for field in jax.tree.leaves(hidden, is_leaf=lambda node: node is not hidden):
         nodes, tree = jax.tree.flatten(field, is_leaf=_is_masked)
@@ -93,8 +111,10 @@ def _of_part(hidden: Any, params: Any) -> list:
     return jax.tree.leaves(model, is_leaf=_is_masked)
 
 
-def consensus_distance(params: Any, axis_name: AxisName = "workers") -> jax.Array:
-    r"""How far the workers' models lie from their mean, as a root mean square.
+def consensus_distance(
+    params: optax.Params, axis_name: AxisName = "workers"
+) -> jax.Array:
+    r"""Returns the root mean square distance of the workers' models from their mean.
 
     .. math:: \Xi = \Bigl(\frac1n \sum_i \|x_i - \bar x\|^2\Bigr)^{1/2}
 
@@ -102,11 +122,15 @@ def consensus_distance(params: Any, axis_name: AxisName = "workers") -> jax.Arra
 
     Args:
       params: This worker's parameters.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      A scalar (float32, or float64 where enabled), equal on all workers; 0 when all
-      agree.
+      A float32 scalar (float64 if enabled), equal on all workers. It is 0 if all models
+      are equal.
+
+    Raises:
+      TypeError: If any leaf of `params` is not an array.
+      ValueError: If `params` is None.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
@@ -114,11 +138,11 @@ def consensus_distance(params: Any, axis_name: AxisName = "workers") -> jax.Arra
       Array([1., 1.], dtype=float32)
     """
     params = require_params(params, "consensus_distance")
-    centre = average(params, axis_name)
+    mean = average(params, axis_name)
     dtype = jnp.result_type(float)
 
-    def squared(x, c):
-        return jnp.sum(jnp.square(jnp.abs(x.astype(dtype) - c.astype(dtype))))
+    def squared(x, m):
+        return jnp.sum(jnp.square(jnp.abs(x.astype(dtype) - m.astype(dtype))))
 
-    terms = jax.tree.leaves(jax.tree.map(squared, params, centre))
+    terms = jax.tree.leaves(jax.tree.map(squared, params, mean))
     return jnp.sqrt(WorkerAxis.bind(axis_name).mean(sum(terms, jnp.zeros([], dtype))))

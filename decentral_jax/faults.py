@@ -1,4 +1,4 @@
-"""What goes wrong while training: missing workers, gradients that are not finite."""
+"""Faults during training: missing workers and non-finite gradients."""
 
 from typing import Any, NamedTuple
 
@@ -19,21 +19,23 @@ def takes_part(
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> jax.Array:
-    """Whether this worker takes part in a round, where some are missing at random.
+    """Returns whether this worker takes part in a round with missing workers.
 
-    Exactly `missing` of all workers are missing in every round, drawn anew for each.
+    Exactly `missing` workers are missing in every round. Each round draws them
+    independently and uniformly at random.
 
     Args:
-      step: The round, an integer equal on all workers.
-      missing: How many, fewer than there are workers.
-      seed: Of the draw.
-      axis_name: The worker axis.
+      step: Number of the round, an integer scalar that is equal on all workers.
+      missing: Number of missing workers per round, less than the number of workers.
+      seed: Seed for the random choice of the missing workers.
+      axis_name: Name of the worker axis.
 
     Returns:
-      A boolean, for the keyword `active` of `dj.mix` and of `update`.
+      A boolean scalar to pass as the keyword `active` to `dj.mix` or `update`.
 
     Raises:
-      ValueError: If `missing` is out of range.
+      TypeError: If `missing` or `seed` is not an integer.
+      ValueError: If `missing` or `seed` is out of range.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
@@ -41,7 +43,7 @@ def takes_part(
       >>> def gossip(x, t):
       ...     return dj.mix(x, ring, active=dj.takes_part(t, missing=2))
       >>> mapped = jax.vmap(gossip, axis_name="workers", in_axes=(0, None))
-      >>> mapped(jnp.arange(8.0), 0).mean()  # as before
+      >>> mapped(jnp.arange(8.0), 0).mean()  # the mean is preserved
       Array(3.5, dtype=float32)
     """
     axis = WorkerAxis.bind(axis_name)
@@ -55,6 +57,7 @@ def takes_part(
         )
     step = axis.unvmap(jnp.asarray(step))
     key = jax.random.fold_in(jax.random.key(seed), step)
+    # All workers draw the same permutation. Workers in the first places are missing.
     place = jax.random.permutation(key, jnp.arange(size, dtype=jnp.int32))
     return place[axis.index] >= missing
 
@@ -62,18 +65,19 @@ def takes_part(
 class GuardState(NamedTuple):
     """State of `guard_gradients`."""
 
-    refused: jax.typing.ArrayLike  # shape=(), dtype=int32: of this worker, so far
+    refused: jax.typing.ArrayLike  # shape=(), dtype=int32: this worker's count so far
 
 
 def guard_gradients() -> optax.GradientTransformationExtraArgs:
-    """Keeps gradients that are not finite out of the network, and counts them.
+    """Replaces non-finite gradients by zeros, and counts them.
 
-    A gradient with an infinity or NaN anywhere becomes zero as a whole, on the worker
-    that has it alone: the others do not hear of it. An average over all workers is then
-    one over n with a zero in it.
+    If any entry of a worker's gradient is infinite or NaN, the whole gradient of this
+    worker becomes zero. The other workers are not affected and not notified. An average
+    over all `n` workers still divides by `n`, with a zero for this worker.
 
     Returns:
-      The transformation; place it first in a chain. `refused` in its state counts.
+      The transformation. Place it first in a chain. The field `refused` of its state
+      counts the replaced gradients of this worker.
 
     Example:
       >>> import decentral_jax as dj, jax.numpy as jnp, optax
@@ -84,14 +88,20 @@ def guard_gradients() -> optax.GradientTransformationExtraArgs:
       (Array([-0., -0.], dtype=float32), Array(1, dtype=int32))
     """
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> GuardState:
         del params
         return GuardState(jnp.zeros([], jnp.int32))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         leaves = jax.tree.leaves(updates)
-        if not leaves:  # nothing to refuse, as where optax.masked leaves all out
+        # There are no leaves if, for example, optax.masked masks all of them.
+        if not leaves:
             return updates, state
         good = jnp.stack([jnp.isfinite(g).all() for g in leaves]).all()
         updates = jax.tree.map(lambda g: jnp.where(good, g, jnp.zeros_like(g)), updates)

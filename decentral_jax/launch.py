@@ -1,9 +1,10 @@
 """Starts several processes of one script on this machine.
 
 `python -m decentral_jax.launch --processes 4 train.py --rate 0.1` runs four processes
-that find each other by `dj.initialize()`. Each line they print comes with the number of
-its process; when one fails, the others are ended, and its exit code is passed on.
-Clusters have launchers of their own, see docs/cluster.md.
+that find each other with `dj.initialize()`. The launcher prefixes each line of output
+with the number of its process. If one process fails, the launcher ends the others and
+returns the exit code of the first one that failed. Clusters have their own launchers;
+see docs/cluster.md.
 """
 
 import argparse
@@ -25,23 +26,37 @@ from decentral_jax.processes import NUM_PROCESSES, PROCESS_ID
 
 __all__ = ["main", "run"]
 
-# Seconds that processes get to end by themselves before they are killed.
+# Seconds that processes have to end on their own before they are killed.
 GRACE = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line and runs the processes; returns the exit code."""
+    """Parses the command line and runs the processes.
+
+    Args:
+      arguments: Command-line arguments. If None, uses `sys.argv[1:]`.
+
+    Returns:
+      The exit code; see `run`.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m decentral_jax.launch",
         description="Run several processes of one script on this machine.",
     )
-    parser.add_argument("--processes", type=int, required=True, help="how many")
     parser.add_argument(
-        "--devices", type=int, default=1, help="CPU devices or GPUs of each process"
+        "--processes", type=int, required=True, help="number of processes"
     )
-    parser.add_argument("-m", action="store_true", help="the script is a module")
-    parser.add_argument("script", help="Python file, or module after -m")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        help="number of CPU devices or GPUs per process",
+    )
+    parser.add_argument("-m", action="store_true", help="run the script as a module")
+    parser.add_argument("script", help="Python file, or module name with -m")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of the script"
+    )
     options = parser.parse_args(arguments)
     for name in ("processes", "devices"):
         if getattr(options, name) < 1:
@@ -49,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = [sys.executable, "-u", *["-m"] * options.m, options.script]
     code = run([*command, *options.arguments], options.processes, options.devices)
     if code == 128 + signal.SIGPIPE:
-        # Python would fail once more when it flushes its output at exit.
+        # Redirect the broken output; flushing it at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
@@ -57,19 +72,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: Sequence[str], processes: int, devices: int = 1) -> int:
     """Runs a command in several processes that can find each other.
 
-    Ctrl-C, SIGTERM and SIGHUP end all processes, and their children, within `GRACE`
-    seconds; a second signal kills them at once.
+    Ctrl-C, SIGTERM, and SIGHUP end all processes and their children within `GRACE`
+    seconds. A second signal kills them immediately.
 
     Args:
-      command: Program and arguments.
+      command: Program and its arguments.
       processes: Number of processes.
-      devices: Number of CPU devices, or of GPUs, of each process.
+      devices: Number of CPU devices or GPUs per process.
 
     Returns:
-      0 if all processes end with 0, else the exit code of the first that does not: 128
-      plus the signal's number for a process ended by a signal. 130 after Ctrl-C, 143
-      after SIGTERM, 129 after SIGHUP, 141 if nobody reads the output any longer.
+      0 if all processes exit with 0. Otherwise, the exit code of the first process that
+      fails, or 128 plus the number of the signal that ended it. 130 after Ctrl-C, 143
+      after SIGTERM, 129 after SIGHUP, and 141 if the reader of the output has closed
+      it.
     """
+    # Pick a free port for the coordinator, which is process 0.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -80,7 +97,8 @@ def run(command: Sequence[str], processes: int, devices: int = 1) -> int:
             for rank in range(processes):
                 if received:
                     break
-                # In a session of its own, so that all of its children can be ended.
+                # Start each member in its own session, so that one signal to its
+                # process group also reaches its children.
                 member = subprocess.Popen(
                     command,
                     env=_environment(address, processes, rank, devices),
@@ -101,14 +119,16 @@ def run(command: Sequence[str], processes: int, devices: int = 1) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects the signals that end the job instead of raising somewhere.
+    """Collects signals that end the job in a list instead of raising exceptions.
 
-    SIGINT is taken even where it is ignored, as in what a shell runs with `&`, since
-    whoever sends it means it. An ignored SIGHUP is `nohup`'s and stays ignored.
+    Handles SIGINT even if it is ignored, as in commands that a shell runs with `&`:
+    someone who sends it wants the job to end. SIGHUP stays ignored if it is ignored,
+    because `nohup` does so.
     """
     received: list[int] = []
     before = {}
-    # Only the main thread may set handlers; elsewhere, its owner ends the job.
+    # Only the main thread may set signal handlers. In other threads, the caller handles
+    # signals.
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             old = signal.getsignal(number)
@@ -123,8 +143,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL if old is None else old)
 
 
-# Reads process groups until its input ends. The launcher closes it with an empty line;
-# if it is killed instead, nobody else would end its members.
+# Program of the guard process. It reads the numbers of process groups until its input
+# ends. An empty line from the launcher tells it to exit. If its input ends without one,
+# the launcher has been killed, and the guard ends the process groups.
 _GUARD = """
 import os, signal, sys, time
 groups = []
@@ -144,14 +165,18 @@ for number, seconds in ((signal.SIGTERM, {grace}), (signal.SIGKILL, 0)):
 
 @contextlib.contextmanager
 def _guard() -> Iterator[Callable[[int], None]]:
-    """A small process that ends the members if the launcher itself is killed."""
+    """Runs a small process that ends the members if the launcher is killed.
+
+    Yields:
+      A function that tells the guard process the number of a process group to end.
+    """
     guard = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", _GUARD.format(grace=GRACE)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         text=True,
-        # Not ended together with the launcher by the terminal.
+        # In its own session, so that the terminal does not end it with the launcher.
         start_new_session=True,
     )
     pipe = guard.stdin
@@ -171,15 +196,18 @@ def _guard() -> Iterator[Callable[[int], None]]:
         guard.wait()
 
 
-def _environment(address, processes, rank, devices):
+def _environment(
+    address: str, processes: int, rank: int, devices: int
+) -> dict[str, str]:
+    """Returns the environment variables of one process."""
     ids = range(rank * devices, (rank + 1) * devices)
-    # This flag asks for a number of devices, too.
+    # Remove this flag, because it also sets a number of CPU devices.
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [f for f in flags if "xla_force_host_platform_device_count" not in f]
     return {
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": address,
-        # Not on all of the machine's addresses, which is JAX's default.
+        # By default, JAX would listen on all addresses of the machine.
         "JAX_COORDINATOR_BIND_ADDRESS": address,
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, ids)),
@@ -189,50 +217,52 @@ def _environment(address, processes, rank, devices):
     }
 
 
-# Gloo prints one such line per process group and process, dozens for large jobs; they
-# tell nothing, since a process that does not connect is an error.
+# Gloo prints such a line per process group and process, dozens of lines for large jobs.
+# They carry no information, because a process that fails to connect raises an error.
 _NOISE = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\.")
 
-# What ends a piece of output: lines, and the carriage returns of progress bars.
+# The end of a piece of output: a newline, or a carriage return of a progress bar.
 _END = re.compile(r"\n|\r(?!\n|\Z)")
 
 
 class _Stream:
-    """One member's output or errors: what came, and what is still to be printed."""
+    """Standard output or standard error of one member, with its unprinted text."""
 
     def __init__(self, source: IO[bytes], sink: IO[str], rank: int):
         self.source, self.sink, self.rank = source, sink, rank
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.rest = ""
         self.since = 0.0
-        # Whether the last piece went back to the beginning of its line.
+        # Whether the last piece ended with a carriage return.
         self.returned = False
 
 
 class _Relay(threading.Thread):
-    """Prints what the members print, with the process's number before each line.
+    """Thread that prints the members' output, prefixed with the process's number.
 
-    It passes on whole lines, and what ends with a carriage return, so that members do
-    not mix. A line that stays incomplete, such as a prompt, follows after `HOLD`.
+    It prints complete lines, and pieces that end with a carriage return, so that the
+    output of different members does not mix within a line. It prints an incomplete
+    line, such as a prompt, after `HOLD` seconds.
     """
 
-    HOLD = 0.5
+    HOLD = 0.5  # seconds
 
     def __init__(self):
         super().__init__(name="decentral_jax output")
         self.broken = False
         self._selector = selectors.DefaultSelector()
         self._stopped = threading.Event()
-        # The stream that left a sink in the middle of a line.
+        # For each sink in the middle of a line: the stream that wrote its last piece.
         self._open: dict[IO[str], _Stream] = {}
 
     def add(self, source: IO[bytes] | None, sink: IO[str], rank: int) -> None:
+        """Adds a member's output to be printed to `sink`. Call it before `start`."""
         assert source is not None
         stream = _Stream(source, sink, rank)
         self._selector.register(source, selectors.EVENT_READ, stream)
 
     def stop(self) -> None:
-        """Prints what is there, and stops even if a stray child keeps a pipe open."""
+        """Prints the remaining output and stops, even if a child holds a pipe open."""
         self._stopped.set()
         if self.is_alive():
             self.join()
@@ -241,12 +271,14 @@ class _Relay(threading.Thread):
         self._selector.close()
 
     def run(self) -> None:
+        """Prints output until all pipes are closed or `stop` is called."""
         while self._selector.get_map():
-            # After the end, only what the pipes still hold.
+            # After `stop`, read only what is still in the pipes.
             stopped = self._stopped.is_set()
             ready = self._selector.select(0 if stopped else 0.1)
             for key, _ in ready:
                 self._read(key)
+            # Print incomplete lines that have waited long enough or are too long.
             for key in self._selector.get_map().values():
                 stream = key.data
                 held = time.monotonic() - stream.since
@@ -261,6 +293,7 @@ class _Relay(threading.Thread):
             self._close_line(sink)
 
     def _read(self, key: selectors.SelectorKey) -> None:
+        """Reads from a pipe and prints all complete pieces."""
         stream = key.data
         data = os.read(key.fd, 65536)
         text = stream.rest + stream.decode(data, final=not data)
@@ -271,22 +304,27 @@ class _Relay(threading.Thread):
         if end or not stream.rest:
             stream.since = time.monotonic()
         stream.rest = text[end:]
+        # No data means that the pipe is closed.
         if not data:
             if stream.rest:
                 self._print(stream, stream.rest)
             self._close(key)
 
     def _close(self, key: selectors.SelectorKey) -> None:
+        """Closes a pipe and stops watching it."""
         self._selector.unregister(key.fileobj)
         key.data.source.close()
 
     def _print(self, stream: _Stream, piece: str) -> None:
+        """Prints one piece of output, with the prefix where a line begins."""
         sink, text = stream.sink, piece.rstrip("\r\n")
         before = self._open.get(sink)
         if _NOISE.match(text) or (not text and piece == "\r"):
             return
+        # End the open line of another member first.
         if before not in (None, stream):
             self._close_line(sink)
+        # The piece needs no prefix if it continues this member's own open line.
         goes_on = before is stream and not stream.returned
         self._write(sink, piece if goes_on else f"[{stream.rank}] {piece}")
         stream.returned = piece.endswith("\r")
@@ -296,12 +334,14 @@ class _Relay(threading.Thread):
             self._open[sink] = stream
 
     def _close_line(self, sink: IO[str]) -> None:
+        """Ends the open line of a sink."""
         del self._open[sink]
         self._write(sink, "\n")
 
     def _write(self, sink: IO[str], text: str) -> None:
-        # If nobody reads any longer, the members are ended; until then, their pipes
-        # must not fill up.
+        """Writes text to a sink, and drops it if the sink is closed."""
+        # If the reader of the output has closed it, `_wait` ends the members. Until
+        # then, keep reading, so that their pipes do not fill up.
         if self.broken:
             return
         try:
@@ -312,11 +352,14 @@ class _Relay(threading.Thread):
 
 
 def _code(member: subprocess.Popen) -> int | None:
-    """The exit code as a shell gives it, or None while the member runs."""
+    """Returns the exit code in a shell's convention, or None while the member runs.
+
+    The exit code of a process that a signal ended is 128 plus the signal's number.
+    """
     code = member.returncode
     if code is None and hasattr(os, "waitid"):
-        # Not waited for: while it is a zombie, its process group's number is not given
-        # to another process, so that its children can be ended safely.
+        # WNOWAIT leaves the process as a zombie. The system then does not reuse the
+        # number of its process group, so it is safe to signal its children.
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         found = os.waitid(os.P_PID, member.pid, flags)
         if found is None:
@@ -328,7 +371,16 @@ def _code(member: subprocess.Popen) -> int | None:
 
 
 def _wait(members: list[subprocess.Popen], received: list[int], relay: _Relay) -> int:
-    """The exit code of the first to fail, or 0 when all have ended."""
+    """Waits for the members or a signal, and returns the job's exit code.
+
+    Args:
+      members: The processes.
+      received: Signals that the launcher has received.
+      relay: The thread that prints the output.
+
+    Returns:
+      The exit code of the first member that fails, or 0 after all have ended.
+    """
     while True:
         if received:
             return 128 + received[0]
@@ -349,14 +401,20 @@ def _wait(members: list[subprocess.Popen], received: list[int], relay: _Relay) -
 
 
 def _end(members: list[subprocess.Popen], received: list[int]) -> None:
-    """Asks members and their children to end, then kills those still running."""
+    """Sends SIGTERM to all members and their children, and later SIGKILL.
+
+    Args:
+      members: The processes.
+      received: Signals that the launcher has received. If another one arrives, the
+        members are killed immediately.
+    """
     enough = min(len(received), 1)
     for member in members:
         _signal(member, signal.SIGTERM)
     deadline = time.monotonic() + GRACE
     left = list(members)
     while left and time.monotonic() < deadline:
-        # One more signal than brought us here: somebody is in a hurry.
+        # Another signal, in addition to the one that ended the job: do not wait.
         if len(received) > enough:
             break
         time.sleep(0.02)
@@ -368,7 +426,7 @@ def _end(members: list[subprocess.Popen], received: list[int]) -> None:
 
 
 def _signal(member: subprocess.Popen, number: int) -> bool:
-    """Signals a member's process group; returns whether there is one."""
+    """Signals a member's process group, and returns whether the group exists."""
     try:
         os.killpg(member.pid, number)
     except (ProcessLookupError, PermissionError):

@@ -1,14 +1,16 @@
-"""Checks, before anything runs, that all workers will run the same collectives.
+"""Checks before execution that all workers run the same collectives.
 
-A collective waits for every worker. If one worker takes a branch with a collective in
-it and another worker does not, both wait forever on devices, while under `vmap` the
-same step runs and gives other numbers. The same happens one step later if a worker
-alone keeps back a step counter that says when to communicate, as the usual recipe
-for loss scaling does with `jnp.where(is_finite, new_state, old_state)`.
+A collective waits for every worker. If one worker takes a branch with a collective and
+another worker does not, both wait forever when they run on different devices. Under
+`vmap`, the same step runs, but returns different numbers. The same happens one step
+later if only some workers advance a step counter that determines when to communicate.
+The usual recipe for loss scaling does so with
+`jnp.where(is_finite, new_state, old_state)`.
 
-Making counters agree while training would cost a message in every step, also in those
-that are meant to send nothing. So the traced program is read instead: which values
-follow from one worker's own data, and which of them decide about collectives.
+Synchronizing the counters during training would cost a message in every step, including
+the steps that should send nothing. Therefore, this module analyzes the traced program
+instead: which values depend on one worker's own data, and which of those values decide
+whether a collective runs.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from decentral_jax._exchange.numbers import (
     equal_on_all_workers,
@@ -28,19 +31,20 @@ from decentral_jax.communication import (
     on_abstract_devices,
 )
 
+# Names of the jitted functions that mark a value that must be equal on all workers.
 MARKER = getattr(equal_on_all_workers, "__name__")  # noqa: B009
 VALUE_MARKER = getattr(value_equal_on_all_workers, "__name__")  # noqa: B009
+
 REMEDY = (
     "Skip a step on all workers or on none: make the condition equal, for example "
-    "dj.average(is_finite.astype(jnp.float32)) == 1. To leave out one worker's "
-    "gradient alone, place dj.guard_gradients() first in the chain, and "
-    "optax.apply_if_finite or the like inside, around the optimizer that does not "
-    "communicate."
+    "dj.average(is_finite.astype(jnp.float32)) == 1. To leave out only one worker's "
+    "gradient, place dj.guard_gradients() first in the chain, and wrap the inner "
+    "optimizer, which does not communicate, in optax.apply_if_finite or similar."
 )
 
 
-# Of these the result is a later value of the counter that goes in; others, such as
-# comparisons, only follow from it.
+# Primitives whose result is a later value of a counter among their operands. The
+# results of other primitives, such as comparisons, only depend on the counter.
 COUNTING = (
     *("add", "sub", "mul", "rem", "max", "min", "clamp", "select_n"),
     *("convert_element_type", "optimization_barrier", "copy", "pvary"),
@@ -48,17 +52,28 @@ COUNTING = (
 
 
 class _Origin(NamedTuple):
-    """Where a value comes from, as far as it concerns collectives."""
+    """What a value depends on, as far as it concerns collectives.
 
-    own: bool  # whether it may differ between workers
-    counters: frozenset[int] = frozenset()  # the integer scalars that it follows from
-    is_later: frozenset[int] = frozenset()  # those of which it is a later value
+    Counters are the integer scalars among the function's arguments, given by their
+    positions.
+    """
+
+    own: bool  # whether the value may differ between workers
+    counters: frozenset[int] = frozenset()  # counters that the value depends on
+    is_later: frozenset[int] = frozenset()  # counters whose later value it may be
 
 
+# The origin of constants and of reductions over all workers.
 COMMON = _Origin(False)
 
 
 def _join(origins: Iterable[_Origin], counting: bool = True) -> _Origin:
+    """Returns the origin of a value computed from values of the given origins.
+
+    Args:
+      origins: Origins of the operands.
+      counting: Whether the result may be a later value of a counter.
+    """
     own, counters, later = False, frozenset[int](), frozenset[int]()
     for origin in origins:
         own = own or origin.own
@@ -68,88 +83,110 @@ def _join(origins: Iterable[_Origin], counting: bool = True) -> _Origin:
 
 
 def _chosen(condition: _Origin, values: Iterable[_Origin]) -> _Origin:
-    """Of one of some values: which one it is follows from the condition."""
+    """Returns the origin of a value that a condition selects from several values."""
     return _join([condition._replace(is_later=frozenset()), *values])
 
 
-def _longer(outside: list, inside: list) -> int:
-    """How many variables have more axes outside of a loop than inside."""
+def _longer(outside: list[Any], inside: list[Any]) -> int:
+    """Counts the variables that have more axes outside of a loop than inside."""
     pairs = zip(outside, inside, strict=True)
     return sum(len(x.aval.shape) > len(y.aval.shape) for x, y in pairs)
 
 
 def check_lockstep(
-    fn: Callable, sizes: Mapping[str, int], args: tuple, kwargs: Mapping[str, Any]
+    fn: Callable[..., Any],
+    sizes: Mapping[str, int],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> None:
-    """Checks that no worker's own data decide which collectives it runs.
+    """Checks that no worker's own data decides which collectives it runs.
 
-    Integers and booleans that come in, such as step counters, are taken to be equal on
-    all workers; floating-point values, PRNG keys and `dj.worker_index` are a worker's
-    own until they are reduced over all workers.
+    The check assumes that integer and boolean arguments, such as step counters, are
+    equal on all workers. Floating-point arguments, PRNG keys, and `dj.worker_index`
+    belong to one worker until they are reduced over all workers.
 
     Args:
-      fn: A function of one worker.
-      sizes: The worker axes and their sizes.
-      args: Its positional arguments, with leading worker axes.
-      kwargs: Its keyword arguments, alike.
+      fn: Function of one worker.
+      sizes: Mapping from the names of the worker axes to their sizes.
+      args: Positional arguments of `fn`, with leading worker axes.
+      kwargs: Keyword arguments of `fn`, with leading worker axes.
 
     Raises:
-      ValueError: If a branch or loop with collectives in it, a step counter that
-        decides about collectives, or the loss that an optimizer reads where models stay
-        equal, depends on a worker's own data.
+      ValueError: If any of the following depends on one worker's own data: the
+        condition of a branch or loop with collectives; a step counter that decides
+        whether a collective runs; the `value` (loss) that an optimizer reads where the
+        models must stay equal.
     """
+    # Abstract leaves of one worker, without the worker axes.
     leaves, structure = jax.tree.flatten((args, kwargs))
     leaves = [
         jax.ShapeDtypeStruct(jnp.shape(leaf)[len(sizes) :], jnp.result_type(leaf))
         for leaf in leaves
     ]
-    out = []
+    # `names` receives the path of each result, for messages.
+    names = []
 
     def one_worker(*leaves):
         args, kwargs = structure.unflatten(leaves)
         results, tree = jax.tree.flatten(fn(*args, **kwargs))
         paths = jax.tree_util.tree_flatten_with_path(tree.unflatten(results))[0]
-        out.extend(jax.tree_util.keystr(path) for path, _ in paths)
+        names.extend(jax.tree_util.keystr(path) for path, _ in paths)
         return results
 
     try:
         program = jax.make_jaxpr(on_abstract_devices(one_worker, sizes))(*leaves)
     except Exception:
-        # The function's own error comes, with less around it, when it is compiled.
+        # Compiling the function raises its own error, with a shorter traceback.
         return
-    reader = _Reader(sizes)
+    # Follow the origins of all arguments through the program. Every integer scalar is a
+    # counter, identified by its position.
+    interpreter = _JaxprInterpreter(sizes)
     origins = [
         _Origin(False, *[frozenset([] if leaf.shape else [i])] * 2)
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool
         else _Origin(True)
         for i, leaf in enumerate(leaves)
     ]
-    results = reader(program.jaxpr, origins)
-    for name, value, origin in zip(out, program.jaxpr.outvars, results, strict=True):
+    results = interpreter(program.jaxpr, origins)
+    # A counter that decides about collectives must not return with a later value that
+    # differs between workers.
+    for name, value, origin in zip(names, program.jaxpr.outvars, results, strict=True):
         aval: Any = value.aval
         is_counter = not aval.shape and jnp.issubdtype(aval.dtype, jnp.integer)
-        if is_counter and origin.own and origin.is_later & reader.deciding:
+        if is_counter and origin.own and origin.is_later & interpreter.deciding:
             raise ValueError(
                 f"the step counter that the function returns at {name} must be equal "
                 "on all workers, but a condition on this worker's own data keeps it "
-                "back: this worker would exchange with the others in the wrong step, "
-                f"or wait forever. {REMEDY}"
+                "back: this worker would communicate with the others in the wrong "
+                f"step, or wait forever. {REMEDY}"
             )
 
 
-class _Reader:
-    """Follows where values come from through a traced program.
+class _JaxprInterpreter:
+    """Propagates the origins of values through a jaxpr.
+
+    A call takes a jaxpr and the origins of its arguments, and returns the origins of
+    its results.
+
+    Args:
+      sizes: Mapping from the names of the worker axes to their sizes.
 
     Attributes:
-      deciding: The counters that decide about collectives, by their position.
+      deciding: Counters that decide whether a collective runs, by position.
+
+    Raises:
+      ValueError: A call raises it if one worker's own data decides whether a collective
+        runs.
     """
 
     def __init__(self, sizes: Mapping[str, int]):
         self._sizes = sizes
+        # Collectives over axes of size 1 do not wait for anyone.
         self._axes = tuple(name for name, size in sizes.items() if size > 1)
         self.deciding: set[int] = set()
 
-    def __call__(self, jaxpr: Any, args: list[_Origin]) -> list[_Origin]:
+    def __call__(self, jaxpr: Jaxpr, args: list[_Origin]) -> list[_Origin]:
+        origins: dict[Any, _Origin]
         origins = dict.fromkeys(jaxpr.constvars, COMMON)
         origins |= dict(zip(jaxpr.invars, args, strict=True))
 
@@ -162,7 +199,8 @@ class _Reader:
             origins |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _equation(self, equation: Any, values: list[_Origin]) -> list[_Origin]:
+    def _equation(self, equation: JaxprEqn, values: list[_Origin]) -> list[_Origin]:
+        """Returns the origins of the results of one equation."""
         name, count = equation.primitive.name, len(equation.outvars)
         if name == "axis_index":
             return [_Origin(True)] * count
@@ -174,6 +212,7 @@ class _Reader:
             return self._while(equation, values)
         if name == "scan":
             return self._scan(equation, values)
+        # A call of one inner program with the same arguments, such as `jit`.
         inner = [program for program, _ in inner_programs(equation)]
         if len(inner) == 1 and len(inner[0].invars) == len(values):
             if equation.params.get("name") == MARKER:
@@ -181,25 +220,33 @@ class _Reader:
             if equation.params.get("name") == VALUE_MARKER and values[0].own:
                 raise ValueError(
                     "value must be equal on all workers, because the optimizer reads "
-                    "it and would part their models, but it depends on this worker's "
-                    "own data: pass value=dj.average(loss) to update."
+                    "it and their models would diverge, but it depends on this "
+                    "worker's own data: pass value=dj.average(loss) to update."
                 )
             results = self(inner[0], values)
             if len(results) == count:
                 return results
         if name == "select_n":
             return [_chosen(values[0], values[1:])]
+        # By default, each result depends on all operands.
         return [_join([*values, *self._hidden(inner)], name in COUNTING)] * count
 
-    def _hidden(self, programs: list) -> list[_Origin]:
-        """What programs of unknown arguments add, such as `axis_index` in them."""
+    def _hidden(self, programs: list[Jaxpr]) -> list[_Origin]:
+        """Returns origins that arise inside inner programs, such as `axis_index`.
+
+        How the equation passes arguments to the programs is unknown.
+        """
         return [
             origin
             for program in programs
             for origin in self(program, [COMMON] * len(program.invars))
         ]
 
-    def _collective(self, equation: Any, values: list[_Origin]) -> list[_Origin]:
+    def _collective(self, equation: JaxprEqn, values: list[_Origin]) -> list[_Origin]:
+        """Returns the origins of a collective's results.
+
+        The results of a reduction over all workers are equal on all workers.
+        """
         axes = equation.params.get("axes", equation.params.get("axis_name"))
         axes = axes if isinstance(axes, tuple) else (axes,)
         gives_all = KINDS[equation.primitive.name] in ("all-reduce", "all-gather")
@@ -209,7 +256,7 @@ class _Reader:
         return [_join(values)] * len(equation.outvars)
 
     def _decide(self, origin: _Origin, what: str) -> None:
-        """Notes what a collective, or which collective, depends on."""
+        """Records that a value decides whether, or which, collective runs."""
         if origin.own:
             raise ValueError(
                 f"{what} must be equal on all workers where the function communicates, "
@@ -218,7 +265,8 @@ class _Reader:
             )
         self.deciding |= origin.counters
 
-    def _cond(self, equation: Any, values: list[_Origin]) -> list[_Origin]:
+    def _cond(self, equation: JaxprEqn, values: list[_Origin]) -> list[_Origin]:
+        """Returns the origins of the results of `lax.cond` or `lax.switch`."""
         condition, *operands = values
         branches = [branch.jaxpr for branch in equation.params["branches"]]
         if any(self._communicates(branch) for branch in branches):
@@ -226,43 +274,57 @@ class _Reader:
         results = [self(branch, operands) for branch in branches]
         return [_chosen(condition, each) for each in zip(*results, strict=True)]
 
-    def _while(self, equation: Any, values: list[_Origin]) -> list[_Origin]:
+    def _while(self, equation: JaxprEqn, values: list[_Origin]) -> list[_Origin]:
+        """Returns the origins of the results of `lax.while_loop`."""
         test, body = (equation.params[k].jaxpr for k in ("cond_jaxpr", "body_jaxpr"))
+        # Operands: constants of the condition, constants of the body, initial carry.
         first = equation.params["cond_nconsts"]
         second = first + equation.params["body_nconsts"]
         fixed, carry = values[first:second], values[second:]
-        carry = self._settle(lambda carry: self(body, [*fixed, *carry]), carry)
+        carry = self._fixed_point(lambda carry: self(body, [*fixed, *carry]), carry)
         condition = self(test, [*values[:first], *carry])[0]
         if self._communicates(test) or self._communicates(body):
             self._decide(condition, "the condition of a loop")
         return [_chosen(condition, [each]) for each in carry]
 
-    def _scan(self, equation: Any, values: list[_Origin]) -> list[_Origin]:
+    def _scan(self, equation: JaxprEqn, values: list[_Origin]) -> list[_Origin]:
+        """Returns the origins of the results of `lax.scan`."""
         body = equation.params["jaxpr"].jaxpr
-        # What is scanned has one axis more outside; JAX names the counts differently in
-        # each version.
+        # Operands: constants, initial carry, scanned arrays. Scanned arrays have one
+        # more axis outside of the loop. The parameters that hold the three counts have
+        # different names in different versions of JAX.
         num_rows = _longer(equation.invars, body.invars)
         num_carry = len(body.outvars) - _longer(equation.outvars, body.outvars)
         second = len(values) - num_rows
         first = second - num_carry
         fixed, carry, rows = values[:first], values[first:second], values[second:]
 
-        def turn(carry):
+        def iteration(carry):
             return self(body, [*fixed, *carry, *rows])
 
-        carry = self._settle(lambda carry: turn(carry)[: len(carry)], carry)
-        return [*carry, *turn(carry)[len(carry) :]]
+        carry = self._fixed_point(lambda carry: iteration(carry)[: len(carry)], carry)
+        return [*carry, *iteration(carry)[len(carry) :]]
 
     @staticmethod
-    def _settle(turn: Callable, carry: list[_Origin]) -> list[_Origin]:
-        """What a loop's values may come from, after any number of turns."""
+    def _fixed_point(
+        iteration: Callable[[list[_Origin]], list[_Origin]], carry: list[_Origin]
+    ) -> list[_Origin]:
+        """Returns the origins of a loop's carry after any number of iterations.
+
+        The loop below ends because origins only grow and there are finitely many.
+        """
         while True:
-            new = [_join(pair) for pair in zip(carry, turn(carry), strict=True)]
+            new = [_join(pair) for pair in zip(carry, iteration(carry), strict=True)]
             if new == carry:
                 return carry
             carry = new
 
-    def _communicates(self, jaxpr: Any) -> bool:
+    def _communicates(self, jaxpr: Jaxpr) -> bool:
+        """Returns whether a program, or any program in it, has a collective.
+
+        A primitive that this library does not know may be a collective, too.
+        """
+
         def axes(equation):
             found = equation.params.get("axes", equation.params.get("axis_name", ()))
             return found if isinstance(found, tuple) else (found,)

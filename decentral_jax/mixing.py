@@ -152,7 +152,9 @@ def average(tree: Tree, axis_name: AxisName = "workers") -> Tree:
       Array([0.75, 0.75], dtype=float32)
     """
     check_arrays("tree", tree)
-    return WorkerAxis.bind(axis_name).mean(jax.tree.map(_as_inexact, tree))
+    tree = jax.tree.map(_as_inexact, tree)
+    check_dtypes("tree", tree, jnp.inexact)
+    return WorkerAxis.bind(axis_name).mean(tree)
 
 
 def _as_inexact(x: jax.typing.ArrayLike) -> jax.typing.ArrayLike:

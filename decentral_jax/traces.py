@@ -1,8 +1,8 @@
-"""Arrival traces: whose gradient reaches the master at each tick, and how stale it is.
+"""Arrival traces: which worker's gradient arrives at each tick, and how stale it is.
 
-A trace is all that is random about an asynchronous run: with it `dj.asynchronous`
-replays the run exactly. Traces are made here from an idea of the workers' speeds, or
-recorded by `decentral_jax.engine`.
+A trace captures all randomness of an asynchronous run, so `dj.asynchronous` can replay
+the run exactly. This module generates traces from models of the workers' speeds.
+`decentral_jax.engine` records the traces of real runs.
 """
 
 import dataclasses
@@ -19,19 +19,23 @@ __all__ = ["Trace", "from_speeds", "load", "round_robin", "uniform_delay"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace:
-    r"""Arrivals at a master, one a tick.
+    r"""The sequence of gradients that arrive at a master, one per tick.
 
-    At tick :math:`k` the gradient of worker :math:`w_k`, taken at the iterate
-    :math:`x_{k - \tau_k}`, is applied to :math:`x_k`.
+    At tick :math:`k`, the master applies the gradient of worker :math:`w_k` to
+    :math:`x_k`. The worker computed this gradient at the iterate
+    :math:`x_{k - \tau_k}`.
 
     Attributes:
-      workers: :math:`w_k`, shape `[K]`, int32.
-      staleness: :math:`\tau_k`, from 0 to :math:`k`, shape `[K]`, int32.
-      num_workers: The number of workers n.
+      workers: Worker :math:`w_k` at each tick, shape `[K]`, int32.
+      staleness: Staleness :math:`\tau_k` at each tick, from 0 to :math:`k`, shape
+        `[K]`, int32.
+      num_workers: Number of workers n.
 
     Raises:
-      ValueError: If the arrays differ in length or are empty, a worker is unknown, or a
-        gradient would be taken at an iterate before the first.
+      TypeError: If `num_workers` is not an integer.
+      ValueError: If the arrays are empty or differ in length, any worker is not below
+        `num_workers`, or any staleness is negative or refers to an iterate before the
+        first one.
     """
 
     workers: np.ndarray
@@ -41,21 +45,23 @@ class Trace:
     def __post_init__(self):
         n = check_int("num_workers", self.num_workers, minimum=1)
         object.__setattr__(self, "num_workers", n)
+        # Convert both arrays to read-only int32.
         for name in ("workers", "staleness"):
             value = np.asarray(getattr(self, name))
             if value.ndim != 1 or value.dtype.kind not in "iu" or not value.size:
                 raise ValueError(
-                    f"{name} must be integers, one a tick, at least one; got shape "
-                    f"{value.shape}, dtype {value.dtype}."
+                    f"{name} must be a nonempty vector of integers, at least one, with "
+                    f"one entry per tick; got shape {value.shape}, dtype {value.dtype}."
                 )
             value = value.astype(np.int32)
             value.setflags(write=False)
             object.__setattr__(self, name, value)
         if self.workers.shape != self.staleness.shape:
             raise ValueError(
-                f"staleness must have an entry for each of workers, "
+                "staleness must have as many entries as workers, "
                 f"{len(self.workers)}, got {len(self.staleness)}."
             )
+        # Report the first tick with an invalid worker or staleness.
         unknown = (self.workers < 0) | (self.workers >= n)
         if unknown.any():
             k = int(np.argmax(unknown))
@@ -68,16 +74,21 @@ class Trace:
         if early.any():
             k = int(np.argmax(early))
             raise ValueError(
-                f"staleness at tick {k} must be from 0 to {k}, the updates so far, got "
-                f"{self.staleness[k]}."
+                f"staleness at tick {k} must be from 0 to {k}, the number of updates "
+                f"so far, got {self.staleness[k]}."
             )
 
     def __len__(self) -> int:
-        """The number of ticks K."""
+        """Returns the number of ticks K."""
         return len(self.workers)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the trace to a NumPy `.npz` file."""
+        """Writes the trace to a NumPy `.npz` file.
+
+        Args:
+          path: Path of the file, used as is, without an added extension.
+        """
+        # `savez` would append ".npz" to a path, but not to an open file.
         with open(path, "wb") as file:
             np.savez_compressed(
                 file,
@@ -88,23 +99,49 @@ class Trace:
 
 
 def load(path: str | os.PathLike) -> Trace:
-    """Reads what `Trace.save` wrote.
+    """Reads a trace that `Trace.save` wrote.
+
+    Args:
+      path: Path of the file.
+
+    Returns:
+      The trace.
 
     Raises:
-      FileNotFoundError: If there is no such file.
-      ValueError: If it is no trace.
+      FileNotFoundError: If the file does not exist.
+      ValueError: If the file does not hold a valid trace.
     """
     try:
         with np.load(path) as file:
             return Trace(file["workers"], file["staleness"], int(file["num_workers"]))
     except FileNotFoundError:
         raise
-    except Exception as error:  # a broken archive raises nearly anything
+    except Exception as error:  # NumPy and zipfile raise many types for broken files.
         raise ValueError(f"{path} is not a trace: {error}.") from error
 
 
 def round_robin(num_workers: int, num_ticks: int) -> Trace:
-    """Workers of one speed: each in turn, `num_workers - 1` ticks stale at last."""
+    """Returns the trace of equally fast workers, which take turns.
+
+    The staleness grows to `num_workers - 1` ticks and stays there.
+
+    Args:
+      num_workers: Number of workers.
+      num_ticks: Number of arrivals K.
+
+    Returns:
+      The trace.
+
+    Raises:
+      TypeError: If any argument is not an integer.
+      ValueError: If any argument is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> trace = dj.traces.round_robin(3, 5)
+      >>> trace.workers.tolist(), trace.staleness.tolist()
+      ([0, 1, 2, 0, 1], [0, 1, 2, 2, 2])
+    """
     n = check_int("num_workers", num_workers, minimum=1)
     ticks = np.arange(check_int("num_ticks", num_ticks, minimum=1))
     return Trace(ticks % n, np.minimum(ticks, n - 1), n)
@@ -113,20 +150,30 @@ def round_robin(num_workers: int, num_ticks: int) -> Trace:
 def from_speeds(
     seconds: ArrayLike, num_ticks: int, *, jitter: float = 0.0, seed: int = 0
 ) -> Trace:
-    """Workers that take a time each for a gradient, and start again at once.
+    """Returns the trace of workers that compute gradients at given speeds.
+
+    Each worker starts its next gradient immediately after the last one arrives.
+    Simultaneous arrivals come in the order of the workers.
 
     Args:
-      seconds: Mean time of a gradient of each worker, positive, shape `[n]`.
-      num_ticks: Arrivals.
-      jitter: Standard deviation of the logarithm of a gradient's time; 0 for always the
-        mean. Arrivals at one moment come in the workers' order.
-      seed: Of the jitter.
+      seconds: Mean time per gradient of each worker, in seconds, positive, shape `[n]`.
+      num_ticks: Number of arrivals K.
+      jitter: Standard deviation of the logarithm of the time per gradient. If 0, each
+        gradient takes exactly the mean time.
+      seed: Seed for the random numbers of the jitter.
 
     Returns:
-      The trace; a worker's staleness is the number of arrivals since its last one.
+      The trace. The staleness is the number of arrivals since the worker's last one.
 
     Raises:
-      ValueError: If a time is not positive, or a number out of range.
+      TypeError: If `num_ticks` or `seed` is not an integer.
+      ValueError: If any time is not positive, or any other argument is out of range.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> trace = dj.traces.from_speeds([1.0, 2.5], 6)  # the second worker is slow
+      >>> trace.workers.tolist(), trace.staleness.tolist()
+      ([0, 0, 1, 0, 0, 0], [0, 0, 2, 1, 0, 0])
     """
     means = np.asarray(seconds, np.float64)
     if (
@@ -134,19 +181,23 @@ def from_speeds(
         or not means.size
         or not (np.isfinite(means) & (means > 0)).all()
     ):
-        raise ValueError(f"seconds must be positive, one a worker, got {seconds!r}.")
+        raise ValueError(
+            f"seconds must be positive, with one entry per worker, got {seconds!r}."
+        )
     num_ticks = check_int("num_ticks", num_ticks, minimum=1)
     if not 0 <= jitter < np.inf:
         raise ValueError(f"jitter must be at least 0 and finite, got {jitter!r}.")
     rng = np.random.default_rng(check_int("seed", seed, minimum=0))
 
     def duration(worker):
-        # The logarithmic normal's mean is kept.
+        # A log-normal factor with mean 1.
         factor = np.exp(jitter * rng.standard_normal() - jitter**2 / 2)
         return means[worker] * factor
 
+    # A heap of (time of arrival, worker).
     events = [(duration(worker), worker) for worker in range(len(means))]
     heapq.heapify(events)
+    # received[i]: number of updates in the parameters that worker i computes with.
     received = np.zeros(len(means), int)
     workers, staleness = np.zeros((2, num_ticks), int)
     for k in range(num_ticks):
@@ -160,18 +211,24 @@ def from_speeds(
 def uniform_delay(
     max_delay: int, num_ticks: int, *, num_workers: int = 1, seed: int = 0
 ) -> Trace:
-    r"""Artificial delay: each gradient is taken at one of the last iterates.
+    r"""Returns a trace with random artificial delays.
 
-    :math:`\tau_k` is uniform on :math:`0, \dots, \min(k, D)`. Workers take turns.
+    The staleness :math:`\tau_k` is uniform on :math:`0, \dots, \min(k, D)`. The workers
+    take turns.
 
     Args:
-      max_delay: :math:`D`, at least 0.
-      num_ticks: Arrivals.
-      num_workers: Workers; one is enough, as the delay is artificial.
-      seed: Of the delays.
+      max_delay: Maximum delay :math:`D` in ticks, at least 0.
+      num_ticks: Number of arrivals K.
+      num_workers: Number of workers. One suffices, because the delays do not depend on
+        it.
+      seed: Seed for the random delays.
 
     Returns:
-      The trace. Its replay keeps up to D iterates.
+      The trace. A replay stores up to :math:`D` past iterates.
+
+    Raises:
+      TypeError: If any argument is not an integer.
+      ValueError: If any argument is out of range.
 
     References:
       Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient

@@ -1,13 +1,12 @@
-"""Checks of arguments, so that bad input fails early and always in the same words.
+"""Argument checks shared by several modules, so that bad input fails early.
 
-Every message names the argument, the value it had and what to pass instead. Only
-checks that several rooms need live here.
+Every message names the argument, its value, and what to pass instead.
 """
 
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,22 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+Tree = TypeVar("Tree")
+
 
 def check_static(name: str, value: Any, kind: str, arrays: Any = jax.Array) -> None:
-    """Checks that a value which shapes the program is not an injected array.
+    """Checks that a value that determines the program is not an array.
+
+    `optax.inject_hyperparams` converts arguments to arrays unless told otherwise.
 
     Args:
-      name: The argument's name, for the message.
+      name: Name of the argument, for the message.
       value: The value.
       kind: What the argument must be, for the message.
-      arrays: The types refused; `Tracer` where arrays with known entries may pass.
+      arrays: Types to refuse. Pass `Tracer` to accept arrays with known entries.
+
+    Raises:
+      TypeError: If `value` is an instance of `arrays`.
     """
     if isinstance(value, arrays):
         raise TypeError(
@@ -34,7 +40,20 @@ def check_static(name: str, value: Any, kind: str, arrays: Any = jax.Array) -> N
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
-    """Returns `value` as an int, or says that it is no integer >= `minimum`."""
+    """Returns `value` as an `int`.
+
+    Args:
+      name: Name of the argument, for the message.
+      value: The value.
+      minimum: Smallest allowed value.
+
+    Returns:
+      The integer.
+
+    Raises:
+      TypeError: If `value` is not an integer.
+      ValueError: If `value` is below `minimum`.
+    """
     check_static(name, value, "a Python integer")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -49,23 +68,31 @@ def check_int(name: str, value: Any, minimum: int) -> int:
 
 
 def check_interval(
-    name: str, value: Any, low: float, high: float, closed: str = "both"
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    closed: Literal["both", "left", "right", "neither"] = "both",
 ) -> Any:
-    """Returns a number between `low` and `high`, or says that it is none.
+    """Returns a number between `low` and `high`.
 
-    A value that `optax.inject_hyperparams` has made an array stays one, at least
-    float32; `fitted` gives it the dtype of what it meets. Traced values
-    pass unchecked: they are not known yet.
+    If `optax.inject_hyperparams` has converted the value to an array, the result is an
+    array of at least float32. Traced values pass unchecked, because they are not known
+    yet.
 
     Args:
-      name: The argument's name, for the message.
-      value: The number, an array of one number, or a tracer.
-      low: The lower end.
-      high: The upper end.
-      closed: Which ends are allowed: "both", "left", "right" or "neither".
+      name: Name of the argument, for the message.
+      value: A number, an array of shape `()`, or a tracer.
+      low: Lower bound.
+      high: Upper bound.
+      closed: Which bounds are allowed values: "both", "left", "right", or "neither".
 
     Returns:
       A float, or an array of shape `()` if `value` is a JAX array.
+
+    Raises:
+      TypeError: If `value` is not a number.
+      ValueError: If `value` is out of range or not finite.
     """
     if isinstance(value, (bool, str)) or np.ndim(value) != 0:
         raise TypeError(f"{name} must be a number, got {value!r}: pass a float.")
@@ -78,6 +105,7 @@ def check_interval(
             f"{name} must be a number, got {value!r} of type {type(value).__name__}: "
             "pass a float."
         ) from None
+    # Comparisons with NaN are false, so `isfinite` also reports NaN.
     above = number >= low if closed in ("both", "left") else number > low
     below = number <= high if closed in ("both", "right") else number < high
     if not (math.isfinite(number) and above and below):
@@ -91,7 +119,7 @@ def check_interval(
 
 
 def _as_wide_float(value: jax.Array) -> jax.Array:
-    """Integers as floats, half precision as float32."""
+    """Converts integers to floats, and half precision to float32."""
     if not jnp.issubdtype(value.dtype, jnp.floating):
         return value.astype(jnp.result_type(float))
     return value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
@@ -104,14 +132,14 @@ def check_learning_rate(value: Any, name: str = "learning_rate") -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Checks that a word is one of `choices`."""
+    """Checks that a value is one of `choices`."""
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
 
 
 def check_axis_name(axis_name: Any) -> None:
-    """Checks that an axis name is a string or a tuple of different strings."""
+    """Checks that an axis name is a string or a tuple of distinct strings."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) and name for name in names):
         raise TypeError(
@@ -123,7 +151,7 @@ def check_axis_name(axis_name: Any) -> None:
 
 
 def check_optimizer(name: str, value: Any) -> None:
-    """Checks that a value is an optax optimizer, not the function that makes one."""
+    """Checks that a value is an optax optimizer, not a constructor of optimizers."""
     check_not_multi_steps(name, value)
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
@@ -133,7 +161,7 @@ def check_optimizer(name: str, value: Any) -> None:
 
 
 def check_not_multi_steps(name: str, value: Any) -> None:
-    """Checks that a value is not `optax.MultiSteps`, which is no transformation."""
+    """Checks that a value is not `optax.MultiSteps`, which is not a transformation."""
     if isinstance(value, optax.MultiSteps):
         raise TypeError(
             f"{name} must be an optax optimizer, got optax.MultiSteps: pass "
@@ -142,9 +170,19 @@ def check_not_multi_steps(name: str, value: Any) -> None:
 
 
 def as_table(name: str, value: Any, fill: float) -> np.ndarray:
-    """A number, or a number a worker, as an array; short rows are filled up.
+    """Converts a number, or one number per worker, to a float64 array.
 
-    Rows of differing lengths are hubs of differing size.
+    Args:
+      name: Name of the argument, for the message.
+      value: A number, one number per worker, or one row of numbers per hub. The rows
+        may have different lengths, because hubs may have different sizes.
+      fill: Value that fills up short rows.
+
+    Returns:
+      An array of shape `()`, `[n]`, or `[hubs, workers]`.
+
+    Raises:
+      TypeError: If `value` is not known before tracing or does not hold numbers.
     """
     check_static(name, value, "numbers", Tracer)
     try:
@@ -158,12 +196,21 @@ def as_table(name: str, value: Any, fill: float) -> np.ndarray:
     except (TypeError, ValueError):
         raise TypeError(
             f"{name} must hold numbers, got {value!r}: pass a number, an array with "
-            "one entry a worker, or a list of rows, one a hub."
+            "one entry per worker, or a list of rows, one per hub."
         ) from None
 
 
-def require_params(params: Any, who: str) -> Any:
-    """Returns the parameters that a transformation was handed, or says they lack."""
+def require_params(params: Tree | None, who: str) -> Tree:
+    """Returns the parameters that were passed to a transformation.
+
+    Args:
+      params: The parameters.
+      who: Name of the transformation, for the message.
+
+    Raises:
+      TypeError: If any leaf is not an array.
+      ValueError: If `params` is None.
+    """
     if params is None:
         raise ValueError(
             f"{who} needs params, got None: call update(grads, state, params)."
@@ -173,35 +220,45 @@ def require_params(params: Any, who: str) -> Any:
 
 
 def check_nobody_missing(extra_args: Mapping[str, Any], who: str) -> None:
-    """Checks that a transformation that needs all workers is not told `active`."""
+    """Checks that `active` is not passed to a transformation that needs all workers."""
     if extra_args.get("active") is not None:
         raise ValueError(
-            f"{who} cannot leave workers out, but was given active: call update "
+            f"{who} cannot leave workers out, but received active: call update "
             "without it, or use gossip, track_gradients, accelerated_tracking or "
             "compressed_gossip."
         )
 
 
 def check_arrays(name: str, tree: Any) -> None:
-    """Checks that all leaves are arrays or numbers, not functions or words."""
+    """Checks that all leaves are arrays or numbers, not functions or strings."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         is_array = hasattr(leaf, "dtype") or hasattr(leaf, "__jax_array__")
         if not is_array and not isinstance(leaf, numbers.Number):
             raise TypeError(
                 f"{name} must hold arrays, got {leaf!r} of type "
-                f"{type(leaf).__name__} at {_where(path)}: split the tree and pass the "
-                "arrays alone, in Equinox with params, static = "
-                "eqx.partition(model, eqx.is_inexact_array), and put the model "
-                "together in the loss with eqx.combine(params, static)."
+                f"{type(leaf).__name__} at {_where(path)}: split the tree and pass "
+                "only the arrays. In Equinox, use params, static = "
+                "eqx.partition(model, eqx.is_inexact_array), and combine them in the "
+                "loss with eqx.combine(params, static)."
             )
 
 
-def _where(path: Any) -> str:
+def _where(path: tuple[Any, ...]) -> str:
+    """Returns the path of a leaf in words."""
     return jax.tree_util.keystr(path) or "the top"
 
 
 def check_dtypes(name: str, tree: Any, kind: Any) -> None:
-    """Checks that all leaves are of a kind: `jnp.floating`, or `jnp.inexact`."""
+    """Checks that all leaves have a dtype of the kind `jnp.floating` or `jnp.inexact`.
+
+    Args:
+      name: Name of the argument, for the message.
+      tree: The argument.
+      kind: Abstract dtype, `jnp.floating` or `jnp.inexact`.
+
+    Raises:
+      TypeError: If any leaf is not an array or has another dtype.
+    """
     check_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         dtype = jnp.result_type(leaf)
@@ -214,7 +271,18 @@ def check_dtypes(name: str, tree: Any, kind: Any) -> None:
 
 
 def check_trees(name: str, tree: Any, like: Any = None) -> None:
-    """Checks that a tree has floating-point leaves, and the structure of another."""
+    """Checks that a tree has floating-point leaves, and the structure of another tree.
+
+    Args:
+      name: Name of the argument, for the message.
+      tree: The argument.
+      like: The tree whose structure and shapes `tree` must have, or None.
+
+    Raises:
+      TypeError: If any leaf is not a floating-point array.
+      ValueError: If the tree has no leaves, or another structure or other shapes than
+        `like`.
+    """
     if not jax.tree.leaves(tree):
         raise ValueError(f"{name} must hold at least one array, got {tree!r}.")
     check_dtypes(name, tree, jnp.floating)
@@ -233,12 +301,12 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def check_leading_axes(name: str, tree: Any, shape: tuple[int, ...]) -> None:
-    """Checks that every leaf is an array that starts with the workers' axes."""
+    """Checks that every leaf is an array with the leading axes of the workers."""
     check_arrays(name, tree)
     for path, leaf in jax.tree.leaves_with_path(tree):
         if np.shape(leaf)[: len(shape)] != shape:
             raise ValueError(
-                f"{name} must have the leading axes {shape}, one entry a worker, got "
+                f"{name} must have the leading axes {shape}, one entry per worker, got "
                 f"shape {np.shape(leaf)} at {_where(path)}: stack the workers' "
-                "values, or use .replicate for a value that all share."
+                "values, or use .replicate for a value that all workers share."
             )

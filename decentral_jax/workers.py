@@ -1,8 +1,8 @@
-"""Where workers live: which device runs whom, and how state and data get there.
+"""Placement of workers on devices, and of their state and data.
 
-`Workers(n)` lays n workers out over the devices there are: one a device, several a
-device (folding), or all on one. A step written for one worker runs unchanged in each
-layout, and gives the same numbers.
+`Workers(n)` places n workers on the available devices: one worker per device, several
+workers per device (folding), or all workers on one device. A step that is written for
+one worker runs unchanged in each layout and returns the same numbers.
 """
 
 import contextlib
@@ -40,34 +40,38 @@ __all__ = ["Workers"]
 
 AUTO = AxisType.Auto
 
+Sharding = NamedSharding | SingleDeviceSharding
+
 
 class Workers:
-    """A number of workers on the devices at hand.
+    """A group of workers, placed on devices.
 
-    - As many devices as workers, or more: one worker a device.
-    - Fewer: the workers are folded, equally many a device.
-    - One device: all workers in one `jax.vmap`.
+    - With at least as many devices as workers, each device runs one worker.
+    - With fewer devices, each device runs the same number of workers (folding).
+    - On one device, all workers run in one `jax.vmap`.
 
     Args:
-      shape: The number of workers; or a mapping such as `{"hub": 4, "worker": 2}` from
-        the names of nested axes to their sizes, the outermost first. Outer axes are
-        split over devices first.
-      devices: The devices to use; all of `jax.devices()` if None.
-      axis_name: The worker axis's name, if `shape` is a number.
+      shape: Number of workers; or a mapping from the names of nested worker axes to
+        their sizes, the outermost axis first, such as `{"hub": 4, "worker": 2}`. Outer
+        axes are split over devices first.
+      devices: Devices to use. If None, uses all of `jax.devices()`.
+      axis_name: Name of the worker axis, if `shape` is a number.
 
     Attributes:
-      axis_name: The worker axis, for transformations; a tuple for a named shape.
-      num_workers: The number of workers.
-      num_devices: The number of devices in use.
-      sizes: The names of the worker axes and their sizes.
-      sharding: Of arrays with leading worker axes, each worker's part where it lives.
-      everywhere: Of arrays that all devices hold whole.
+      axis_name: Name of the worker axis, to pass to transformations. A tuple of names
+        if `shape` is a mapping.
+      num_workers: Number of workers.
+      num_devices: Number of devices in use.
+      sizes: Mapping from the names of the worker axes to their sizes.
+      sharding: Sharding of arrays with leading worker axes. Each worker's part is on
+        the worker's device.
+      replicated: Sharding of arrays that every device holds in full.
 
     Raises:
-      TypeError: If a size is no integer.
-      ValueError: If a size is below 1, there is no device, the workers do not divide
-        over the devices, or another process has other workers.
-      TimeoutError: If another process does not make its workers in time.
+      TypeError: If any size is not an integer.
+      ValueError: If any size is below 1, `devices` is empty, the workers cannot be
+        divided evenly over the devices, or another process has different workers.
+      TimeoutError: If another process does not create its workers in time.
 
     Example:
       >>> import decentral_jax as dj, jax.numpy as jnp
@@ -83,6 +87,7 @@ class Workers:
         devices: Sequence[Any] | None = None,
         axis_name: str = "workers",
     ):
+        # Convert `shape` to a mapping from axis names to sizes.
         if isinstance(shape, Mapping):
             if not shape:
                 raise ValueError(
@@ -104,40 +109,48 @@ class Workers:
         self.num_workers = int(np.prod(self.shape))
 
         if devices is None:
-            # Before anything is run together, which would hang.
+            # Compare the workers of all processes now: a difference would later show
+            # as a hang.
             agree("workers", sizes)
         devices = list(jax.devices() if devices is None else devices)
         if not devices:
             raise ValueError("devices must hold at least one device, got none.")
         devices = devices[: self.num_workers]
-        # Split outer axes over devices first: inner levels then talk inside a device.
+        # Split outer axes over the devices first, so that inner levels communicate
+        # within a device. `split` holds the number of parts of each axis, `left` the
+        # number of devices for the remaining axes.
         split, left = [], len(devices)
         for size in self.shape:
             split.append(int(np.gcd(size, left)))
             left //= split[-1]
         if left != 1:
             fit = max(d for d in range(1, len(devices)) if self.num_workers % d == 0)
+            # Suggest the largest number of devices that works.
             raise ValueError(
                 f"shape={shape} does not divide over {len(devices)} devices: pass "
                 f"devices=jax.devices()[:{fit}], or a number of workers that is a "
                 "multiple of the number of devices."
             )
         self.num_devices = len(devices)
-        # An axis that lies whole on the mesh, or whole in a device, keeps its name; one
-        # that is split between both becomes two.
+        # An axis that lies entirely on the mesh, or entirely within a device, keeps its
+        # name. An axis that is split between both becomes two axes, with the suffixes
+        # DEVICES and VIRTUAL. `_virtual` maps the name of each axis with a part within
+        # a device to the name and size of that part.
         self._virtual = {
             name: (name + VIRTUAL * (parts > 1), size // parts)
             for name, size, parts in zip(names, self.shape, split, strict=True)
             if parts < size or self.num_devices == 1
         }
+        # The name of each axis's part on the mesh, or None if it has none.
         on_mesh = [
             None if parts == 1 < size else name + DEVICES * (parts < size)
             for name, size, parts in zip(names, self.shape, split, strict=True)
         ]
-        self.sharding: NamedSharding | SingleDeviceSharding
-        self.everywhere: NamedSharding | SingleDeviceSharding
+        self.sharding: Sharding
+        self.replicated: Sharding
         if self.num_devices == 1:
-            self.sharding = self.everywhere = SingleDeviceSharding(devices[0])
+            # No worker axis is on the mesh.
+            self.sharding = self.replicated = SingleDeviceSharding(devices[0])
             self._mesh = Mesh(np.array(devices), ("device",), axis_types=(AUTO,))
         else:
             axes = {
@@ -149,8 +162,8 @@ class Workers:
                 axis_types=(AUTO,) * len(axes),
             )
             self.sharding = NamedSharding(self._mesh, PartitionSpec(*on_mesh))
-            self.everywhere = NamedSharding(self._mesh, PartitionSpec())
-        # Compiled once for each tree, not in each call.
+            self.replicated = NamedSharding(self._mesh, PartitionSpec())
+        # Both caches avoid a new compilation in each call.
         self._copies = jax.jit(self._stack_copies, out_shardings=self.sharding)
         self._functions = functools.lru_cache(maxsize=128)(self._compiled)
 
@@ -158,31 +171,33 @@ class Workers:
         return f"Workers({self.num_workers} on {self.num_devices} devices)"
 
     def replicate(self, tree: Any) -> Any:
-        """Gives every worker its own copy of one worker's tree.
+        """Gives every worker a copy of one worker's tree.
 
         Args:
           tree: A pytree of arrays, such as a Flax `TrainState`.
 
         Returns:
-          The tree with a leading worker axis (one for each named axis), on the devices.
+          The same tree with leading worker axes, on the workers' devices.
 
         Raises:
-          TypeError: If a leaf is not an array.
+          TypeError: If any leaf is not an array.
         """
         check_arrays("tree", tree)
         if self.sharding.is_fully_addressable:
-            # Arrays that live on other devices would not enter the program.
-            tree = jax.device_put(tree, self.everywhere)
+            # A jitted function does not accept arrays that are committed to devices
+            # other than its own.
+            tree = jax.device_put(tree, self.replicated)
         with self._own_mesh():
             return self._copies(tree)
 
     def _stack_copies(self, tree: Any) -> Any:
+        """Broadcasts every leaf to the leading worker axes."""
         return jax.tree.map(
             lambda x: jnp.broadcast_to(x, self.shape + jnp.shape(x)), tree
         )
 
     def _own_mesh(self) -> contextlib.AbstractContextManager:
-        """These workers' mesh in place of one that the caller has set."""
+        """Returns a context that replaces the caller's mesh by these workers' mesh."""
         present = jax.sharding.get_abstract_mesh()
         if present.empty or present == self._mesh.abstract_mesh:
             return contextlib.nullcontext()
@@ -190,11 +205,12 @@ class Workers:
 
     @property
     def local(self) -> np.ndarray:
-        """The workers that live in this process, by number; all if it is alone."""
+        """Numbers of the workers in this process; all workers in a single process."""
         return np.arange(self.num_workers).reshape(self.shape)[self._local_part()]
 
     def _local_part(self) -> tuple[slice, ...]:
-        """What this process holds of an array of all workers, one block."""
+        """Returns the slices of this process's block of an array of all workers."""
+        # The union of the parts on this process's devices is one contiguous block.
         parts = self.sharding.addressable_devices_indices_map(self.shape).values()
         return tuple(
             slice(
@@ -205,26 +221,28 @@ class Workers:
         )
 
     def shard(self, tree: Any, local: bool = False) -> Any:
-        """Puts each worker's part of a tree where the worker lives.
+        """Puts each worker's part of a tree on the worker's device.
 
         Args:
-          tree: A pytree whose leaves have a leading worker axis (one for each named
-            axis), such as a batch `[8, per_worker_batch, ...]`.
-          local: Whether each process passes only what belongs to its own workers,
-            `Workers.local`, instead of all workers' data.
+          tree: A pytree of arrays with leading worker axes (one per named axis), such
+            as a batch of shape `[8, per_worker_batch, ...]`.
+          local: Whether each process passes only the data of its own workers,
+            `Workers.local`, instead of the data of all workers.
 
         Returns:
-          The same tree on the devices.
+          The same tree on the workers' devices.
 
         Raises:
-          TypeError: If a leaf is not an array.
-          ValueError: If a leaf's leading axes are not the workers'.
+          TypeError: If any leaf is not an array.
+          ValueError: If any leaf lacks the leading worker axes.
         """
         shape = self.local.shape if local else self.shape
         check_leading_axes("tree", tree, shape)
         if self.sharding.is_fully_addressable:
             return jax.device_put(tree, self.sharding)
 
+        # With several processes, `device_put` places only arrays that already span all
+        # processes. Each process contributes its own part of other arrays.
         def put(x):
             if isinstance(x, jax.Array) and not x.is_fully_addressable:
                 return jax.device_put(x, self.sharding)
@@ -234,71 +252,74 @@ class Workers:
                 return jax.make_array_from_process_local_data(self.sharding, x, whole)
             return jax.make_array_from_callback(x.shape, self.sharding, x.__getitem__)
 
-        return jax.tree.map(lambda x: like_before(put(as_numbers(x)), x), tree)
+        return jax.tree.map(lambda x: wrap_keys(put(unwrap_keys(x)), x), tree)
 
     def gather(self, tree: Any) -> Any:
-        """All workers' values as NumPy arrays, in every process.
+        """Returns the values of all workers as NumPy arrays, in every process.
 
         Args:
           tree: A pytree with leading worker axes, as `spmd` functions return it.
 
         Returns:
-          The tree of NumPy arrays; of typed PRNG keys, their `jax.random.key_data`.
+          The tree of NumPy arrays. Typed PRNG keys are returned as their
+          `jax.random.key_data`.
 
         Raises:
-          ValueError: If another process gathers another tree or runs something else.
-          TimeoutError: If another process does not come to this call in time.
+          ValueError: If another process gathers a different tree or runs something
+            else.
+          TimeoutError: If another process does not reach this call in time.
         """
 
-        def is_elsewhere(x):
+        def is_remote(x):
             return isinstance(x, jax.Array) and not x.is_fully_addressable
 
         def fetch(x):
-            x = as_numbers(x)
+            x = unwrap_keys(x)
             if not np.size(x):
-                # JAX 0.10 cannot put the parts of an array without entries together.
+                # JAX 0.10 cannot assemble the parts of an array without entries.
                 return np.zeros(np.shape(x), jnp.result_type(x))
-            if is_elsewhere(x):
+            if is_remote(x):
                 return multihost_utils.process_allgather(x, tiled=True)
             return np.asarray(x)
 
-        types = [str(jax.typeof(x)) for x in jax.tree.leaves(tree) if is_elsewhere(x)]
+        types = [str(jax.typeof(x)) for x in jax.tree.leaves(tree) if is_remote(x)]
         if not types:
             return jax.tree.map(fetch, tree)
         with calls("gather"):
-            # A process that gathers alone would wait forever.
+            # A process that gathers alone, or gathers other arrays, would hang.
             digest = hashlib.sha256(str(types).encode()).hexdigest()[:12]
             agree("gather", {"arrays": len(types), "digest": digest})
             return jax.tree.map(fetch, tree)
 
     def spmd(
-        self, fn: Callable, donate_argnums: int | Sequence[int] = ()
+        self, fn: Callable[..., Any], donate_argnums: int | Sequence[int] = ()
     ) -> Callable[..., Any]:
-        """Runs a function written for one worker on all of them, compiled.
+        """Compiles a function of one worker to run on all workers.
 
-        A worker's program must not depend on its own data where it communicates: if
-        one worker enters a branch with an exchange and another one does not, they wait
-        for each other forever. Such a branch, and a step counter that one worker alone
-        keeps back, is an error in every layout when the function is first traced.
+        Where a worker communicates, its control flow must not depend on its own data.
+        If one worker enters a branch with a collective and another worker does not,
+        they wait for each other forever. Such a branch is an error in every layout when
+        the function is first traced. A step counter that only some workers advance is
+        an error, too.
 
         Args:
-          fn: Takes and returns one worker's pytrees; talks to the others through
-            collectives over `axis_name`.
-          donate_argnums: Positions of arguments whose memory the result may take over,
-            such as the training state.
+          fn: Function that takes and returns one worker's pytrees. It communicates with
+            other workers through collectives over `axis_name`.
+          donate_argnums: Positions of arguments to donate: their memory may be reused
+            for the results. Use it for the training state.
 
         Returns:
-          A jitted function of trees with leading worker axes, passed by position or by
-          keyword. Calls with the same `fn` share one compiled program.
+          A jitted function of trees with leading worker axes, which accepts positional
+          and keyword arguments. Calls with the same `fn` share one compiled program.
 
         Raises:
-          TypeError: If `fn` is not callable; when called with a leaf that is not an
-            array.
-          ValueError: When called with a leaf whose leading axes are not the workers';
-            if the function communicates in a branch, or counts steps, by a condition
-            that depends on one worker's own data; or if another process would run
-            another program.
-          TimeoutError: If another process does not come to this program in time.
+          TypeError: If `fn` is not callable. The returned function raises it if any
+            leaf is not an array.
+          ValueError: The returned function raises it if any leaf lacks the leading
+            worker axes; if a branch with a collective, or a step counter, depends on
+            one worker's own data; or if another process would run a different program.
+          TimeoutError: The returned function raises it if another process does not
+            reach this program in time.
         """
         if not callable(fn):
             raise TypeError(f"fn must be a function of one worker's trees, got {fn!r}.")
@@ -309,85 +330,99 @@ class Workers:
         )
         try:
             return self._functions(fn, donated)
-        except TypeError:  # a callable that cannot be hashed
+        except TypeError:  # Not hashable, so not cacheable.
             return self._compiled(fn, donated)
 
-    def _compiled(self, fn: Callable, donate_argnums: tuple[int, ...]) -> "_Spmd":
+    def _compiled(
+        self, fn: Callable[..., Any], donate_argnums: tuple[int, ...]
+    ) -> "_Spmd":
+        """Returns `spmd(fn)`, not cached."""
+
         @functools.wraps(fn)
         def all_workers(*args, **kwargs):
+            # These checks run only while the function is traced.
             check_leading_axes("arguments", (args, kwargs), self.shape)
             check_lockstep(fn, self.sizes, args, kwargs)
-            # By position: shard_map knows no keywords.
+            # Pass the keyword arguments by position: shard_map accepts no keywords.
             run = self._on_devices(lambda args, kwargs: fn(*args, **kwargs))
             return run(args, kwargs)
 
         jitted = jax.jit(all_workers, donate_argnums=donate_argnums)
         return _Spmd(fn, jitted, self)
 
-    def _on_devices(self, fn: Callable) -> Callable:
-        """`fn` mapped over the workers of a device, then over devices."""
+    def _on_devices(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Maps `fn` over the workers of one device, then over the devices."""
         for name, size in reversed(self._virtual.values()):
             fn = jax.vmap(fn, axis_name=name, axis_size=size)
         if not isinstance(self.sharding, NamedSharding):
             return fn
-        alone = tuple(
+        # Axes that lie entirely on the mesh have size 1 within a device: remove them
+        # before the call, and restore them afterward.
+        unit_axes = tuple(
             i for i, name in enumerate(self.sizes) if name not in self._virtual
         )
 
-        # The barriers keep XLA from fusing the reshapes into the computation; fused,
-        # they would stop a donated array from being updated in place.
+        # The barriers keep XLA from fusing the reshapes into the computation. Fused
+        # reshapes would prevent in-place updates of donated arrays.
         def one_device(*args):
-            args = jax.tree.map(lambda x: jnp.squeeze(x, alone), args)
+            args = jax.tree.map(lambda x: jnp.squeeze(x, unit_axes), args)
             results = lax.optimization_barrier(fn(*lax.optimization_barrier(args)))
-            return jax.tree.map(lambda x: jnp.expand_dims(x, alone), results)
+            return jax.tree.map(lambda x: jnp.expand_dims(x, unit_axes), results)
 
         return jax.shard_map(
             one_device,
             mesh=self.sharding.mesh,
             in_specs=self.sharding.spec,
             out_specs=self.sharding.spec,
-            # With varying-axis types the gradient with respect to a value that is not
-            # per-worker is summed over workers, and a `scan` from a constant is an
-            # error: neither is so in the other layouts.
+            # With check_vma=True, the gradient with respect to a value that is equal on
+            # all workers is summed over the workers, and a `scan` that starts from a
+            # constant is an error. Both would differ from the other layouts.
             check_vma=False,
         )
 
 
-def is_key(x: Any) -> bool:
-    """Whether an array holds typed PRNG keys."""
+def is_key(x: jax.typing.ArrayLike) -> bool:
+    """Returns whether an array holds typed PRNG keys."""
     return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
-def as_numbers(x: Any) -> Any:
-    """PRNG keys as the numbers they are made of, which NumPy and files can hold."""
+def unwrap_keys(x: Any) -> Any:
+    """Returns the key data of PRNG keys, and other arrays unchanged.
+
+    NumPy and files cannot hold typed PRNG keys.
+    """
     return jax.random.key_data(x) if is_key(x) else x
 
 
-def like_before(numbers: jax.Array, like: Any) -> jax.Array:
-    """The inverse of `as_numbers`."""
+def wrap_keys(data: jax.Array, like: jax.typing.ArrayLike) -> jax.Array:
+    """Inverts `unwrap_keys`, for an array of the type of `like`."""
     if not is_key(like):
-        return numbers
-    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(like))
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
 
 
 class _Spmd:
-    """A function of all workers; what it lacks, it takes from the jitted one."""
+    """A compiled function of all workers, as `Workers.spmd` returns it.
 
-    def __init__(self, fn: Callable, jitted: Any, workers: Workers):
+    Attributes that this class does not define are those of the jitted function.
+    """
+
+    def __init__(self, fn: Callable[..., Any], jitted: Any, workers: Workers):
         functools.update_wrapper(self, fn)
-        # What `communication_cost` traces, whatever the layout.
+        # `communication_cost` traces this function in every layout.
         self.one_worker = fn, workers.sizes
         self._jitted = jitted
         self._own_mesh = workers._own_mesh
-        alone = workers.sharding.is_fully_addressable
-        self._call = jitted if alone else _compared(jitted)
+        single_process = workers.sharding.is_fully_addressable
+        self._call = jitted if single_process else _compared(jitted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             with self._own_mesh():
                 return self._call(*args, **kwargs)
         except TypeError:
-            # Asked only now: looking through large trees in every step takes time.
+            # Check only after an error: in every step, the check of a large tree would
+            # take too long.
             check_arrays("arguments", (args, kwargs))
             raise
 
@@ -396,10 +431,11 @@ class _Spmd:
 
 
 def _compared(jitted: Any) -> Callable[..., Any]:
-    """A jitted function that is compared with the other processes' when it is new.
+    """Wraps a jitted function to compare its programs between processes.
 
-    Another topology, option or version makes another program, whose collectives would
-    wait for each other forever.
+    The first call with arguments of new types compares the lowered program with those
+    of the other processes. A different topology, option, or version in one process
+    would result in another program, whose collectives would hang.
     """
     seen = set()
     name = getattr(jitted, "__name__", "function")
@@ -407,11 +443,13 @@ def _compared(jitted: Any) -> Callable[..., Any]:
     @functools.wraps(jitted)
     def run(*args, **kwargs):
         leaves, structure = jax.tree.flatten((args, kwargs))
+        # One comparison per combination of structure, shapes, and dtypes.
         key = structure, *(jax.typeof(leaf) for leaf in leaves)
         if key not in seen:
             program = jitted.lower(*args, **kwargs).as_text().encode()
             agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
             seen.add(key)
+        # While being traced, the function does not run.
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return jitted(*args, **kwargs)
         with calls(name):

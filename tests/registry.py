@@ -54,6 +54,20 @@ class Algorithm(NamedTuple):
     local: Callable[..., optax.GradientTransformation] | None = None
     # Whether all workers take the same step, and nothing else moves the parameters
     alone: bool = False
+    # Calls of update for each step of the optimizer, whose schedules count steps
+    calls: int = 1
+
+    def optimizer(self, learning_rate, inject=lambda make: make):
+        """Each worker's optimizer; a schedule counts calls of update."""
+        if self.local is None:
+            return learning_rate
+        rate = learning_rate
+        if callable(learning_rate):
+
+            def rate(step):
+                return learning_rate(self.calls * (step + 1) - 1)
+
+        return inject(self.local)(rate)
 
 
 def momentum_sgd(momentum):
@@ -81,13 +95,13 @@ def _algorithm(
     finds_optimum=True,
     local=None,
     alone=False,
+    calls=1,
     **arguments,
 ):
     def make(learning_rate, **axes):
-        optimizer = learning_rate if local is None else local(learning_rate)
-        return build(optimizer, **arguments, **axes)
+        return build(algorithm.optimizer(learning_rate), **arguments, **axes)
 
-    return Algorithm(
+    algorithm = Algorithm(
         make,
         reference,
         build,
@@ -96,7 +110,9 @@ def _algorithm(
         finds_optimum,
         local=local,
         alone=alone,
+        calls=calls,
     )
+    return algorithm
 
 
 def rounds(topology):
@@ -137,6 +153,7 @@ def _detag(topology, rounds, momentum, when):
             g, x, topology.matrix, lr, steps, rounds, momentum=momentum or 0.0
         ),
         local=momentum_sgd(momentum),
+        calls=rounds,
         topology=topology,
         rounds=rounds,
         when=when,
@@ -239,13 +256,12 @@ def _powersgd(g, x, lr, steps):
     return np.concatenate([whole, thin.reshape(*thin.shape[:2], 6)], axis=-1)
 
 
-def _slowmo(period, momentum, slow_rate, slow_momentum):
+def _slowmo(period, slow_rate, slow_momentum):
     return _algorithm(
         dj.slowmo,
         lambda g, x, lr, steps: local_updates.slowmo(
-            *(g, x, 8, lr, steps, period, slow_rate, slow_momentum, momentum)
+            *(g, x, 8, lr, steps, period, slow_rate, slow_momentum, 0.0)
         ),
-        local=momentum_sgd(momentum),
         period=period,
         slow_rate=slow_rate,
         slow_momentum=slow_momentum,
@@ -434,7 +450,7 @@ ALGORITHMS = {
         lambda g, x, lr, steps: local_updates.local_sgd(g, x, 8, lr, steps, 4),
         period=4,
     ),
-    "slowmo": _slowmo(3, 0.5, 0.8, 0.4),
+    "slowmo": _slowmo(3, 0.8, 0.4),
     "diloco": _diloco(4, 1),
     "diloco_fragments": _diloco(5, 2),
     "mll_sgd": _mll({"hub": 4, "worker": 2}, dj.topology.path(4), None, 0.7, 2, 3),

@@ -761,6 +761,8 @@ def test_whole_states_with_another_number_of_workers(tmp_path, kind, numbers):
         ):
             assert not np.any(x), path
             seen.add("fresh")
+        elif "detach" in path:
+            np.testing.assert_array_equal(x, np.full(x.shape, 0.3, x.dtype), path)
         elif jnp.issubdtype(x.dtype, jnp.integer):
             np.testing.assert_array_equal(x, np.full(x.shape, 7), path)
             seen.add("copied")

@@ -147,9 +147,8 @@ def plain(name):
 
 def injected(algorithm, rate):
     """All numbers are arrays: the optimizer's own inside it."""
-    if algorithm.local is not None:
-        rate = optax.inject_hyperparams(algorithm.local)(rate)
-    return inject(algorithm.build, rate, **algorithm.arguments)
+    optimizer = algorithm.optimizer(rate, optax.inject_hyperparams)
+    return inject(algorithm.build, optimizer, **algorithm.arguments)
 
 
 @pytest.mark.parametrize("name", COMMON)

@@ -69,13 +69,17 @@ def test_each_branch_of_a_schedule_sends_its_own_round(schedule):
     step = LAYOUTS["shard_map"](lambda x, t: dj.mix(x, schedule, step=t))
     arguments = jnp.ones((N, 3)), jnp.zeros(N, jnp.int32)
     jaxpr = jax.make_jaxpr(step)(*arguments)
-    (switch,) = (one for one in equations(jaxpr) if one.primitive.name == "cond")
-    branches = [
-        Counter(one.primitive.name for one in equations(branch))
-        for branch in switch.params["branches"]
+    switches = [
+        [
+            Counter(one.primitive.name for one in equations(branch))["ppermute"]
+            for branch in switch.params["branches"]
+        ]
+        for switch in equations(jaxpr)
+        if switch.primitive.name == "cond"
     ]
     degrees = [one.max_degree for one in schedule]
-    assert [branch["ppermute"] for branch in branches] == degrees
+    # What a round sends may be weighed in a switch of its own.
+    assert [messages for messages in switches if any(messages)] == [degrees]
     assert primitives(step, *arguments)["ppermute"] == sum(degrees)
 
 

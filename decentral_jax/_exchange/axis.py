@@ -354,7 +354,7 @@ class WorkerAxis:
             return tuple(map(_padded, parts, rows))
 
         branches = [functools.partial(receive, plan) for plan in plans]
-        return self.varying(lax.switch(self._round(plans, step), branches, block))
+        return lax.switch(self._round(plans, step), branches, block)
 
     def _receive(self, message, block):
         """Performs one `ppermute` of the rows that the receiving device needs."""
@@ -416,16 +416,15 @@ class WorkerAxis:
                 y = jax.tree.map(jnp.add, y, more)
             return jax.tree.map(lambda y, x: y.astype(x.dtype), y, like)
 
-        # If all steps have the same messages, index the weights by the step instead of
-        # using a switch: XLA can then fuse the sum with its surroundings, and an outer
-        # `vmap` over runs does not compute all branches.
-        counts = {len(plan.rounds) for plan in plans}
-        if len(plans) == 1 or (len(counts) == 1 and self.num_virtual == 1):
-            return self.varying(weigh(plans, block, received, t))
         if self.num_devices == 1:
             return self.varying(weigh(plans, block, received, t))
+        # If each step has one message, index the weights by the step instead of using a
+        # switch, so that XLA can fuse the sums with the surrounding operations.
+        single = all(len(plan.rounds) == 1 for plan in plans)
+        if len(plans) == 1 or (single and self.num_virtual == 1):
+            return weigh(plans, block, received, t)
         branches = [functools.partial(weigh, [plan]) for plan in plans]
-        return self.varying(lax.switch(t, branches, block, received))
+        return lax.switch(t, branches, block, received)
 
     def dense_differences(
         self,

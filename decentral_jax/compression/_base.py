@@ -58,7 +58,7 @@ class Compressor(Protocol):
           A pytree of arrays, which must stay equal on all workers. `()` if the
           compressor has no state.
         """
-        ...
+        raise NotImplementedError
 
     def average(
         self,
@@ -80,7 +80,7 @@ class Compressor(Protocol):
           of these arrays over all workers (bitwise equal on all of them), and the new
           memory. Arrays keep their shapes and dtypes.
         """
-        ...
+        raise NotImplementedError
 
 
 class Codec:

@@ -1,4 +1,4 @@
-"""A master and workers that really run asynchronously, on one host or on many."""
+"""A master and workers that run asynchronously, on one host or on several."""
 
 from decentral_jax.engine.master import Run
 from decentral_jax.engine.progress import Progress, progress_line

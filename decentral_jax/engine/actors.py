@@ -1,4 +1,4 @@
-"""Workers as Ray actors: processes of their own, on this or other hosts."""
+"""Workers as Ray actors: one process per worker, on this host or on others."""
 
 import contextlib
 import os
@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import optax
 
-from decentral_jax.engine.programs import Gradients, shapes
+from decentral_jax.engine.programs import Device, Gradients, shapes
 from decentral_jax.engine.worker import Ended, Failed, Gradient, Report, Worker
 
 LOOPBACK = "127.0.0.1"
 
-# The caller's, for the actors' processes.
+# JAX settings of the caller that the actors' processes take over.
 SETTINGS = (
     "jax_default_matmul_precision",
     "jax_enable_x64",
@@ -22,23 +23,23 @@ SETTINGS = (
 
 
 class Actor:
-    """A worker in a process of its own, on the first device that it sees.
+    """A worker in its own process, on the first device that the process sees.
 
     Args:
-      index: The worker's number.
+      index: Number of the worker.
       gradient: The user's gradient function.
-      batches: From a worker's number to its iterator of batches.
-      params: The types of the parameters.
-      drawn: Batches to pass over, as an actor that is gone has drawn them.
-      settings: JAX's configuration.
+      batches: Function from a worker's number to its iterator of batches.
+      params: Types of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      drawn: Number of batches to skip, because an earlier actor has drawn them.
+      settings: JAX configuration options, by name.
     """
 
     def __init__(
         self,
         index: int,
-        gradient: Callable,
-        batches: Callable[[int], Iterator],
-        params: Any,
+        gradient: Callable[..., Any],
+        batches: Callable[[int], Iterator[Any]],
+        params: optax.Params,
         drawn: int,
         settings: Mapping[str, Any],
     ):
@@ -52,20 +53,33 @@ class Actor:
         self._params = params
 
     def start(self) -> tuple[Report, int]:
-        """Draws a batch and compiles; also the number of batches drawn."""
+        """Draws a batch and compiles the gradient for it.
+
+        Returns:
+          The report, and the number of batches drawn so far.
+        """
 
         def start():
             report = self._worker.start()
             if not isinstance(report, Ended):
-                # What fails here also fails in the master's check, by a better name.
+                # If this fails, the master's own check fails too, with a better
+                # message.
                 with contextlib.suppress(Exception):
                     self._gradients.prepare(self._device, self._params, report.batch)
             return report
 
         return self._reporting(start)
 
-    def compute(self, params: Any) -> tuple[Report, int]:
-        """The gradient of the next batch as NumPy arrays."""
+    def compute(self, params: optax.Params) -> tuple[Report, int]:
+        """Computes the gradient of the next batch.
+
+        Args:
+          params: The parameters, as NumPy arrays.
+
+        Returns:
+          The report, with the gradient as NumPy arrays, and the number of batches drawn
+          so far.
+        """
 
         def compute():
             report = self._worker.compute(params)
@@ -75,7 +89,8 @@ class Actor:
 
         return self._reporting(compute)
 
-    def _reporting(self, fn):
+    def _reporting(self, fn: Callable[[], Report]) -> tuple[Report, int]:
+        """Calls a function that returns a report; reports an exception as `Failed`."""
         try:
             report = fn()
         except Exception as error:
@@ -84,25 +99,29 @@ class Actor:
 
 
 class Actors:
-    """Workers as Ray actors; the methods are those of `Backend`.
+    """Workers as Ray actors; implements `Backend`.
 
-    An actor whose process died is replaced by one that passes over the batches drawn;
-    the batch that was lost with the process is drawn again.
+    If an actor's process dies, a new actor replaces it and skips the batches that were
+    already drawn. The batch that was lost with the process is drawn again.
 
     Args:
       gradient: The user's gradient function.
-      batches: From a worker's number to its iterator of batches.
+      batches: Function from a worker's number to its iterator of batches.
       params: The parameters.
-      master: The master's device.
-      options: Of each actor, such as `{"num_gpus": 1}`.
+      master: Device of the master.
+      options: Ray options of each actor, such as `{"num_gpus": 1}`.
+
+    Raises:
+      ImportError: If Ray is not installed.
+      RuntimeError: If Ray started on an address that other machines can reach.
     """
 
     def __init__(
         self,
-        gradient: Callable,
-        batches: Callable[[int], Iterator],
-        params: Any,
-        master: Any,
+        gradient: Callable[..., Any],
+        batches: Callable[[int], Iterator[Any]],
+        params: optax.Params,
+        master: Device,
         options: Mapping[str, Any],
     ):
         try:
@@ -120,9 +139,9 @@ class Actors:
         settings = {name: getattr(jax.config, name) for name in SETTINGS}
         params = shapes(params)
         self._master = master
-        self._actors = {}
-        self._drawn: dict[int, int] = {}
-        self._pending = {}
+        self._actors: dict[int, Any] = {}  # by the worker's number
+        self._drawn: dict[int, int] = {}  # batches that each worker has drawn
+        self._pending: dict[Any, int] = {}  # from a pending call to the worker's number
         try:
             actor = ray.remote(Actor).options(**options)
         except BaseException:
@@ -135,22 +154,22 @@ class Actors:
         self._create = create
 
     def start(self, worker: int) -> None:
-        """Starts a worker, again after a failure; it draws a batch."""
+        """Starts or restarts a worker, which draws a batch."""
         if worker not in self._actors:
             drawn = self._drawn.get(worker, 0)
             self._actors[worker] = self._create(worker, drawn)
         self._pending[self._actors[worker].start.remote()] = worker
 
-    def prepare(self, worker: int, params: Any, batch: Any) -> None:
-        """Nothing: actors have compiled when they are ready."""
+    def prepare(self, worker: int, params: optax.Params, batch: Any) -> None:
+        """Does nothing, because actors compile in `start`."""
 
-    def send(self, worker: int, params: Any) -> None:
-        """Has a worker compute the gradient of its next batch."""
+    def send(self, worker: int, params: optax.Params) -> None:
+        """Makes a worker compute the gradient of its next batch."""
         params = jax.device_get(params)
         self._pending[self._actors[worker].compute.remote(params)] = worker
 
     def next_report(self, timeout: float) -> Report:
-        """The next report; `queue.Empty` after the timeout."""
+        """Returns the next report to arrive; raises `queue.Empty` after the timeout."""
         done, _ = self._ray.wait(list(self._pending), timeout=timeout)
         if not done:
             raise queue.Empty
@@ -158,6 +177,7 @@ class Actors:
         try:
             report, self._drawn[worker] = self._ray.get(done[0])
         except self._ray.exceptions.RayError as error:
+            # The process has died: the next `start` creates a new actor.
             self._ray.kill(self._actors.pop(worker))
             return Failed(worker, error)
         if isinstance(report, Gradient):
@@ -166,7 +186,7 @@ class Actors:
         return report
 
     def stop(self, seconds: float) -> None:
-        """Ends all actors, at once."""
+        """Kills all actors without waiting for them."""
         for actor in self._actors.values():
             self._ray.kill(actor)
         if self._started_ray:
@@ -174,19 +194,22 @@ class Actors:
 
 
 def _start_ray(ray: Any) -> None:
-    """Starts Ray for this machine alone: all its processes listen on loopback only.
+    """Starts Ray on this machine only, so that it listens only on loopback.
 
-    Whoever reaches a port of Ray can run code. A caller who has a cluster connects to
-    it beforehand, or names it in `RAY_ADDRESS`.
+    Anyone who can reach a port of Ray can run code. To use a cluster, call `ray.init`
+    beforehand, or set `RAY_ADDRESS`.
+
+    Raises:
+      RuntimeError: If Ray started on an address that other machines can reach.
     """
     if os.environ.get("RAY_ADDRESS"):
         ray.init()
         return
     import ray._private.ray_constants as constants  # pyright: ignore[reportMissingImports]
 
-    # Ray's servers listen on 127.0.0.1 if that is the node's address, else on all
-    # addresses. `init` replaces it by a network card's unless clusters are disabled,
-    # as they are on macOS and Windows.
+    # Ray's servers listen on 127.0.0.1 if that is the node's address, and otherwise on
+    # all addresses. `init` replaces this address by that of a network card unless
+    # clusters are disabled, which is the default on macOS and Windows.
     enabled = constants.ENABLE_RAY_CLUSTER
     constants.ENABLE_RAY_CLUSTER = False
     try:
@@ -198,6 +221,6 @@ def _start_ray(ray: Any) -> None:
         ray.shutdown()
         raise RuntimeError(
             f"Ray {ray.__version__} started on {address} instead of {LOOPBACK}, where "
-            "other machines reach it, and was stopped: start Ray yourself and call "
+            "other machines can reach it, and was stopped: start Ray manually and call "
             "ray.init() before engine.run."
         )

@@ -1,4 +1,4 @@
-"""The master: takes gradients as they arrive, and sends parameters back."""
+"""The master: applies gradients as they arrive, and sends parameters to the workers."""
 
 import logging
 import queue
@@ -12,29 +12,29 @@ import optax
 
 from decentral_jax.engine.programs import step_of
 from decentral_jax.engine.progress import Progress
-from decentral_jax.engine.worker import Backend, Ended, Failed, Gradient, Ready
+from decentral_jax.engine.worker import Backend, Ended, Failed, Gradient, Ready, Report
 from decentral_jax.traces import Trace
 
 logger = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """What came of a run of K gradients."""
+    """Result of a run of K gradients."""
 
-    params: Any  # as the master has them at last
-    opt_state: optax.OptState
+    params: Any  # the master's final parameters
+    opt_state: optax.OptState  # the final state of the optimizer
     trace: Trace | None  # arrivals, for `dj.asynchronous`; None if synchronous
-    batch_indices: np.ndarray  # shape=[K]: batches the worker had drawn before this one
-    staleness_counts: np.ndarray  # shape=[largest + 1]: gradients of each staleness
-    refused: int  # gradients that were not finite
-    replaced: list[tuple[int, int]]  # workers that failed, and the tick
-    seconds: float  # without compilation and each worker's first batch
+    batch_indices: np.ndarray  # shape=[K]: index of each gradient's batch on its worker
+    staleness_counts: np.ndarray  # shape=[max + 1]: number of gradients per staleness
+    refused: int  # number of non-finite gradients
+    replaced: list[tuple[int, int]]  # (worker, tick) of each failure
+    seconds: float  # duration without compilation and each worker's first batch
     gradients_per_second: float
-    master_seconds: float  # of them applying gradients
+    master_seconds: float  # part of `seconds` in which the master applied gradients
 
 
 class Options(NamedTuple):
-    """The arguments of `run` that only the master reads."""
+    """Arguments of `run` that only the master uses."""
 
     num_gradients: int
     num_workers: int
@@ -47,18 +47,18 @@ class Options(NamedTuple):
 
 
 class Master:
-    """The parameters, and what the master knows of the workers.
+    """The master's parameters, and its view of the workers.
 
     Args:
-      params: On the master's device.
-      optimizer: Of one gradient at a time.
-      workers: The workers, of any kind.
-      options: Checked.
+      params: Initial parameters, on the master's device.
+      optimizer: Optimizer that applies one gradient at a time.
+      workers: The workers.
+      options: Valid options.
     """
 
     def __init__(
         self,
-        params: Any,
+        params: optax.Params,
         optimizer: optax.GradientTransformation,
         workers: Backend,
         options: Options,
@@ -68,19 +68,25 @@ class Master:
         self._step = step_of(optimizer, params, self._state)
         self._workers = workers
         self._options = options
-        self._alive = set(range(options.num_workers))
-        self._given: dict[int, int] = {}  # updates in the parameters a worker has
-        self._arrived: dict[int, Gradient] = {}  # not applied yet, oldest first
+        self._alive = set(range(options.num_workers))  # workers with batches left
+        self._given: dict[int, int] = {}  # number of updates in each worker's params
+        self._arrived: dict[int, Gradient] = {}  # not yet applied, the oldest first
         self._updates = 0
-        self._applied: list[tuple[int, int, int]] = []  # worker, staleness, batch
-        self._replaced: list[tuple[int, int]] = []
+        self._applied: list[tuple[int, int, int]] = []  # (worker, staleness, batch)
+        self._replaced: list[tuple[int, int]] = []  # (worker, tick)
         self._refused = self._refused_in_row = 0
 
     def prepare(self, check: Callable[[int, Any], None]) -> None:
-        """Starts the workers and compiles, all that is not to be timed.
+        """Starts the workers and compiles their programs, which is not timed.
 
         Args:
-          check: Checks the gradient of a worker and the shapes of its first batch.
+          check: Function that checks the gradient of a worker for the types of its
+            first batch.
+
+        Raises:
+          ValueError: If a worker has no batch.
+          RuntimeError: If workers fail more than `max_failures` times.
+          TimeoutError: If no worker reports in time.
         """
         for worker in sorted(self._alive):
             self._workers.start(worker)
@@ -102,12 +108,23 @@ class Master:
         self._step(options.num_workers if options.synchronous else 1)
 
     def train(self) -> Run:
-        """Applies the gradients, and times it."""
+        """Applies `num_gradients` gradients, and measures the time.
+
+        Returns:
+          The result.
+
+        Raises:
+          ValueError: If the batches of all workers end too early.
+          RuntimeError: If workers fail more than `max_failures` times.
+          FloatingPointError: If too many gradients in a row are not finite.
+          TimeoutError: If no worker reports in time.
+        """
         options = self._options
         master_seconds = 0.0
         start = time.perf_counter()
         for worker in sorted(self._alive):
             self._send(worker)
+        # Apply gradients that are due; if there are none, wait for the next report.
         while len(self._applied) < options.num_gradients:
             if due := self._due():
                 before = time.perf_counter()
@@ -134,6 +151,7 @@ class Master:
         )
 
     def _progress(self, seconds: float) -> Progress:
+        """Returns the progress after `seconds` of the run."""
         return Progress(
             applied=len(self._applied),
             num_gradients=self._options.num_gradients,
@@ -145,7 +163,7 @@ class Master:
         )
 
     def _due(self) -> list[int]:
-        """The workers whose gradients are to be applied now, if any."""
+        """Returns the workers whose gradients the master must apply now, if any."""
         if self._options.synchronous:
             left = self._options.num_gradients - len(self._applied)
             count = min(len(self._alive), left)
@@ -153,7 +171,8 @@ class Master:
             return sorted(self._arrived)[:count] if enough else []
         bound = self._options.max_staleness
         for worker in self._arrived:
-            # Each of the others can still be applied within the bound, one a tick.
+            # Apply this gradient only if all others can still be applied afterward
+            # within the bound, one per tick, the stalest first.
             others = sorted(self._given[v] for v in self._given if v != worker)
             ticks = range(self._updates + 1, self._updates + 1 + len(others))
             if all(k - x <= bound for k, x in zip(ticks, others, strict=True)):
@@ -161,11 +180,16 @@ class Master:
         return []
 
     def _apply(self, due: list[int]) -> None:
-        """One step with the mean of the gradients, and new parameters for them."""
+        """Takes one step, and sends new parameters to the workers.
+
+        Args:
+          due: Workers whose gradients the step averages.
+        """
         gradients = [self._arrived.pop(worker) for worker in due]
         step = self._step(len(due))
         values = [gradient.value for gradient in gradients]
         self._params, self._state = step(self._params, self._state, values)
+        # Record each gradient with its staleness.
         for gradient in gradients:
             staleness = self._updates - self._given.pop(gradient.worker)
             self._applied.append((gradient.worker, staleness, gradient.batch_index))
@@ -174,16 +198,17 @@ class Master:
         if len(self._applied) < self._options.num_gradients:
             for worker in due:
                 self._send(worker)
+        # Wait only after sending, so that the workers start as early as possible.
         jax.block_until_ready((self._params, self._state))
 
-    def _take(self, report) -> None:
-        """Notes what a worker reports during the run."""
+    def _take(self, report: Report) -> None:
+        """Processes a worker's report during the run."""
         match report:
             case Ready(worker):
                 self._send(worker)
             case Gradient(worker, finite=True):
                 self._arrived[worker] = report
-            case Gradient(worker):
+            case Gradient(worker):  # Not finite.
                 self._refuse(worker)
             case Ended(worker):
                 self._alive.discard(worker)
@@ -199,10 +224,19 @@ class Master:
                 self._replace(worker, error)
 
     def _send(self, worker: int) -> None:
+        """Sends the current parameters to a worker."""
         self._given[worker] = self._updates
         self._workers.send(worker, self._params)
 
-    def _receive(self, waited_for: set[int]):
+    def _receive(self, waited_for: set[int]) -> Report:
+        """Returns the next report.
+
+        Args:
+          waited_for: Workers that have not reported, for the error message.
+
+        Raises:
+          TimeoutError: If no worker reports in time.
+        """
         timeout = self._options.timeout
         try:
             return self._workers.next_report(timeout)
@@ -214,6 +248,7 @@ class Master:
             ) from None
 
     def _replace(self, worker: int, error: BaseException) -> None:
+        """Restarts a worker that failed, or raises an error after too many failures."""
         limit = self._options.max_failures
         if len(self._replaced) >= limit:
             raise RuntimeError(
@@ -229,6 +264,7 @@ class Master:
         self._workers.start(worker)
 
     def _refuse(self, worker: int) -> None:
+        """Refuses a worker's non-finite gradient, and sends new parameters to it."""
         self._refused += 1
         self._refused_in_row += 1
         limit = self._options.max_refused

@@ -1,4 +1,4 @@
-"""What is compiled: the workers' gradient and the master's step."""
+"""Compiled programs: the workers' gradient and the master's step."""
 
 import functools
 import operator
@@ -10,9 +10,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+# A jax.Device, which type checkers do not accept as a type.
+Device = Any
 
-def shapes(tree: Any, device: Any = None) -> Any:
-    """The types of a tree of arrays, as compiling takes them; on a device if given."""
+
+def shapes(tree: Any, device: Device | None = None) -> Any:
+    """Returns the types of a tree of arrays, to lower programs with.
+
+    Args:
+      tree: A tree of arrays.
+      device: Device for the sharding of the types, or None for no sharding.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
+    """
     sharding = None if device is None else SingleDeviceSharding(device)
 
     def struct(x):
@@ -27,51 +38,74 @@ def shapes(tree: Any, device: Any = None) -> Any:
 
 
 class Gradients:
-    """A gradient and whether it is finite, compiled for each device.
+    """A gradient function with a check for finite values, compiled per device.
 
     Args:
       gradient: The user's gradient function.
     """
 
-    def __init__(self, gradient: Callable):
+    def __init__(self, gradient: Callable[..., Any]):
         def checked(params, batch):
             grads = gradient(params, batch)
             finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]
             return grads, jnp.stack(finite).all()
 
         self._jitted = jax.jit(checked)
-        self._compiled = {}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def prepare(self, device: Any, params: Any, batch: Any) -> None:
-        """Compiles for trees of these types, with the settings of this thread."""
+    def prepare(self, device: Device, params: optax.Params, batch: Any) -> None:
+        """Compiles for arguments of these types, with the JAX settings of this thread.
+
+        Args:
+          device: Device to compile for.
+          params: The parameters, or their types.
+          batch: A batch, or its types.
+        """
         key = _key(device, batch)
         if key not in self._compiled:
             args = shapes((params, batch), device)
             self._compiled[key] = self._jitted.lower(*args).compile()
 
-    def on(self, device: Any) -> Callable:
-        """The function of parameters and a batch on this device."""
+    def on(self, device: Device) -> Callable[..., Any]:
+        """Returns the compiled gradient function for a device.
+
+        Args:
+          device: Device that holds the arguments.
+
+        Returns:
+          Function from parameters and a batch to the gradient and whether it is finite.
+        """
 
         def gradient(params, batch):
-            # Batches of another shape than was prepared are compiled on arrival.
+            # JAX compiles for batches of other shapes when they arrive.
             program = self._compiled.get(_key(device, batch), self._jitted)
             return program(params, batch)
 
         return gradient
 
 
-def _key(device, batch):
+def _key(device: Device, batch: Any) -> tuple[Any, ...]:
+    """Returns a hashable key for a device and the types of a batch."""
     leaves, structure = jax.tree.flatten(batch)
     return device, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 def step_of(
-    optimizer: optax.GradientTransformation, params: Any, state: optax.OptState
-) -> Callable[[int], Callable]:
-    """From a number of gradients to the compiled step with their mean.
+    optimizer: optax.GradientTransformation,
+    params: optax.Params,
+    state: optax.OptState,
+) -> Callable[[int], Callable[..., Any]]:
+    """Returns a function that compiles the master's step for a number of gradients.
 
-    The step takes parameters, state and a list of gradients, and returns the new
-    parameters and state. It takes over the state's memory.
+    Args:
+      optimizer: The optimizer.
+      params: The parameters, on the master's device.
+      state: The optimizer state.
+
+    Returns:
+      Function from a number of gradients to the compiled step. The step takes the
+      parameters, the state, which it donates, and a list of gradients. It returns the
+      parameters and the state after one update with the mean gradient.
     """
 
     def step(params, state, gradients):
@@ -82,7 +116,7 @@ def step_of(
         updates, state = optimizer.update(mean, state, params)
         return optax.apply_updates(params, updates), state
 
-    # Parameters are not donated: workers may still read them.
+    # Do not donate the parameters, because workers may still read them.
     jitted = jax.jit(step, donate_argnums=1)
     device = jax.tree.leaves(params)[0].device
     params, state = shapes((params, state), device)

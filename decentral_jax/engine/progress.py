@@ -1,4 +1,4 @@
-"""How far a run is, and a line that says so."""
+"""Progress of a run, and a progress line for the terminal."""
 
 import math
 import sys
@@ -7,15 +7,15 @@ from typing import Any, NamedTuple, TextIO
 
 
 class Progress(NamedTuple):
-    """How far a run is, after one of the master's steps."""
+    """Progress of a run after one step of the master."""
 
-    applied: int  # gradients
-    num_gradients: int  # K
-    seconds: float
-    staleness: int  # of the last gradient applied
-    refused: int  # gradients that were not finite
-    replaced: int  # workers that failed
-    params: Any  # the master's, which may be kept to evaluate them later
+    applied: int  # number of gradients applied so far
+    num_gradients: int  # number of gradients to apply, K
+    seconds: float  # time since the start of the run
+    staleness: int  # staleness of the last gradient applied
+    refused: int  # number of non-finite gradients
+    replaced: int  # number of worker failures
+    params: Any  # the master's parameters, which may be kept for a later evaluation
 
     def __str__(self) -> str:
         rate = self.applied / self.seconds
@@ -29,12 +29,12 @@ class Progress(NamedTuple):
 def progress_line(
     stream: TextIO | None = None, every: float = 0.1
 ) -> Callable[[Progress], None]:
-    """A line that keeps saying how far a run is, for `run(on_progress=...)`.
+    """Returns a callback that displays a progress line, for `run(on_progress=...)`.
 
     Args:
-      stream: Where to; by default standard error. If it is no terminal, the line is
-        written once, at the end.
-      every: Seconds between two changes of the line.
+      stream: Stream to write to. If None, uses standard error. If the stream is not a
+        terminal, the line is written only once, at the end.
+      every: Minimum number of seconds between two updates of the line.
 
     Returns:
       The callback.
@@ -52,7 +52,7 @@ def progress_line(
         done = progress.applied == progress.num_gradients
         if done or (out.isatty() and progress.seconds - last >= every):
             last = progress.seconds
-            # Back to the start of the line, and clear what is left of the old one.
+            # Return to the start of the line, and clear the rest of the old one.
             start, end = ("\r", "\x1b[K") if out.isatty() else ("", "")
             print(f"{start}{progress}{end}", end="\n" * done, file=out, flush=True)
 

@@ -8,44 +8,46 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import optax
 
-from decentral_jax.engine.programs import Gradients
+from decentral_jax.engine.programs import Device, Gradients
 from decentral_jax.engine.worker import Failed, Report, Worker
 
 logger = logging.getLogger(__name__)
 
 
 class Threads:
-    """Workers as threads, whose JAX programs run at once; the methods are `Backend`'s.
+    """Workers as threads whose JAX programs run in parallel; implements `Backend`.
 
     Args:
       gradient: The user's gradient function.
-      batches: From a worker's number to its iterator of batches.
-      devices: One a worker.
-      master: The master's device.
+      batches: Function from a worker's number to its iterator of batches.
+      devices: One device per worker.
+      master: Device of the master.
     """
 
     def __init__(
         self,
-        gradient: Callable,
-        batches: Callable[[int], Iterator],
-        devices: Sequence[Any],
-        master: Any,
+        gradient: Callable[..., Any],
+        batches: Callable[[int], Iterator[Any]],
+        devices: Sequence[Device],
+        master: Device,
     ):
         self._gradients = Gradients(gradient)
-        # Threads do not see the `with jax.enable_x64(...)` that the caller is in.
+        # Threads do not inherit the caller's `with jax.enable_x64(...)`.
         self._x64 = jax.config.jax_enable_x64
         self._workers = [
             Worker(i, batches, self._gradients.on(device), device, master)
             for i, device in enumerate(devices)
         ]
-        # Bounded: a worker has one report in flight at most.
+        # The queue stays short, because each worker has at most one unread report.
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
-        self._inboxes: dict[int, queue.SimpleQueue] = {}
+        # Each inbox receives tuples of the arguments of `compute`, or None to stop.
+        self._inboxes: dict[int, queue.SimpleQueue[tuple[Any] | None]] = {}
         self._threads: list[threading.Thread] = []
 
     def start(self, worker: int) -> None:
-        """Starts a worker, again after a failure; it draws a batch."""
+        """Starts or restarts a worker, which draws a batch."""
         self._inboxes[worker] = inbox = queue.SimpleQueue()
         thread = threading.Thread(
             target=self._work,
@@ -56,23 +58,24 @@ class Threads:
         self._threads.append(thread)
         thread.start()
 
-    def prepare(self, worker: int, params: Any, batch: Any) -> None:
-        """Compiles a worker's gradient for batches like this, in the caller's thread.
+    def prepare(self, worker: int, params: optax.Params, batch: Any) -> None:
+        """Compiles a worker's gradient for arguments of these types.
 
-        There the caller's precision and other settings hold.
+        Compiles in the caller's thread, so that the caller's precision and other JAX
+        settings apply.
         """
         self._gradients.prepare(self._workers[worker].device, params, batch)
 
-    def send(self, worker: int, params: Any) -> None:
-        """Has a worker compute the gradient of its next batch."""
+    def send(self, worker: int, params: optax.Params) -> None:
+        """Makes a worker compute the gradient of its next batch."""
         self._inboxes[worker].put((params,))
 
     def next_report(self, timeout: float) -> Report:
-        """The next report in the order of arrival; `queue.Empty` after the timeout."""
+        """Returns the next report to arrive; raises `queue.Empty` after the timeout."""
         return self._reports.get(timeout=timeout)
 
     def stop(self, seconds: float) -> None:
-        """Stops all threads, and waits for them so long together."""
+        """Stops all threads, and waits for up to `seconds` in total."""
         for inbox in self._inboxes.values():
             inbox.put(None)
         deadline = time.monotonic() + seconds
@@ -82,12 +85,14 @@ class Threads:
         if left:
             logger.warning("still busy, left behind: %s", ", ".join(left))
 
-    def _work(self, index, inbox):
+    def _work(self, index: int, inbox: "queue.SimpleQueue[tuple[Any] | None]") -> None:
+        """Runs one worker until it is stopped or fails; the thread's main function."""
         worker = self._workers[index]
         try:
             with jax.enable_x64(self._x64):
                 self._reports.put(worker.start())
                 while (message := inbox.get()) is not None:
                     self._reports.put(worker.compute(*message))
-        except BaseException as error:  # SystemExit too: silence would look like a hang
+        except BaseException as error:
+            # Report SystemExit, too: without a report, the master would wait.
             self._reports.put(Failed(index, error))

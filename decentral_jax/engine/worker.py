@@ -1,35 +1,38 @@
-"""What a worker does, wherever it runs, and what it reports to the master."""
+"""A worker's computation, independent of where it runs, and its reports."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import optax
+
+from decentral_jax.engine.programs import Device
 
 
 class Ready(NamedTuple):
-    """The worker has started and has a batch at hand."""
+    """Report: the worker has started and has drawn a batch."""
 
     worker: int
-    batch: Any  # its jax.ShapeDtypeStructs
+    batch: Any  # types of the batch, a tree of jax.ShapeDtypeStruct
 
 
 class Gradient(NamedTuple):
-    """A gradient, computed to the end, on the master's device."""
+    """Report: the worker has computed a gradient and sent it to the master's device."""
 
     worker: int
-    value: Any
-    finite: bool
-    batch_index: int  # batches that the worker had drawn before this one
+    value: Any  # the gradient, a tree like the parameters
+    finite: bool  # whether all entries are finite
+    batch_index: int  # number of batches that the worker had drawn before this one
 
 
 class Ended(NamedTuple):
-    """The worker has no batch left."""
+    """Report: the worker has no batches left."""
 
     worker: int
 
 
 class Failed(NamedTuple):
-    """The worker raised, and is gone."""
+    """Report: the worker has raised an exception and stopped."""
 
     worker: int
     error: BaseException
@@ -39,47 +42,52 @@ Report = Ready | Gradient | Ended | Failed
 
 
 class Backend(Protocol):
-    """Workers of a kind, as the master sees them.
+    """The master's interface to the workers.
 
-    Each `start` and each `send` is answered by one report.
+    Each call of `start` and `send` results in exactly one report.
     """
 
     def start(self, worker: int) -> None:
-        """Starts a worker, again after a failure; it draws a batch."""
+        """Starts or restarts a worker, which draws a batch."""
 
-    def prepare(self, worker: int, params: Any, batch: Any) -> None:
-        """Compiles a worker's gradient of trees like these."""
+    def prepare(self, worker: int, params: optax.Params, batch: Any) -> None:
+        """Compiles a worker's gradient for arguments of these types."""
 
-    def send(self, worker: int, params: Any) -> None:
-        """Has a worker compute the gradient of its next batch."""
+    def send(self, worker: int, params: optax.Params) -> None:
+        """Makes a worker compute the gradient of its next batch."""
 
     def next_report(self, timeout: float) -> Report:
-        """The next report to arrive; raises `queue.Empty` after the timeout."""
+        """Returns the next report to arrive; raises `queue.Empty` after the timeout."""
         ...
 
     def stop(self, seconds: float) -> None:
-        """Stops all workers, and waits for them so long together."""
+        """Stops all workers, and waits for up to `seconds` in total."""
 
 
 class Worker:
-    """One worker's batches and gradients.
+    """Draws the batches of one worker, and computes their gradients.
 
     Args:
-      index: The worker's number.
-      batches: From the number to an iterator of batches.
-      gradient: Of parameters and a batch, and whether it is finite.
-      device: Where this worker computes.
-      master: Where its gradients go.
-      drawn: Batches to pass over.
+      index: Number of the worker.
+      batches: Function from a worker's number to its iterator of batches.
+      gradient: Function from parameters and a batch to the gradient and whether it is
+        finite.
+      device: Device on which this worker computes.
+      master: Device that receives the gradients.
+      drawn: Number of batches to skip.
+
+    Attributes:
+      device: Device on which this worker computes.
+      drawn: Number of batches drawn so far, including skipped ones.
     """
 
     def __init__(
         self,
         index: int,
-        batches: Callable[[int], Iterator],
-        gradient: Callable,
-        device: Any,
-        master: Any,
+        batches: Callable[[int], Iterator[Any]],
+        gradient: Callable[..., Any],
+        device: Device,
+        master: Device,
         drawn: int = 0,
     ):
         self.device = device
@@ -88,19 +96,23 @@ class Worker:
         self._batches = batches
         self._gradient = gradient
         self._master = master
-        self._iterator: Iterator | None = None
-        self._position = 0  # batches taken from the iterator
+        self._iterator: Iterator[Any] | None = None
+        self._position = 0  # number of batches taken from the current iterator
         self._error: BaseException | None = None  # raised by the iterator's last draw
-        self._ahead = []  # at most one batch
+        self._ahead: list[Any] = []  # a batch drawn in advance, at most one
 
     def start(self) -> Ready | Ended:
-        """Draws a batch ahead."""
+        """Draws a batch in advance, and reports its types."""
         if not self._draw():
             return Ended(self._index)
         return Ready(self._index, jax.eval_shape(lambda batch: batch, self._ahead[0]))
 
-    def compute(self, params: Any) -> Gradient | Ended:
-        """The gradient of the next batch, at parameters on any device."""
+    def compute(self, params: optax.Params) -> Gradient | Ended:
+        """Computes the gradient of the next batch.
+
+        Args:
+          params: The parameters, on any device.
+        """
         if not self._ahead and not self._draw():
             return Ended(self._index)
         args = _on(self.device, (params, self._ahead.pop()))
@@ -108,7 +120,13 @@ class Worker:
         grads, finite = jax.block_until_ready(report)
         return Gradient(self._index, grads, bool(finite), self.drawn - 1)
 
-    def _draw(self):
+    def _draw(self) -> bool:
+        """Draws a batch, and returns False if there are none left.
+
+        Raises:
+          RuntimeError: If, after a failure, `batches` does not return an iterator over
+            all batches again.
+        """
         error = self._error
         if self._iterator is None:
             self._begin()
@@ -116,8 +134,9 @@ class Worker:
         if self._advance():
             return True
         if error is not None:
-            # A generator that raised is finished, which looks like the end of the data:
-            # make the iterator anew. An iterator that continues after an error stays.
+            # A generator ends after it raises, which looks like the end of the data.
+            # Ask for a new iterator. An iterator that can continue after an error has
+            # already returned a batch above.
             same = not self._begin()
             if self._advance():
                 return True
@@ -130,7 +149,7 @@ class Worker:
         return False
 
     def _begin(self) -> bool:
-        """Asks for the iterator; returns False if it is the one at hand."""
+        """Asks for a new iterator, and returns False if it is the current one."""
         iterator = iter(self._batches(self._index))
         if iterator is self._iterator:
             return False
@@ -138,8 +157,9 @@ class Worker:
         return True
 
     def _advance(self) -> bool:
-        """Draws one batch, past those drawn before; returns False at the end."""
+        """Draws one batch, and returns False at the end of the iterator."""
         assert self._iterator is not None
+        # A new iterator starts at position 0: skip the batches drawn before.
         try:
             while self._position <= self.drawn:
                 batch = next(self._iterator)
@@ -155,12 +175,16 @@ class Worker:
         return True
 
 
-def _on(device, tree):
-    """Sends trees to a device, as one, unless they are there: a call costs more."""
+def _on(device: Device, tree: Any) -> Any:
+    """Puts a tree on a device.
 
-    def there(leaf):
+    Returns a tree that is already there unchanged, because `device_put` takes longer
+    than this check.
+    """
+
+    def is_there(leaf):
         return isinstance(leaf, jax.Array) and leaf.devices() == {device}
 
-    return (
-        tree if all(map(there, jax.tree.leaves(tree))) else jax.device_put(tree, device)
-    )
+    if all(map(is_there, jax.tree.leaves(tree))):
+        return tree
+    return jax.device_put(tree, device)

@@ -1,4 +1,4 @@
-"""Who talks to whom with which weight: graphs, mixing matrices, spectral facts."""
+"""Communication topologies: graphs, mixing matrices, and their spectral properties."""
 
 from decentral_jax.topology.core import (
     AnyTopology,

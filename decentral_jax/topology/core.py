@@ -1,26 +1,32 @@
-"""What a topology is: a mixing matrix and the facts that follow from it.
+"""Topologies: mixing matrices and the properties derived from them.
 
-NumPy and networkx only; nothing here is traced. A topology answers who talks to whom
-with which weight, how fast values spread, and what it may be used for. How its
-exchange becomes collectives is the business of `decentral_jax.plans`.
+A topology defines which workers exchange values, with which weights, how fast values
+spread, and which algorithms may use it. This module uses only NumPy and networkx, and
+JAX traces none of it. `decentral_jax._exchange.plans` turns a topology into
+collectives.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
+from numpy.typing import ArrayLike
 
 from decentral_jax.validation import check_interval
 
-# Weights are compared in float64; matrices typed by hand or computed in float32 pass.
-# Their sums are then corrected to float64 rounding.
+if TYPE_CHECKING:
+    import networkx as nx
+    from matplotlib.axes import Axes
+
+# Tolerance for sums and comparisons of weights in float64. It accepts matrices that
+# were typed by hand or computed in float32; their sums are then corrected to float64
+# rounding error.
 TOLERANCE = 1e-6
 
-# Scalings of a nearly doubly stochastic matrix before it is refused.
-SCALINGS = 10_000
+# Maximum number of Sinkhorn scalings of a nearly doubly stochastic matrix.
+MAX_SCALINGS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -31,15 +37,16 @@ class Topology:
     :math:`x_i \leftarrow \sum_j W_{ij} x_j`.
 
     Attributes:
-      matrix: The mixing matrix `W`, float64 of shape `[n, n]`, read-only. Row `i` holds
-        what worker `i` gives to each worker's value. Sums of rows or columns that are
-        one within 1e-6 are corrected to one in float64 rounding.
-      name: What `repr`, tables and plots call it.
+      matrix: The mixing matrix `W`, a read-only float64 array of shape `[n, n]`. Row
+        `i` holds the weights that worker `i` applies to each worker's value. Row or
+        column sums within 1e-6 of one are corrected to one, up to float64 rounding
+        error.
+      name: Name of the topology in `repr`, tables, and plots.
 
     Raises:
       TypeError: If the matrix does not hold real numbers.
-      ValueError: If the matrix is not square, has an entry that is not finite, or has
-        neither rows nor columns that sum to one.
+      ValueError: If the matrix is not square or not finite, or if neither its rows nor
+        its columns sum to one.
 
     Example:
       >>> import decentral_jax as dj
@@ -62,7 +69,7 @@ class Topology:
 
     @property
     def num_workers(self) -> int:
-        """The number of workers `n`."""
+        """Number of workers `n`."""
         return self.matrix.shape[0]
 
     @functools.cached_property
@@ -72,38 +79,43 @@ class Topology:
 
     @functools.cached_property
     def is_row_stochastic(self) -> bool:
-        """Whether rows sum to one: a constant stays what it is."""
+        """Whether every row sums to one, so that mixing preserves constants."""
         return bool(np.allclose(self.matrix.sum(1), 1, rtol=0, atol=TOLERANCE))
 
     @functools.cached_property
     def is_column_stochastic(self) -> bool:
-        """Whether columns sum to one: the mean over workers is preserved."""
+        """Whether every column sums to one, so that mixing preserves the mean."""
         return bool(np.allclose(self.matrix.sum(0), 1, rtol=0, atol=TOLERANCE))
 
     @property
     def is_doubly_stochastic(self) -> bool:
-        """Whether weights are not negative and rows and columns sum to one."""
+        """Whether all weights are nonnegative and all rows and columns sum to one."""
         nonnegative = bool((self.matrix >= 0).all())
         return nonnegative and self.is_row_stochastic and self.is_column_stochastic
 
     @property
     def period(self) -> int:
-        """The number of rounds after which the weights repeat: one, as they stay."""
+        """Number of rounds after which the weights repeat; 1 for a static topology."""
         return 1
 
     @property
     def averages_exactly(self) -> bool:
-        """Whether one round gives everyone the mean: all weights are equal."""
+        """Whether one round computes the exact mean, that is, all weights are 1/n."""
         return bool(np.allclose(self.matrix, 1 / self.num_workers, rtol=0, atol=1e-12))
 
     @functools.cached_property
     def is_connected(self) -> bool:
-        """Whether every worker's value reaches every other one in the end."""
+        """Whether the graph has a directed path between every pair of workers."""
+        import networkx as nx
+
         return nx.is_strongly_connected(self.graph)
 
     @functools.cached_property
     def eigenvalues(self) -> np.ndarray:
-        """Eigenvalues of `W`, shape `[n]`, by falling modulus (real if symmetric)."""
+        """Eigenvalues of `W` in order of decreasing modulus, shape `[n]`.
+
+        The eigenvalues are real if `W` is symmetric.
+        """
         if self.is_symmetric:
             values = np.linalg.eigvalsh(self.matrix)
         else:
@@ -112,9 +124,9 @@ class Topology:
 
     @functools.cached_property
     def second_eigenvalue(self) -> float:
-        r"""Second largest modulus :math:`\lambda` of an eigenvalue of `W`.
+        r"""Second largest eigenvalue modulus :math:`\lambda` of `W`.
 
-        Plain gossip contracts the distance to consensus by this factor a round.
+        Plain gossip contracts the consensus distance by this factor per round.
         """
         if self.num_workers == 1:
             return 0.0
@@ -122,12 +134,17 @@ class Topology:
 
     @property
     def spectral_gap(self) -> float:
-        r""":math:`1 - \lambda`: between 0 (nothing spreads) and 1 (exact average)."""
+        r"""Spectral gap :math:`1 - \lambda`: 0 without mixing, 1 for exact averages."""
         return 1.0 - self.second_eigenvalue
 
     @functools.cached_property
-    def graph(self) -> nx.DiGraph:
-        """The directed graph of who sends to whom, self-loops left out."""
+    def graph(self) -> "nx.DiGraph":
+        """Directed communication graph; edges point from senders to receivers.
+
+        The graph has no self-loops.
+        """
+        import networkx as nx
+
         graph = nx.DiGraph()
         graph.add_nodes_from(range(self.num_workers))
         receivers, senders = np.nonzero(self.matrix)
@@ -137,47 +154,58 @@ class Topology:
 
     @functools.cached_property
     def max_degree(self) -> int:
-        """The most messages any worker sends or receives in a round."""
+        """Maximum number of messages that any worker sends or receives per round."""
         off_diagonal = (self.matrix != 0) & ~np.eye(self.num_workers, dtype=bool)
         return int(max(off_diagonal.sum(0).max(), off_diagonal.sum(1).max()))
 
     @functools.cached_property
     def diameter(self) -> int:
-        """The most hops between two workers.
+        """Graph diameter: the longest shortest path between two workers.
 
         Raises:
           ValueError: If the graph is not connected.
         """
+        import networkx as nx
+
         if not self.is_connected:
             raise ValueError(f"{self.name} is not connected, so it has no diameter.")
         return nx.diameter(self.graph) if self.num_workers > 1 else 0
 
     def lazy(self, kappa: float) -> "Topology":
-        r"""The sparser, slower mixing :math:`\kappa W + (1 - \kappa) I`.
+        r"""Returns the lazy topology :math:`\kappa W + (1 - \kappa) I`.
+
+        The lazy topology mixes more slowly than the original one.
 
         Args:
-          kappa: Share of the original mixing, in (0, 1].
+          kappa: Weight of the original mixing matrix, in (0, 1].
 
         Returns:
-          The topology on the same graph with more weight on oneself.
+          The topology on the same graph with larger weights on the diagonal.
+
+        Raises:
+          TypeError: If `kappa` is not a number.
+          ValueError: If `kappa` is not in (0, 1].
         """
         check_interval("kappa", kappa, 0.0, 1.0, closed="right")
         matrix = kappa * self.matrix + (1 - kappa) * np.eye(self.num_workers)
         return Topology(matrix, f"{self.name}.lazy({kappa:g})")
 
-    def plot(self, ax: Any = None) -> Any:
-        """Draws the graph with workers on a circle; needs matplotlib.
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draws the graph with the workers on a circle. Requires matplotlib.
 
         Args:
-          ax: The matplotlib axes to draw on; a new figure if None.
+          ax: Matplotlib axes to draw on. If None, creates a new figure.
 
         Returns:
-          The axes.
+          The axes with the drawing.
         """
+        # matplotlib is optional: only plots import it.
         import matplotlib.pyplot as plt
+        import networkx as nx
 
         if ax is None:
             ax = plt.figure(figsize=(4, 4), layout="constrained").subplots()
+        # Without arrowheads if messages go both ways with equal weights.
         graph = self.graph.to_undirected() if self.is_symmetric else self.graph
         nx.draw_networkx(
             graph,
@@ -198,15 +226,17 @@ class Topology:
 class TopologySchedule:
     """A time-varying topology: round `t` uses `topologies[t % period]`.
 
-    Single rounds need not be connected; all rounds of a period together must be.
+    Individual rounds may be disconnected, but algorithms require that the union of all
+    rounds in a period is connected.
 
     Attributes:
-      topologies: One topology a round.
-      name: What `repr`, tables and plots call it.
+      topologies: One topology per round.
+      name: Name of the schedule in `repr`, tables, and plots.
 
     Raises:
-      TypeError: If an entry is not a `Topology`.
-      ValueError: If there is no round, or rounds differ in their number of workers.
+      TypeError: If any entry is not a `Topology`.
+      ValueError: If `topologies` is empty, or its entries have different numbers of
+        workers.
 
     Example:
       >>> import decentral_jax as dj
@@ -221,10 +251,12 @@ class TopologySchedule:
     def __post_init__(self):
         object.__setattr__(self, "topologies", tuple(self.topologies))
         if not self.topologies:
-            raise ValueError("topologies must name at least one round, got none.")
+            raise ValueError("topologies must hold at least one topology, got none.")
         for topology in self.topologies:
             if not isinstance(topology, Topology):
-                raise TypeError(f"topologies must hold Topology, got {topology!r}.")
+                raise TypeError(
+                    f"topologies must hold Topology objects, got {topology!r}."
+                )
         sizes = {topology.num_workers for topology in self.topologies}
         if len(sizes) > 1:
             raise ValueError(
@@ -249,17 +281,17 @@ class TopologySchedule:
 
     @property
     def period(self) -> int:
-        """The number of rounds after which the schedule repeats."""
+        """Number of rounds after which the schedule repeats."""
         return len(self.topologies)
 
     @property
     def num_workers(self) -> int:
-        """The number of workers `n`."""
+        """Number of workers `n`."""
         return self.topologies[0].num_workers
 
     @property
     def max_degree(self) -> int:
-        """The most messages any worker sends or receives in any round."""
+        """Maximum number of messages that any worker sends or receives in a round."""
         return max(topology.max_degree for topology in self.topologies)
 
     @property
@@ -269,12 +301,12 @@ class TopologySchedule:
 
     @property
     def is_row_stochastic(self) -> bool:
-        """Whether every round's rows sum to one."""
+        """Whether every round's matrix is row-stochastic."""
         return all(topology.is_row_stochastic for topology in self.topologies)
 
     @property
     def is_column_stochastic(self) -> bool:
-        """Whether every round's columns sum to one."""
+        """Whether every round's matrix is column-stochastic."""
         return all(topology.is_column_stochastic for topology in self.topologies)
 
     @property
@@ -284,16 +316,21 @@ class TopologySchedule:
 
     @functools.cached_property
     def is_connected(self) -> bool:
-        """Whether the graph of all rounds together is connected."""
+        """Whether the union of the graphs of all rounds is strongly connected."""
+        import networkx as nx
+
         graphs = [topology.graph for topology in self.topologies]
         return nx.is_strongly_connected(nx.compose_all(graphs))
 
     @functools.cached_property
     def second_eigenvalue(self) -> float:
-        r"""Contraction a round, as the geometric mean over one period.
+        r"""Contraction factor per round, as the geometric mean over one period.
 
-        :math:`\|W_P \cdots W_1 - 11^T/n\|_2^{1/P}`; 0 if a period averages exactly.
+        .. math:: \|W_P \cdots W_1 - 11^T/n\|_2^{1/P}
+
+        The factor is 0 if one period computes the exact average.
         """
+        # The first round is the rightmost factor.
         product = np.linalg.multi_dot(
             [np.eye(self.num_workers)] + [t.matrix for t in reversed(self.topologies)]
         )
@@ -302,22 +339,34 @@ class TopologySchedule:
 
     @property
     def spectral_gap(self) -> float:
-        """One minus `second_eigenvalue`."""
+        """Spectral gap per round: one minus `second_eigenvalue`."""
         return 1.0 - self.second_eigenvalue
 
     def lazy(self, kappa: float) -> "TopologySchedule":
-        """The schedule of `topology.lazy(kappa)`."""
+        """Returns the schedule with every round replaced by `topology.lazy(kappa)`.
+
+        Args:
+          kappa: Weight of the original mixing matrices, in (0, 1].
+
+        Returns:
+          The schedule on the same graphs with larger weights on the diagonals.
+
+        Raises:
+          TypeError: If `kappa` is not a number.
+          ValueError: If `kappa` is not in (0, 1].
+        """
         rounds = tuple(topology.lazy(kappa) for topology in self.topologies)
         return TopologySchedule(rounds, f"{self.name}.lazy({kappa:g})")
 
-    def plot(self, axes: Sequence[Any] | None = None) -> Sequence[Any]:
-        """Draws every round beside the others; needs matplotlib.
+    def plot(self, axes: "Sequence[Axes] | None" = None) -> "Sequence[Axes]":
+        """Draws all rounds side by side. Requires matplotlib.
 
         Args:
-          axes: One matplotlib axes a round; a new figure if None.
+          axes: Matplotlib axes to draw on, one per round. If None, creates a new
+            figure.
 
         Returns:
-          The axes.
+          The axes with the drawings, one per round.
         """
         import matplotlib.pyplot as plt
 
@@ -339,22 +388,26 @@ def check_topology(
     symmetric: bool = False,
     static: bool = False,
 ) -> None:
-    """Checks that a topology is one, connected, and has what an algorithm needs.
+    """Checks that a topology is connected and has the properties an algorithm needs.
 
     Args:
-      topology: What the user passed.
-      doubly_stochastic: Whether mixing must preserve the mean and constants.
-      symmetric: Whether the analysis needs symmetric weights.
-      static: Whether the topology must not vary in time.
+      topology: The user's argument, of any type.
+      doubly_stochastic: Whether to require a doubly stochastic matrix, which preserves
+        the mean and constants.
+      symmetric: Whether to require a symmetric matrix.
+      static: Whether to refuse a `TopologySchedule`.
 
     Raises:
-      TypeError: If it is no topology, or a schedule where a static one is needed.
-      ValueError: If it lacks a property, with the remedy.
+      TypeError: If `topology` is not a `Topology` or `TopologySchedule`, or is a
+        schedule although `static` is set.
+      ValueError: If the topology lacks a required property. The message names the
+        property and the remedy.
     """
     if not isinstance(topology, (Topology, TopologySchedule)):
         raise TypeError(
-            f"topology must come from dj.topology, got {topology!r}: for example "
-            "dj.topology.ring(8), or dj.topology.from_matrix(W) for your own matrix."
+            f"topology must come from dj.topology, got {topology!r}: pass, for "
+            "example, dj.topology.ring(8), or dj.topology.from_matrix(W) for a custom "
+            "matrix."
         )
     if static and isinstance(topology, TopologySchedule):
         raise TypeError(
@@ -363,7 +416,7 @@ def check_topology(
         )
     if doubly_stochastic and not topology.is_doubly_stochastic:
         raise ValueError(
-            f"topology must be doubly stochastic, got {topology!r} that has negative "
+            f"topology must be doubly stochastic, got {topology!r}, which has negative "
             "weights, or rows or columns that do not sum to one: use "
             "Metropolis-Hastings weights (dj.topology.from_graph)."
         )
@@ -375,18 +428,18 @@ def check_topology(
     if not topology.is_connected:
         raise ValueError(
             f"topology must be connected, got {topology!r}: some workers would never "
-            "hear of some others; add edges."
+            "receive the values of some others; add edges."
         )
 
 
-def _as_mixing_matrix(matrix: Any) -> np.ndarray:
+def _as_mixing_matrix(matrix: ArrayLike) -> np.ndarray:
     """Returns a checked, read-only float64 copy of a mixing matrix."""
     try:
         array = np.asarray(matrix)
     except ValueError:
         raise ValueError(
             f"matrix must be square, got rows of different lengths in {matrix!r}: pass "
-            "an array of shape [n, n] with one row and one column a worker."
+            "an array of shape [n, n] with one row and one column per worker."
         ) from None
     if array.dtype.kind not in "fiu":
         raise TypeError(
@@ -396,7 +449,7 @@ def _as_mixing_matrix(matrix: Any) -> np.ndarray:
     if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
         raise ValueError(
             f"matrix must be square, got shape {array.shape}: pass an array of shape "
-            "[n, n] with one row and one column a worker."
+            "[n, n] with one row and one column per worker."
         )
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
@@ -405,6 +458,7 @@ def _as_mixing_matrix(matrix: Any) -> np.ndarray:
             f"matrix must be finite, got {array[i, j]} at [{i}, {j}]: pass finite "
             "weights."
         )
+    # It suffices that the rows or the columns sum to one: push-sum needs columns only.
     rows, columns = array.sum(1), array.sum(0)
     if np.abs(rows - 1).max() > TOLERANCE < np.abs(columns - 1).max():
         raise ValueError(
@@ -417,15 +471,21 @@ def _as_mixing_matrix(matrix: Any) -> np.ndarray:
 
 
 def _normalized(matrix: np.ndarray) -> np.ndarray:
-    """Corrects sums that are one within the tolerance to one in float64 rounding.
+    """Corrects row and column sums within the tolerance of one to exactly one.
 
-    Else the mean over workers would grow or shrink by their error in every round. Zeros
-    stay zero, weights stay nonnegative, and a symmetric matrix stays symmetric.
+    Exact means up to float64 rounding error. Without the correction, the mean over
+    workers would drift by the error of the sums in every round. The correction keeps
+    zeros, nonnegative weights, and symmetry.
+
+    Raises:
+      ValueError: If the matrix is nearly doubly stochastic, but its sparsity pattern
+        admits no exactly doubly stochastic matrix.
     """
 
     def is_one(sums, tolerance=TOLERANCE):
         return bool((np.abs(sums - 1) <= tolerance).all())
 
+    # Return the matrix unchanged if its sums are already exact.
     rounding = 2.0**-52 * max(4, len(matrix))
     by_rows, by_columns = is_one(matrix.sum(1)), is_one(matrix.sum(0))
     if (not by_rows or is_one(matrix.sum(1), rounding)) and (
@@ -433,15 +493,17 @@ def _normalized(matrix: np.ndarray) -> np.ndarray:
     ):
         return matrix
     if not (by_rows and by_columns):
-        # The diagonal takes no correction here: it may be zero.
+        # Only rows or only columns must sum to one: divide by their sums. The diagonal
+        # cannot absorb the error, because it may be zero.
         return matrix / matrix.sum(1 if by_rows else 0, keepdims=True)
     symmetric = np.allclose(matrix, matrix.T, rtol=0, atol=TOLERANCE)
     if symmetric:
-        # Entries that are zero on one side only are zero.
+        # Drop entries that are zero on one side of the diagonal only.
         both = (matrix != 0) & (matrix.T != 0)
         matrix = np.where(both, (matrix + matrix.T) / 2, 0)
-    # Scale rows and columns (Sinkhorn & Knopp, 1967), or both at once to keep symmetry.
-    for _ in range(SCALINGS):
+    # Scale rows and columns in turn (Sinkhorn & Knopp, 1967); scale a symmetric matrix
+    # from both sides at once to keep it symmetric.
+    for _ in range(MAX_SCALINGS):
         rows, columns = matrix.sum(1), matrix.sum(0)
         if is_one(rows, rounding) and is_one(columns, rounding):
             return matrix
@@ -451,7 +513,8 @@ def _normalized(matrix: np.ndarray) -> np.ndarray:
         else:
             matrix = matrix / rows[:, None]
             matrix = matrix / matrix.sum(0)
-    # Where scaling is slow, the diagonal takes the rest if it can.
+    # If scaling converges too slowly, add the remaining error to the diagonal, provided
+    # that every changed entry stays positive.
     rest = 1 - matrix.sum(1)
     diagonal = np.diag(matrix) + rest
     if symmetric and ((diagonal > 0) | (rest == 0)).all():

@@ -63,6 +63,10 @@ class DetachedState(NamedTuple):
     detach: jax.Array | tuple[()]  # shape=(), float: lambda. () with a residual.
     memory: PyTree  # the compressor's state, equal on all workers
 
+    # A checkpoint must have the same lambda: with another one, the same parameters
+    # would imply another residual.
+    constants = ("detach",)
+
     def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         return jax.tree.map(lambda x, y: x.astype(y.dtype), self.shared, params)
