@@ -1,6 +1,6 @@
-"""Gossip and averaging: a topology's mixing matrix applied to a tree of arrays."""
+"""Gossip and averaging: a topology's mixing matrix applied to a pytree of arrays."""
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from decentral_jax.topology import (
 )
 from decentral_jax.validation import check_arrays, check_dtypes, check_int
 
+Tree = TypeVar("Tree")
+
 __all__ = [
     "accelerated_mix",
     "average",
@@ -33,18 +35,18 @@ __all__ = [
 
 
 def worker_index(axis_name: AxisName = "workers") -> jax.Array:
-    """Returns this worker's number, from 0, in every layout.
+    """Returns the number of this worker, counted from 0, in every layout.
 
     Args:
       axis_name: Name of the worker axis.
 
     Returns:
-      An int32 scalar, different on each worker: fold it into a shared PRNG key for
-      random numbers of the worker's own.
+      An int32 scalar that differs between workers. To give each worker its own random
+      numbers, fold it into a PRNG key that all workers share.
 
     Raises:
-      ValueError: If a mesh axis lies inside a `vmap` axis, so that a device's workers
-        have no consecutive numbers.
+      ValueError: If the axis is not bound, or if a mesh axis lies inside a `vmap` axis,
+        so that the workers of a device do not have consecutive numbers.
 
     Example:
       >>> import decentral_jax as dj, jax
@@ -54,48 +56,48 @@ def worker_index(axis_name: AxisName = "workers") -> jax.Array:
 
 
 def mix(
-    tree: Any,
+    tree: Tree,
     topology: AnyTopology,
     axis_name: AxisName = "workers",
     *,
     step: jax.Array | int | None = None,
     active: jax.Array | bool | None = None,
-) -> Any:
-    r"""One gossip round: replaces each worker's tree by a weighted average.
+) -> Tree:
+    r"""Performs one gossip round: replaces each worker's tree by a weighted average.
 
     .. math:: x_i \leftarrow \sum_j W_{ij} x_j
 
-    Where some workers are missing, those present keep for themselves the weight that
-    they would give to them, so that the matrix stays doubly stochastic and the mean of
-    all workers stays what it was:
+    If some workers are missing, each present worker adds the weights of its missing
+    neighbors to its own weight. The matrix then stays doubly stochastic, and the mean
+    over all workers does not change:
 
     .. math:: x_i \leftarrow x_i + a_i \sum_j W_{ij} a_j (x_j - x_i)
 
-    Lowered to one all-reduce on a complete graph with equal weights; else, across
-    devices, to `topology.max_degree` rounds of `ppermute`, and among the workers of one
-    device to a gather or a matrix product. Each worker sends its tree once a round:
-    `max_degree * bytes(tree)`.
+    On a complete graph with equal weights, the round lowers to one all-reduce. On other
+    graphs it lowers to `topology.max_degree` rounds of `ppermute` between devices, and
+    to a gather or a matrix product between the workers of one device. Each worker sends
+    its tree once to each neighbor: `max_degree * bytes(tree)` bytes per round.
 
     Args:
       tree: This worker's pytree of floating-point arrays.
-      topology: The mixing matrix, or a schedule of them.
-      axis_name: The worker axis; its size is the topology's number of workers.
-      step: The round of a schedule, an integer equal on all workers.
-      active: :math:`a_i`, whether this worker takes part, such as
-        `dj.sample_active(step, missing=2)`; all do if None. Needs a symmetric topology.
-        Each message carries one extra scalar. A missing worker's values never
-        propagate, even if they are NaN.
+      topology: Mixing matrix :math:`W`, or a schedule of mixing matrices.
+      axis_name: Name of the worker axis. Its size is `topology.num_workers`.
+      step: Round number of a schedule: an integer, equal on all workers.
+      active: :math:`a_i`, whether this worker takes part: a boolean, for example
+        `dj.sample_active(step, missing=2)`. If None, all workers take part. Requires a
+        symmetric topology. Each message carries one extra scalar. A missing worker's
+        values never propagate, even if they are NaN.
 
     Returns:
-      A tree of the same shapes and dtypes. Sums are accumulated in at least float32,
-      except that an all-reduce between devices adds half precision as such.
+      A tree of the same shapes and dtypes. Sums accumulate in at least float32, with
+      one exception: an all-reduce between devices adds half precision as it is.
 
     Raises:
-      TypeError: If `topology` is not a topology, or any leaf is not floating-point.
+      TypeError: If `topology` is not a topology, or if any leaf is not floating-point.
         Convert integers first.
-      ValueError: If the axis is not bound or has another size than the topology, a
-        schedule gets no `step`, or workers may be missing on a topology that is not
-        symmetric.
+      ValueError: If the axis is not bound or its size is not the topology's number of
+        workers, if a schedule gets no `step`, or if `active` is given with a topology
+        that is not symmetric.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
@@ -113,29 +115,32 @@ def mix(
         if step is None and topology.period > 1:
             raise ValueError(
                 f"step must be given for the time-varying {topology!r}, got None: pass "
-                "the number of the round."
+                "the round number."
             )
         if step is not None and not jnp.issubdtype(jnp.result_type(step), jnp.integer):
             raise TypeError(
                 f"step must be an integer, got {step} of dtype "
-                f"{jnp.result_type(step)}: pass the number of the round."
+                f"{jnp.result_type(step)}: pass the round number."
             )
     return mix_all(tree, topology, axis, step)
 
 
-def average(tree: Any, axis_name: AxisName = "workers") -> Any:
-    """The exact mean over all workers by all-reduce, the same on each.
+def average(tree: Tree, axis_name: AxisName = "workers") -> Tree:
+    r"""Returns the exact mean over all workers, computed by one all-reduce.
+
+    .. math:: x_i \leftarrow \frac1n \sum_j x_j
 
     Args:
       tree: This worker's pytree of arrays, such as gradients or metrics.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The mean, of the same shapes. Floating-point and complex dtypes are kept; the mean
-      of integers or booleans is float32, or float64 under `jax_enable_x64`.
+      The mean, equal on all workers, in a tree of the same shapes. Floating-point and
+      complex dtypes do not change. The mean of integers or booleans is float32, or
+      float64 under `jax_enable_x64`.
 
     Raises:
-      TypeError: If a leaf is not an array of numbers or booleans.
+      TypeError: If any leaf is not an array of numbers or booleans.
       ValueError: If the axis is not bound.
 
     Example:
@@ -152,8 +157,8 @@ def average(tree: Any, axis_name: AxisName = "workers") -> Any:
     return WorkerAxis.bind(axis_name).mean(tree)
 
 
-def _as_inexact(x: Any) -> Any:
-    """An array as it is, but integers and booleans as floats, which have a mean."""
+def _as_inexact(x: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+    """Converts integers and booleans to floats, and returns other arrays unchanged."""
     dtype = jnp.result_type(x)
     if jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_):
         return jnp.asarray(x, jnp.result_type(float))
@@ -161,26 +166,31 @@ def _as_inexact(x: Any) -> Any:
 
 
 def average_every(
-    tree: Any,
+    tree: Tree,
     period: int,
     step: jax.Array | int,
     *,
     axis_name: AxisName = "workers",
-) -> Any:
-    """The mean over all workers in each `period`-th step, else the tree as it is.
+) -> Tree:
+    """Returns the mean over all workers every `period` steps, and the tree otherwise.
 
-    Meant for what no gradient reaches, such as BatchNorm's statistics, at the steps in
-    which an algorithm with a period exchanges: `step` counts from 0, and steps
-    `period - 1`, `2 * period - 1`, ... average.
+    Use it for arrays that no gradient updates, such as BatchNorm statistics. It
+    averages in the steps in which an algorithm with the same period exchanges
+    parameters: `step` counts from 0, and the steps `period - 1`, `2 * period - 1`, ...
+    average.
 
     Args:
       tree: This worker's pytree of floating-point arrays.
-      period: Steps from one average to the next.
-      step: The step, an integer equal on all workers, such as a `TrainState`'s.
-      axis_name: The worker axis.
+      period: Number of steps between two averages.
+      step: Step number: an integer, equal on all workers, such as `TrainState.step`.
+      axis_name: Name of the worker axis.
 
     Returns:
-      A tree of the same shapes and dtypes. Other steps send nothing.
+      A tree of the same shapes and dtypes. The steps in between send nothing.
+
+    Raises:
+      TypeError: If `period` is not an integer, or if any leaf is not floating-point.
+      ValueError: If `period` is below 1, or if the axis is not bound.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
@@ -190,47 +200,63 @@ def average_every(
       (Array([1., 3.], dtype=float32), Array([2., 2.], dtype=float32))
     """
     period = check_int("period", period, minimum=1)
-    check_dtypes("tree", tree, jnp.inexact)  # both branches return the same dtypes
+    # Only floats pass: the mean of integers would be a float, and the two branches of
+    # the `cond` must return the same dtypes.
+    check_dtypes("tree", tree, jnp.inexact)
     axis = WorkerAxis.bind(axis_name)
     count = jnp.asarray(step) + 1
     return axis.cond_every(period, count, axis.mean, lambda tree: tree, tree)
 
 
 def accelerated_mix(
-    tree: Any,
+    tree: Tree,
     topology: Topology,
     rounds: int,
     *,
     axis_name: AxisName = "workers",
     active: jax.Array | bool | None = None,
-) -> Any:
-    r"""Accelerated gossip: `rounds` rounds that contract like twice the square root.
+) -> Tree:
+    r"""Performs `rounds` rounds of accelerated gossip.
 
     .. math::
        z_{r+1} = (1 + \eta) W z_r - \eta z_{r-1}, \qquad z_{-1} = z_0, \qquad
        \eta = \frac{1 - \sqrt{1 - \lambda^2}}{1 + \sqrt{1 - \lambda^2}}
 
-    It preserves the mean and contracts by :math:`\sqrt\eta` a round asymptotically,
-    where plain gossip contracts by :math:`\lambda`
-    (Lu & De Sa, "Optimal Complexity in Decentralized Training", ICML 2021, Alg. 3;
-    Liu & Morse, "Accelerated linear iterations for distributed averaging", 2011).
+    Here :math:`\lambda` is the second largest magnitude of an eigenvalue of :math:`W`.
+    Accelerated gossip preserves the mean. Asymptotically it contracts the consensus
+    distance by a factor of :math:`\sqrt\eta` per round, whereas plain gossip contracts
+    it by :math:`\lambda`.
 
     Args:
       tree: This worker's pytree of floating-point arrays.
       topology: A static, symmetric, doubly stochastic topology.
-      rounds: Number of rounds, at least 1; each sends what `mix` sends.
-      axis_name: The worker axis.
+      rounds: Number of rounds, at least 1. Each round sends as many bytes as `mix`.
+      axis_name: Name of the worker axis.
       active: Whether this worker takes part in these rounds, as in `mix`.
 
     Returns:
       A tree of the same shapes and dtypes.
 
     Raises:
-      TypeError: If `topology` is a schedule or `rounds` no integer.
-      ValueError: If the topology has no spectral gap, or as in `mix`.
+      TypeError: If `topology` is a schedule, or if `rounds` is not an integer.
+      ValueError: If the topology has no spectral gap, or for the reasons given in
+        `mix`.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> ring = dj.topology.ring(8)
+      >>> mix = lambda x: dj.accelerated_mix(x, ring, rounds=10)
+      >>> mixed = jax.vmap(mix, axis_name="workers")(jnp.arange(8.0))
+      >>> bool(jnp.allclose(mixed, 3.5, atol=0.1))
+      True
+
+    References:
+      Lu & De Sa, "Optimal Complexity in Decentralized Training", ICML 2021, Alg. 3;
+      Liu & Morse, "Accelerated linear iterations for distributed averaging", 2011.
     """
     rounds = check_int("rounds", rounds, 1)
     check_dtypes("tree", tree, jnp.inexact)
+    # All rounds compute in at least float32 and send in the dtypes of `tree`.
     mixed = accelerated_rounds(
         jax.tree.map(wide, tree), topology, rounds, axis_name, active, like=tree
     )
@@ -238,24 +264,38 @@ def accelerated_mix(
 
 
 def average_by_factors(
-    tree: Any,
+    tree: Tree,
     topology: Topology,
     axis_name: AxisName = "workers",
-) -> Any:
-    """The exact mean over all workers by sparse rounds on the graph's own edges.
+) -> Tree:
+    r"""Returns the exact mean over all workers, using only the edges of the graph.
+
+    .. math:: x \leftarrow F_m \cdots F_1 x, \qquad F_m \cdots F_1 = 11^T / n
+
+    Each factor :math:`F_k` of `dj.topology.exact_factors` is one gossip round.
 
     Args:
       tree: This worker's pytree of floating-point arrays.
       topology: A static, connected topology.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The mean, to rounding; a tree of the same shapes and dtypes.
+      The mean, up to rounding, in a tree of the same shapes and dtypes.
 
     Raises:
-      TypeError: If `topology` is a schedule, or a leaf is no floating-point array.
-      ValueError: If the topology is not connected, or as in `mix`.
+      TypeError: If `topology` is a schedule, or if any leaf is not floating-point.
+      ValueError: If the topology is not connected, or for the reasons given in `mix`.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> ring = dj.topology.ring(4)
+      >>> mean = jax.vmap(
+      ...     lambda x: dj.average_by_factors(x, ring), axis_name="workers"
+      ... )
+      >>> bool(jnp.allclose(mean(jnp.arange(4.0)), 1.5, atol=1e-5))
+      True
     """
+    # Checks that the axis has as many workers as the topology.
     bind(axis_name, topology)
     for factor in exact_factors(topology):
         tree = apply_factor(tree, [factor], 0, axis_name)

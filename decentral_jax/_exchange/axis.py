@@ -1,4 +1,4 @@
-"""The worker axis, bound: the only module that calls `jax.lax` collectives.
+"""The bound worker axis; only this module calls `jax.lax` collectives.
 
 A worker axis is a `vmap` axis (all workers on one device), a mesh axis of `shard_map`
 or `pmap` (one worker per device), or folded: a `vmap` axis called `"<name>.virtual"`
@@ -7,9 +7,9 @@ inside a mesh axis called `"<name>.devices"`. Code above this module sees only t
 name itself, so a `jax.lax` collective over it fails instead of reducing over the
 workers of one device.
 
-Sending is apart from weighing: `send` moves arrays between devices, `weigh` sums what
-has arrived. Independent computation between the two calls may overlap with the
-exchange, and another transport only has to replace `send`.
+Sending and weighing are separate: `send` moves arrays between devices, and `weigh` sums
+the arrays that have arrived. Independent computation between the two calls may overlap
+with the exchange, and another transport only has to replace `send`.
 
 Results of reductions are marked as varying over the mesh axes, so that the branches of
 a `cond` and the carry of a `scan` have one type under `shard_map(check_vma=True)`.
@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import numpy as np
 from jax import lax
 
 from decentral_jax._exchange.numbers import (
+    PyTree,
     equal_on_all_workers,
     weighted,
     wide,
@@ -52,12 +53,12 @@ DEVICES, VIRTUAL = ".devices", ".virtual"
 
 @dataclasses.dataclass(frozen=True)
 class WorkerAxis:
-    """A worker axis as it is bound where the program is being traced.
+    """A worker axis, as bound at the current point of tracing.
 
     Attributes:
-      name: The worker axis, or a tuple of axes, the slowest-varying first.
-      mesh: Mesh axes: arrays travel along them.
-      virtual: `vmap` axes: nothing travels.
+      name: Name of the worker axis, or a tuple of names, the slowest-varying first.
+      mesh: Names of mesh axes, along which devices send arrays.
+      virtual: Names of `vmap` axes, along which nothing is sent.
       num_devices: Number of devices along the mesh axes.
       num_virtual: Number of workers per device.
       ordered: Whether no mesh axis lies inside a `vmap` axis.
@@ -72,19 +73,21 @@ class WorkerAxis:
 
     @classmethod
     def bind(cls, axis_name: AxisName) -> Self:
-        """Finds out what a name is bound to.
+        """Looks up the mesh axes and `vmap` axes that a name is bound to.
 
         Args:
-          axis_name: The worker axis, or a tuple of axes, the slowest-varying first.
+          axis_name: Name of the worker axis, or a tuple of names, the slowest-varying
+            first.
 
         Returns:
-          The axis.
+          The bound axis.
 
         Raises:
           ValueError: If the name is not bound.
         """
         check_axis_name(axis_name)
         names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+        # A name is a mesh axis, a `vmap` axis, or both (folded, by the suffixes).
         manual = jax.sharding.get_abstract_mesh().manual_axes
         mesh, virtual = [], []
         ordered = True
@@ -115,8 +118,9 @@ class WorkerAxis:
 
     @property
     def index(self) -> jax.Array:
-        """This worker's number, from 0: an int32 scalar, different on each worker."""
+        """Number of this worker, counted from 0: an int32 scalar."""
         self._check_ordered()
+        # Workers are numbered device by device.
         index = jnp.zeros([], jnp.int32)
         if self.mesh:
             index = lax.axis_index(self.mesh).astype(jnp.int32) * self.num_virtual
@@ -138,8 +142,8 @@ class WorkerAxis:
 
         A step counter in a worker's state is batched under `vmap`, and a `cond` on it
         would run both branches. Its maximum over the `vmap` axis is the same number,
-        unbatched; nothing travels. On mesh axes the value is used as it is: that it is
-        equal there is what `decentral_jax.lockstep` checks.
+        unbatched, and needs no communication. On mesh axes the value is used as it is;
+        `decentral_jax.lockstep` checks that it is equal there.
         """
         if self.virtual:
             return lax.pmax(x, self.virtual)
@@ -163,14 +167,19 @@ class WorkerAxis:
         return jax.tree.map(mark, tree)
 
     def uniform_cond(
-        self, due: jax.Array, then: Callable, otherwise: Callable, *operands: Any
-    ) -> Any:
-        """`lax.cond` with a condition that is equal on all workers: one branch runs.
+        self,
+        due: jax.Array,
+        then: Callable[..., PyTree],
+        otherwise: Callable[..., PyTree],
+        *operands: PyTree,
+    ) -> PyTree:
+        """Runs one of two branches, chosen by a condition equal on all workers.
 
         Args:
-          due: The condition, from `unvmap`, so that `vmap` keeps the `cond` a `cond`.
-          then: Function of the operands where `due`.
-          otherwise: Function of the operands elsewhere.
+          due: Boolean scalar computed from `unvmap`. It is not batched, so `vmap` does
+            not turn the `lax.cond` into a select that runs both branches.
+          then: Function of the operands that runs if `due` is true.
+          otherwise: Function of the operands that runs if `due` is false.
           *operands: Pytrees of arrays.
 
         Returns:
@@ -186,11 +195,11 @@ class WorkerAxis:
         self,
         period: int,
         count: jax.typing.ArrayLike,
-        then: Callable,
-        otherwise: Callable,
-        *operands: Any,
-    ) -> Any:
-        """`uniform_cond` that takes `then` where `period` divides `count`."""
+        then: Callable[..., PyTree],
+        otherwise: Callable[..., PyTree],
+        *operands: PyTree,
+    ) -> PyTree:
+        """Runs `then` if `period` divides `count`, and `otherwise` if not."""
         if period == 1:
             return then(*operands)
         due = self.unvmap(count) % period == 0
@@ -199,22 +208,23 @@ class WorkerAxis:
     # Reductions
 
     def total(self, x: jax.Array) -> jax.Array:
-        """Returns the sum over all workers, the same on each."""
+        """Returns the sum over all workers, equal on all of them."""
         if self.virtual:
             x = lax.psum(x, self.virtual)
         return self.device_total(x)
 
     def device_total(self, x: jax.Array) -> jax.Array:
-        """Returns the sum over devices of an array that a device's workers share."""
+        """Returns the sum over devices of an array that the workers of each share."""
         if not self.mesh:
             return x
         return lax.pcast(lax.psum(x, self.mesh), self.mesh, to="varying")
 
     def mean(self, tree: Tree) -> Tree:
-        """Returns the mean over all workers, the same on each, small leaves packed.
+        """Returns the mean over all workers, equal on all of them.
 
-        Half precision travels as such. It is divided before it is summed: the sum of
-        float16 gradients under loss scaling would overflow where their mean does not.
+        Half precision is sent as it is. It is divided before it is summed: the sum of
+        float16 gradients under loss scaling could overflow although their mean does
+        not.
         """
         return mapped_packed(self._mean, tree, self, ALL_REDUCE_BUCKET_BYTES)
 
@@ -236,22 +246,25 @@ class WorkerAxis:
     ) -> jax.Array:
         """Returns `fn` of the mean; each device computes it for a part of the entries.
 
-        What `fn` sends along another axis is thus sent once by all devices together,
-        not by each of them. It must treat all entries alike.
+        If `fn` sends the mean along another axis, the devices of this axis share the
+        work: together they send each entry once.
 
         Args:
           x: This worker's array.
-          fn: Maps an array to one of its shape.
+          fn: Function from an array to an array of the same shape, which treats all
+            entries alike.
           weight: This worker's weight in the mean. None means equal weights.
 
         Returns:
-          The result, the same on each worker of the axis.
+          The result, equal on all workers of the axis.
         """
+        # The weighted sum over the workers of this device.
         y = weighted(x, jnp.full([], 1 / self.size) if weight is None else weight)
         if self.virtual:
             y = lax.psum(wide(y), self.virtual).astype(x.dtype)
         if self.num_devices == 1:
             return self.varying(fn(y))
+        # Reduce-scatter, apply `fn` to this device's part, and gather all parts.
         flat = jnp.pad(y.reshape(-1), (0, -y.size % self.num_devices))
         part = fn(lax.psum_scatter(flat, self.mesh, tiled=True))
         whole = lax.all_gather(part, self.mesh, tiled=True)
@@ -260,9 +273,9 @@ class WorkerAxis:
     # All workers' arrays
 
     def gather(self, tree: Tree) -> Tree:
-        """Returns all workers' arrays, `[n, ...]` by worker number, on each worker.
+        """Returns the arrays of all workers, `[n, ...]` by worker number, on each one.
 
-        On one device only the result is copied.
+        On one device, only the result is copied.
         """
         self._check_ordered()
         return mapped_packed(self._gather, tree, self)
@@ -274,48 +287,51 @@ class WorkerAxis:
         return rows
 
     def of_device(self, x: jax.Array) -> jax.Array:
-        """Returns the arrays of this device's workers, `[num_virtual, ...]`."""
+        """Returns the arrays of the workers on this device, `[num_virtual, ...]`."""
         if not self.virtual:
             return x[None]
-        # vmap gathers over one axis at a time, the innermost first.
+        # `vmap` gathers over one axis at a time; start with the innermost one.
         for name in reversed(self.virtual):
             x = lax.all_gather(x, name)
         return x.reshape(self.num_virtual, *x.shape[len(self.virtual) :])
 
     def to_devices(self, x: jax.Array) -> jax.Array:
-        """All-to-all: each worker passes one part per device, `[num_devices, ...]`.
+        """Performs an all-to-all exchange with one part per device.
+
+        Args:
+          x: This worker's parts, `[num_devices, ...]`; part `d` goes to device `d`.
 
         Returns:
-          What all workers have for this device, the same on each of its workers:
-          `[n, ...]` by worker number.
+          The parts that all workers sent to this device, `[n, ...]` by worker number,
+          equal on all workers of the device.
         """
         block = jnp.moveaxis(self.of_device(x), 1, 0)
         if self.mesh:
             block = lax.all_to_all(block, self.mesh, 0, 0, tiled=True)
         return self.varying(block.reshape(self.size, *x.shape[1:]))
 
-    # Gossip: sending is apart from weighing
+    # Gossip: sending and weighing are separate
 
     def plan(self, matrices: Sequence[np.ndarray]) -> tuple[Plan, ...]:
-        """Returns the messages of a gossip round for each of the matrices `[n, n]`."""
+        """Returns the plan of a gossip round for each mixing matrix `[n, n]`."""
         return tuple(cached_plan(matrix, self.num_devices) for matrix in matrices)
 
     def send(
         self,
         plans: tuple[Plan, ...],
-        tree: Any,
+        tree: PyTree,
         step: jax.typing.ArrayLike | None = None,
-    ) -> tuple:
-        """Sends what other devices need of this worker's arrays.
+    ) -> tuple[PyTree, ...]:
+        """Sends this worker's arrays to the devices that need them.
 
         Args:
-          plans: From `plan`; step `t` uses the one at `t % len(plans)`.
+          plans: Result of `plan`; step `t` uses the plan at `t % len(plans)`.
           tree: Pytree of arrays.
-          step: The step, equal on all workers. Not needed with one plan.
+          step: Step number, equal on all workers. Not needed with one plan.
 
         Returns:
-          What has arrived from other devices, for `weigh`: one tree per message, leaves
-          `[k, ...]`. Empty where nothing travels.
+          The rows received from other devices, as input for `weigh`: one tree per
+          message, with leaves `[k, ...]`. Empty on one device.
         """
         if self.num_devices == 1:
             return ()
@@ -323,7 +339,8 @@ class WorkerAxis:
         if len(plans) == 1:
             return tuple(self._receive(each, block) for each in plans[0].rounds)
 
-        # Branches of a switch return equal shapes: pad to the largest message.
+        # All branches of a switch must return the same shapes: pad every message to
+        # the largest one in the same slot, and every plan to the most messages.
         slots = range(max(len(plan.rounds) for plan in plans))
         rows = [
             max(p.rounds[slot].rows.shape[1] for p in plans if slot < len(p.rounds))
@@ -340,7 +357,7 @@ class WorkerAxis:
         return lax.switch(self._round(plans, step), branches, block)
 
     def _receive(self, message, block):
-        """One `ppermute` of the rows that the receiving device needs."""
+        """Performs one `ppermute` of the rows that the receiving device needs."""
         if self.num_virtual > 1:
             mine = jnp.asarray(message.rows)[lax.axis_index(self.mesh)]
             block = jax.tree.map(lambda b: b[mine], block)
@@ -349,28 +366,31 @@ class WorkerAxis:
     def weigh(
         self,
         plans: tuple[Plan, ...],
-        tree: Any,
-        received: tuple,
+        tree: PyTree,
+        received: tuple[PyTree, ...],
         step: jax.typing.ArrayLike | None = None,
-        decode: Callable[[Any], Any] | None = None,
-    ) -> Any:
-        r"""Sums the workers' arrays, each times its weight.
+        decode: Callable[[PyTree], PyTree] | None = None,
+    ) -> PyTree:
+        r"""Sums the arrays of all workers, each times its weight.
 
         Args:
           plans: As in `send`.
           tree: As in `send`.
-          received: The result of `send`.
+          received: Result of `send`.
           step: As in `send`.
-          decode: Turns what has traveled into a pytree of the arrays to be summed. None
-            sums what has traveled.
+          decode: Function from a sent tree to a pytree of the arrays to sum. None sums
+            the sent trees as they are.
 
         Returns:
           :math:`\sum_j W_{ij} \mathrm{decode}(x_j)`, accumulated in at least float32,
-          returned in its own dtypes.
+          and returned in the dtypes of the decoded arrays.
         """
+        # Rows of the workers on this device, leaves [num_virtual, ...].
         block = jax.tree.map(self.of_device, tree)
         t, worker = self._round(plans, step), self.index
         degree = max(plan.local.index.shape[1] for plan in plans)
+
+        # Many neighbors on one device: one matrix product instead of a sum of rows.
         if self.num_devices == 1 and decode is None and degree > DENSE_FROM:
             matrices = np.stack([plan.matrix for plan in plans])
 
@@ -383,7 +403,9 @@ class WorkerAxis:
         decode = decode or (lambda x: x)
         like = jax.eval_shape(decode, tree)
 
-        def weigh(plans, block, received, t: Any = 0):
+        # Sum this device's own rows first, then the rows of each message. The plans of
+        # several steps are stacked, and `t` selects one of them.
+        def weigh(plans, block, received, t: jax.Array | int = 0):
             messages = zip(received, *(plan.rounds for plan in plans), strict=False)
             y = weighted_sum(
                 block, decode, like, stacked([p.local for p in plans]), worker, t
@@ -396,8 +418,8 @@ class WorkerAxis:
 
         if self.num_devices == 1:
             return self.varying(weigh(plans, block, received, t))
-        # With one message in each step, weights are indexed by the step: without a
-        # switch the sums can be fused with what surrounds them.
+        # If each step has one message, index the weights by the step instead of using a
+        # switch, so that XLA can fuse the sums with the surrounding operations.
         single = all(len(plan.rounds) == 1 for plan in plans)
         if len(plans) == 1 or (single and self.num_virtual == 1):
             return weigh(plans, block, received, t)
@@ -412,8 +434,9 @@ class WorkerAxis:
     ) -> jax.Array:
         r"""Returns :math:`\sum_j W_{ij} (x_j - x_i)` on one device.
 
-        Weights that do not sum to one by a rounding error would move all workers alike,
-        step by step. So they multiply the arrays less their mean.
+        If the weights sum to one only up to rounding, their error times the mean would
+        move all workers alike, step after step. The weights therefore multiply the
+        deviations from the mean.
         """
         rows = self.of_device(x)
         rows = rows - rows.mean(0)
@@ -422,13 +445,15 @@ class WorkerAxis:
         weights = jnp.asarray(matrices, x.dtype)[self._round(plans, step), worker]
         return self.varying(dense_row(weights, rows) - rows[worker])
 
-    def _round(self, plans: tuple[Plan, ...], step: Any) -> Any:
-        """The index of the plan that a step uses, equal on all workers."""
+    def _round(
+        self, plans: tuple[Plan, ...], step: jax.typing.ArrayLike | None
+    ) -> jax.Array | int:
+        """Returns the index of the plan that a step uses, equal on all workers."""
         return 0 if len(plans) == 1 else self.unvmap(jnp.asarray(step)) % len(plans)
 
 
-def _padded(tree: Any, rows: int) -> Any:
-    """Appends zeros to the leading axis, up to a number of rows."""
+def _padded(tree: PyTree, rows: int) -> PyTree:
+    """Pads the leading axis of each leaf with zeros to the given number of rows."""
 
     def pad(x):
         return jnp.pad(x, [(0, rows - x.shape[0]), *[(0, 0)] * (x.ndim - 1)])

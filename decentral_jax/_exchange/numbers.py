@@ -1,4 +1,4 @@
-"""Dtypes and counters: how numbers stay accurate, and equal on all workers."""
+"""Dtypes and counters that keep numbers accurate, and equal on all workers."""
 
 from typing import Any
 
@@ -6,51 +6,55 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+PyTree = Any  # a pytree of arrays
+
+# Largest step count that `advance` returns; it fits into int32.
 LARGEST_COUNT = 2**31 - 2
 
 
 def widened(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the dtype to accumulate in: float32 for half precision, else the same."""
+    """Returns the accumulation dtype: float32 for half precision, else `dtype`."""
     return jnp.dtype(jnp.float32) if dtype.itemsize < 4 else dtype
 
 
 def wide(x: jax.typing.ArrayLike) -> jax.Array:
-    """Returns an array in the dtype to accumulate in."""
+    """Casts an array to its accumulation dtype, at least float32."""
     x = jnp.asarray(x)
     return x.astype(widened(x.dtype))
 
 
-def is_narrow(tree: Any) -> bool:
-    """Returns whether any array of a tree has a dtype too narrow to accumulate in."""
+def is_narrow(tree: PyTree) -> bool:
+    """Returns whether any leaf has a dtype narrower than float32."""
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(tree)]
     return any(widened(dtype) != dtype for dtype in dtypes)
 
 
 def wide_zeros(x: jax.typing.ArrayLike) -> jax.Array:
-    """Returns zeros of an array's shape in the dtype to accumulate in."""
+    """Returns zeros of an array's shape, in its accumulation dtype."""
     x = jnp.asarray(x)
     return jnp.zeros(x.shape, widened(x.dtype))
 
 
 def wide_copy(x: jax.typing.ArrayLike) -> jax.Array:
-    """Returns a copy of an array in the dtype to accumulate in."""
+    """Returns a copy of an array, in its accumulation dtype."""
     return jnp.copy(wide(x))
 
 
 def fitted(value: float | jax.Array, x: jax.Array) -> float | jax.Array:
-    """Returns a hyperparameter for use with `x`: an array is cast to its dtype.
+    """Returns a hyperparameter for use with `x`; an array is cast to the dtype of `x`.
 
-    An injected hyperparameter has a dtype of its own, which must not change that of
-    the state.
+    A hyperparameter injected by `optax.inject_hyperparams` is an array with its own
+    dtype, which must not change the dtype of the state.
     """
     return value.astype(x.dtype) if isinstance(value, jax.Array) else value
 
 
-def cast_like(tree: Any, like: Any) -> Any:
-    """Casts a tree to the dtypes of another one, rounded alike for every use.
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts a tree to the dtypes of another tree, with one rounding for every use.
 
-    XLA may skip a rounding for one use of a value and not for another. What a worker
-    subtracts from its own state would then differ from what the others received.
+    Without the optimization barrier, XLA may skip the rounding for one use of a value
+    and not for another. The values that a worker subtracts from its own state would
+    then differ from the values that the other workers receive.
     """
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(like)]
     leaves, structure = jax.tree.flatten(tree)
@@ -61,24 +65,25 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 
 def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns an array times a weight, in its dtype; where the weight is 0, it is 0."""
+    """Returns `x` times a scalar weight, in the dtype of `x`; 0 if the weight is 0."""
+    # `where` instead of a product alone: 0 times inf or NaN would be NaN.
     y = wide(x) * weight.astype(widened(x.dtype))
     return jnp.where(weight != 0, y, jnp.zeros_like(y)).astype(x.dtype)
 
 
 def advance(count: jax.typing.ArrayLike, period: int = 1) -> jax.Array:
-    """Returns the next step number, which never stops counting.
+    """Returns the next step number, without overflowing int32.
 
-    At the end of int32 it continues at the beginning of a period, but not at 0: what
-    happens every `period` steps continues, and what happens in step 0 alone does not
-    happen again.
+    At the end of int32 the count jumps back by a multiple of `period`, to a number
+    above 0. Anything that happens every `period` steps therefore continues on schedule,
+    and anything that happens only in step 0 does not happen again.
 
     Args:
-      count: An int32 scalar, the number of steps so far.
-      period: What the count is used modulo, a multiple of all such numbers.
+      count: Number of steps so far, an int32 scalar.
+      period: Common multiple of all numbers that the count is taken modulo of.
 
     Returns:
-      The count plus one, or a number of the same remainder.
+      The count plus one, or a smaller number with the same remainder modulo `period`.
     """
     last = LARGEST_COUNT // period * period
     count = jnp.asarray(count, jnp.int32)
@@ -87,11 +92,17 @@ def advance(count: jax.typing.ArrayLike, period: int = 1) -> jax.Array:
 
 @jax.jit
 def equal_on_all_workers(x: jax.Array) -> jax.Array:
-    """Marks, by this function's name in the traced program, what must be equal."""
+    """Marks a value that must be equal on all workers.
+
+    `decentral_jax.lockstep` finds the mark by this function's name in the jaxpr.
+    """
     return lax.optimization_barrier(x)
 
 
 @jax.jit
 def value_equal_on_all_workers(x: jax.Array) -> jax.Array:
-    """Marks, likewise, the loss that an optimizer reads where models stay equal."""
+    """Marks a loss that an optimizer reads, and that must be equal on all workers.
+
+    `decentral_jax.lockstep` finds the mark by this function's name in the jaxpr.
+    """
     return lax.optimization_barrier(x)

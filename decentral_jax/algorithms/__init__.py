@@ -1,8 +1,8 @@
-"""Algorithms by the names their papers gave them: short chains, no mathematics.
+"""Named algorithms, as short chains of transformations.
 
 The first argument is the optimizer that each worker runs: a learning rate or schedule
-for plain SGD, or any optax optimizer. The equations are documented at the
-transformations that are chained.
+for plain SGD, or any optax optimizer. The transformations in each chain document the
+equations.
 """
 
 from decentral_jax.algorithms import (

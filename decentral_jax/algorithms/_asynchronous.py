@@ -1,7 +1,6 @@
-"""Asynchronous training by its papers' names."""
+"""Asynchronous algorithms."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -23,7 +22,7 @@ def apam(
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
     weight_decay: float | jax.Array | None = None,
-    projection: Callable[[Any], Any] | None = None,
+    projection: Callable[[optax.Params], optax.Params] | None = None,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     """APAM: AMSGrad on a master whose workers send stale gradients.
@@ -47,6 +46,11 @@ def apam(
     References:
       Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient
       methods", Math. Prog. Comp. 2023, Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> trace = dj.traces.from_speeds([1.0, 1.0, 3.0], num_ticks=1000)
+      >>> tx = dj.apam(1e-3, trace)
     """
     inner = amsgrad(
         learning_rate,

@@ -1,4 +1,4 @@
-"""What all named algorithms share: the optimizer that each worker runs."""
+"""The local optimizer, which all named algorithms share."""
 
 import functools
 from collections.abc import Callable
@@ -21,9 +21,10 @@ Optimizer = optax.GradientTransformationExtraArgs
 # rate of plain SGD.
 OptimizerLike = optax.GradientTransformation | optax.ScalarOrSchedule
 
-# Optimizers by their states' types. These derive a step from where their own earlier
-# steps have led: from a copy of the parameters, or from the progress made. Where other
-# workers move the parameters too, they undo it, or their step sizes grow without bound.
+# Optimizers by the types of their states. These compute a step from the result of their
+# own earlier steps: from a copy of the parameters, or from the progress made. If other
+# workers move the parameters too, they undo that, or their step sizes grow without
+# bound.
 MOVES_ALONE = {
     "COCOBState": "cocob",
     "DAdaptAdamWState": "dadapt_adamw",
@@ -33,7 +34,8 @@ MOVES_ALONE = {
     "SAMState": "sam",
     "ScaleByRpropState": "rprop",
 }
-# These evaluate a worker's own loss, and its slope, at points that others do not see.
+# These evaluate a worker's own loss and its slope at points that other workers do not
+# evaluate.
 LINE_SEARCHES = {
     "ScaleByBacktrackingLinesearchState": "scale_by_backtracking_linesearch",
     "ScaleByZoomLinesearchState": "scale_by_zoom_linesearch",
@@ -97,14 +99,15 @@ def check_base(state: optax.OptState, *, alone: bool = False) -> None:
     for name in filter(None, map(_refused, nodes)):
         if name in LINE_SEARCHES.values():
             raise ValueError(
-                f"optimizer must not contain {name}: it chooses a step by one worker's "
-                "own loss, so workers choose differently. Pass an optimizer with a "
-                "learning rate, such as optax.lbfgs(0.1, linesearch=None)."
+                f"optimizer must not contain {name}: it chooses a step size from one "
+                "worker's own loss, so workers choose different step sizes. Pass an "
+                "optimizer with a learning rate, such as "
+                "optax.lbfgs(0.1, linesearch=None)."
             )
         if not alone:
             raise ValueError(
-                f"optimizer must not contain {name}: it derives a step from where its "
-                "own earlier steps have led, but here other workers move the "
+                f"optimizer must not contain {name}: it computes a step from the "
+                "result of its own earlier steps, but here other workers move the "
                 "parameters too. Pass another optimizer, such as optax.adam(1e-3), or "
                 f"use {name} on averaged gradients: dj.all_reduce_sgd({name}(...))."
             )
@@ -156,7 +159,7 @@ def _is_schedule(function: Callable) -> bool:
 
 
 def _reads_value(update: Callable, value: jax.Array) -> bool:
-    """Whether the result of an update follows from its argument `value`."""
+    """Returns whether the result of an update depends on its argument `value`."""
     program = jax.make_jaxpr(lambda value: update(value=value))(value).jaxpr
     read = [x for equation in program.eqns for x in equation.invars]
     return any(program.invars[0] is x for x in [*read, *program.outvars])

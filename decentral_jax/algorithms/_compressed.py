@@ -1,4 +1,4 @@
-"""Algorithms that send fewer bytes per exchange, by their papers' names."""
+"""Algorithms with compressed communication."""
 
 import math
 
@@ -57,6 +57,10 @@ def ef_sgd(
     References:
       Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
       Schemes", ICML 2019, Algorithm 2.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.ef_sgd(0.1, dj.compression.sign())
     """
     feed = error_feedback(
         compressor, period=period, feedback=feedback, seed=seed, axis_name=axis_name
@@ -141,6 +145,10 @@ def def_a_sgd(
     References:
       Xu & Huang, "Detached Error Feedback for Distributed SGD with Random
       Sparsification", ICML 2022.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.def_a_sgd(0.1, dj.compression.random_block(64))
     """
     feed = error_feedback(
         compressor,
@@ -178,6 +186,10 @@ def sgd_ia(
     References:
       Xu & Huang, "Detached Error Feedback for Distributed SGD with Random
       Sparsification", ICML 2022, Section 4.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.sgd_ia(0.1, ratio=64)
     """
     ratio = check_interval("ratio", ratio, 1.0, math.inf, closed="left")
     return optax.chain(
@@ -212,6 +224,10 @@ def cser(
     References:
       Xie et al., "CSER: Communication-efficient SGD with Error Reset", NeurIPS 2020,
       Algorithm 2.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.cser(0.1, dj.compression.random_block(8), period=4)
     """
     reset = error_reset(
         compressor,
@@ -249,6 +265,11 @@ def choco_sgd(
     References:
       Koloskova, Stich & Jaggi, "Decentralized Stochastic Optimization and Gossip
       Algorithms with Compressed Communication", ICML 2019, Algorithm 2.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> ring, sign = dj.topology.ring(8), dj.compression.sign()
+      >>> tx = dj.choco_sgd(0.1, ring, sign, consensus_rate=0.2)
     """
     gossiped = compressed_gossip(
         topology,
@@ -287,6 +308,10 @@ def powersgd(
     References:
       Vogels, Karimireddy & Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression
       for Distributed Optimization", NeurIPS 2019, Algorithms 1 and 2.
+
+    Example:
+      >>> import decentral_jax as dj, optax
+      >>> tx = dj.powersgd(optax.sgd(0.1, momentum=0.9), rank=4)
     """
     feed = error_feedback(low_rank(rank), feedback=feedback, axis_name=axis_name)
     return optax.chain(feed, local_optimizer(optimizer, alone=True))

@@ -1,4 +1,4 @@
-"""Exact averaging and gossip: from synchronous SGD to DeTAG, by their papers' names."""
+"""Algorithms with exact averaging or gossip, from synchronous SGD to DeTAG."""
 
 import optax
 
@@ -37,6 +37,10 @@ def all_reduce_sgd(
 
     Returns:
       The transformation.
+
+    Example:
+      >>> import decentral_jax as dj, optax
+      >>> tx = dj.all_reduce_sgd(optax.adam(1e-3))
     """
     local = local_optimizer(optimizer, alone=True)
     return optax.chain(average_gradients(axis_name=axis_name), local)
@@ -81,7 +85,7 @@ def d_psgd(
 def d2(
     optimizer: OptimizerLike, topology: Topology, *, axis_name: AxisName = "workers"
 ) -> Optimizer:
-    r"""D2, for workers whose data differ.
+    r"""D2, for workers with heterogeneous data.
 
     :math:`X_{t+1} = W (2 X_t - X_{t-1} - \gamma (G_t - G_{t-1}))`. See
     `dj.exact_diffusion`.
@@ -98,6 +102,10 @@ def d2(
     References:
       Tang et al., "D2: Decentralized Training over Decentralized Data", ICML 2018,
       Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.d2(0.1, dj.topology.ring(8).lazy(0.75))
     """
     return optax.chain(
         local_optimizer(optimizer), exact_diffusion(topology, axis_name=axis_name)
@@ -130,6 +138,10 @@ def dsgt(
     References:
       Pu & Nedic, "Distributed Stochastic Gradient Tracking Methods", Mathematical
       Programming 2021.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.dsgt(0.1, dj.topology.ring(8))
     """
     return optax.chain(
         track_gradients(topology, order=order, axis_name=axis_name),
@@ -152,9 +164,10 @@ def detag(
     gossip rounds mix parameters and tracker. See `dj.accelerated_tracking`.
 
     Args:
-      optimizer: Learning rate :math:`\gamma` of plain SGD, or a schedule over
-        iterations, of which the last one of each phase counts; or any optax optimizer,
-        whose own schedules count phases. DeTAGM is `optax.sgd(0.1, momentum=0.9)`.
+      optimizer: Learning rate :math:`\gamma` of plain SGD; or a schedule over
+        iterations, evaluated at the last iteration of each phase; or any optax
+        optimizer, whose own schedules count phases. DeTAGM is
+        `optax.sgd(0.1, momentum=0.9)`.
       topology: Static, symmetric and doubly stochastic.
       rounds: :math:`R`, iterations and gossip rounds per phase. The paper's choice
         grows like :math:`\log(n) / (2 \sqrt{1 - \lambda})`.
@@ -167,6 +180,10 @@ def detag(
     References:
       Lu & De Sa, "Optimal Complexity in Decentralized Training", ICML 2021,
       Algorithm 2.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.detag(0.1, dj.topology.ring(8).lazy(0.5), rounds=4)
     """
     rounds = check_int("rounds", rounds, minimum=1)
     local = local_optimizer(optimizer, calls_per_step=rounds)
@@ -184,15 +201,16 @@ def defacto(
 ) -> Optimizer:
     r"""DeFacto: exact averaging in phases, along the graph's own edges.
 
-    Attains the lower bound for decentralized training up to constants; meant for proofs
-    and as a baseline. See `dj.exact_phases`.
+    It attains the lower bound for decentralized training up to constants. Use it as a
+    baseline. See `dj.exact_phases`.
 
     Args:
-      optimizer: Learning rate :math:`\gamma` of plain SGD, or a schedule over
-        iterations, of which the last one of each phase counts; or any optax optimizer,
-        whose own schedules count phases.
+      optimizer: Learning rate :math:`\gamma` of plain SGD; or a schedule over
+        iterations, evaluated at the last iteration of each phase; or any optax
+        optimizer, whose own schedules count phases.
       topology: Static and connected.
-      rounds: Gradient iterations per phase. None takes as many as averaging takes.
+      rounds: Number of gradient iterations per phase. None means the number of
+        iterations that averaging takes.
       axis_name: Name of the worker axis.
 
     Returns:
@@ -201,6 +219,10 @@ def defacto(
     References:
       Lu & De Sa, "Optimal Complexity in Decentralized Training", ICML 2021,
       Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.defacto(0.1, dj.topology.ring(8))
     """
     check_topology(topology, doubly_stochastic=False, static=True)
     averaging = len(exact_factors(topology))

@@ -1,9 +1,11 @@
-"""Algorithms that exchange rarely, or on directed graphs, by their papers' names."""
+"""Algorithms with rare exchanges, or on directed graphs."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from decentral_jax._exchange.axis import AxisName
@@ -43,6 +45,10 @@ def local_sgd(
 
     References:
       Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.local_sgd(0.1, period=8)
     """
     averaging = average_parameters(period=period, axis_name=axis_name)
     return optax.chain(local_optimizer(optimizer), averaging)
@@ -76,8 +82,8 @@ def slowmo(
       slow_momentum: :math:`\beta`, in [0, 1).
       slow_rate: :math:`\alpha`, a number or a schedule over iterations.
       learning_rate: The learning rate or schedule inside an optax optimizer, which is
-        not visible from outside. Pass it if it is a schedule. None takes it to be
-        constant. Not needed where `optimizer` is itself a learning rate.
+        not visible from outside. Pass it if it is a schedule. None means that it is
+        constant. Do not pass it if `optimizer` is itself a learning rate.
       axis_name: Name of the worker axis.
 
     Returns:
@@ -104,8 +110,8 @@ def slowmo(
     if own_rate is not None:
         if learning_rate is not None:
             raise ValueError(
-                f"learning_rate={learning_rate} has no meaning where optimizer is a "
-                "learning rate itself: leave it out, or pass an optax optimizer."
+                f"learning_rate={learning_rate} has no meaning if optimizer is itself "
+                "a learning rate: leave it out, or pass an optax optimizer."
             )
         learning_rate = own_rate
     elif learning_rate is not None:
@@ -128,16 +134,17 @@ def diloco(
 ) -> Optimizer:
     r"""DiLoCo: AdamW on each worker, Nesterov momentum on the averaged difference.
 
-    With `fragments` above 1, the parts of the model take turns (Streaming DiLoCo,
-    without its overlap and quantization). See `dj.average_parameters`.
+    With `fragments` above 1, different parts of the model are exchanged in different
+    steps (Streaming DiLoCo, without its overlap and quantization). See
+    `dj.average_parameters`.
 
     Args:
       optimizer: The local step, as published `optax.adamw(4e-4)`; a learning rate or
         schedule means plain SGD.
-      period: Local steps between exchanges, some hundreds.
-      outer: The optimizer of the averaged difference. None takes the published
+      period: Number of local steps between exchanges, typically several hundred.
+      outer: Optimizer of the averaged difference. None means the published
         `optax.sgd(0.7, momentum=0.9, nesterov=True)`. Its schedules count exchanges.
-      fragments: Number of parts that are exchanged in turn.
+      fragments: Number of parts, which are exchanged in different steps.
       axis_name: Name of the worker axis.
 
     Returns:
@@ -166,17 +173,18 @@ def mll_sgd(
     *,
     tau: int,
     q: int,
-    rates: Any = 1.0,
-    shares: Any = None,
+    rates: jax.typing.ArrayLike | Sequence[Any] = 1.0,
+    shares: Sequence[Sequence[float]] | np.ndarray | None = None,
     seed: int = 0,
     hub_axis: str = "hub",
     worker_axis: str = "worker",
 ) -> Optimizer:
     r"""Multi-Level Local SGD: hubs, and workers that step at their own rates.
 
-    In each tick worker :math:`i` takes a step with probability :math:`p_i`. Hubs
+    In each tick, worker :math:`i` takes a step with probability :math:`p_i`. Hubs
     average every :math:`\tau` ticks, and mix with other hubs every :math:`q \tau`
-    ticks. Nobody waits for slow workers. See `dj.multi_level` and `dj.operating_rates`.
+    ticks. No worker waits for slow workers. See `dj.multi_level` and
+    `dj.operating_rates`.
 
     Args:
       optimizer: The local step: a learning rate of plain SGD, or a schedule over ticks;
@@ -230,11 +238,13 @@ def hl_sgd(
     *,
     tau: int,
     q: int,
-    shares: Any = None,
+    shares: Sequence[Sequence[float]] | np.ndarray | None = None,
     hub_axis: str = "hub",
     worker_axis: str = "worker",
 ) -> Optimizer:
-    r"""Hierarchical Local SGD: `mll_sgd` on a complete hub graph, all workers stepping.
+    r"""Hierarchical Local SGD: averages inside hubs, and less often over all workers.
+
+    It is `mll_sgd` on a complete graph of hubs, with operating rates of 1.
 
     See `dj.multi_level`.
 
@@ -254,6 +264,10 @@ def hl_sgd(
     References:
       Lin, Stich, Patel & Jaggi, "Don't Use Large Mini-Batches, Use Local SGD", ICLR
       2020, Section 4 (hierarchical local SGD).
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.hl_sgd(0.1, num_hubs=4, tau=8, q=4)
     """
     levels = multi_level(
         complete(check_int("num_hubs", num_hubs, minimum=1)),
@@ -283,6 +297,10 @@ def sgp(
     References:
       Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML
       2019, Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.sgp(0.1, dj.topology.ring(8))
     """
     return optax.chain(
         local_optimizer(optimizer), push_sum(topology, axis_name=axis_name)
@@ -313,6 +331,10 @@ def qg_dsgdm(
     References:
       Lin et al., "Quasi-Global Momentum: Accelerating Decentralized Deep Learning on
       Heterogeneous Data", ICML 2021, Algorithm 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.qg_dsgdm(0.1, dj.topology.ring(8))
     """
     return quasi_global_momentum(
         learning_rate, topology, momentum=momentum, factor=factor, axis_name=axis_name
@@ -323,15 +345,15 @@ class _MeanRateState(NamedTuple):
     """State of the outer optimizer that works in units of the mean rate."""
 
     rate: jax.typing.ArrayLike  # shape=(), float: mean rate of the period so far
-    outer: Any
+    outer: optax.OptState
 
 
 def _outer_sgd(
-    rate: optax.ScalarOrSchedule, momentum: Any
+    rate: optax.ScalarOrSchedule, momentum: float | jax.Array
 ) -> optax.GradientTransformation:
-    """SGD for `average_parameters`, whose schedule counts iterations."""
+    """Constructs SGD for `average_parameters`, with a schedule over iterations."""
     if not callable(rate):
-        # Models are averaged at least in float32, and an injected rate meets them.
+        # Models are averaged in at least float32, so widen an injected rate, too.
         rate = wide(rate) if isinstance(rate, jax.Array) else rate
         return optax.chain(_heavy_ball(momentum), optax.scale_by_learning_rate(rate))
 
@@ -348,7 +370,10 @@ def _outer_sgd(
 
 
 def _heavy_ball(momentum: float | jax.Array) -> optax.GradientTransformation:
-    """`optax.trace`; an injected momentum leaves the buffers' dtypes as they are."""
+    """Constructs `optax.trace` whose buffers keep their dtypes.
+
+    In `optax.trace`, an injected momentum in a wider dtype would widen the buffers.
+    """
 
     def update_fn(updates, state, params=None):
         del params
@@ -363,22 +388,25 @@ def _heavy_ball(momentum: float | jax.Array) -> optax.GradientTransformation:
 
 
 def _average_by_mean_rate(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule | None,
     period: int,
     outer: optax.GradientTransformation,
     axis_name: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
-    """`average_parameters` whose outer step is scaled by the period's mean rate.
+    """Constructs `average_parameters` with outer steps scaled by the mean rate.
 
-    The mean is of the rates used, one per call of `update`, so a schedule and the same
-    schedule under `optax.inject_hyperparams` give the same steps.
+    The mean is taken over the learning rates of the period, one per call of `update`. A
+    schedule, and the same schedule under `optax.inject_hyperparams`, therefore give the
+    same steps.
     """
 
     def init_outer(params):
         return _MeanRateState(jnp.zeros([]), outer.init(params))
 
+    # Divide the displacement by the mean rate before the outer optimizer, and multiply
+    # its step by the mean rate afterwards.
     def update_outer(updates, state, params=None, **extra_args):
-        # A period whose rates are all zero does not move; do not divide by its rate.
+        # A period with rates of 0 does not move; do not divide by 0.
         rate = jnp.where(state.rate > 0, state.rate, jnp.ones_like(state.rate))
         updates = jax.tree.map(lambda u: u / rate.astype(u.dtype), updates)
         updates, inner = inner_outer.update(updates, state.outer, params, **extra_args)
@@ -389,6 +417,7 @@ def _average_by_mean_rate(
     scaled = optax.GradientTransformationExtraArgs(init_outer, update_outer)
     averaging = average_parameters(period=period, outer=scaled, axis_name=axis_name)
 
+    # Update the mean rate of this period, which the state of `outer` holds.
     def update_fn(updates, state, params=None, **extra_args):
         rate = learning_rate
         if callable(learning_rate):

@@ -1,7 +1,7 @@
-"""Compressors: an array becomes the few arrays that travel, and comes back.
+"""Compressors: average arrays over workers in fewer bytes than an all-reduce sends.
 
-Constructors come first; `Compressor`, `Codec` and `Selection` are what to implement for
-a compressor of one's own.
+Lowercase functions such as `top_k` construct compressors. To write your own compressor,
+implement `Compressor`, `Codec` or `Selection`.
 """
 
 from decentral_jax.compression._base import Codec, Compressor, Exchange, Selection

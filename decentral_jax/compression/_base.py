@@ -1,9 +1,10 @@
-"""What a compressor is: the protocol, and codecs, from which most are built.
+"""The compressor protocol, and codecs, from which most compressors are built.
 
-A `Compressor` owns its exchange: it gets all leaves, talks to the other workers through
-an `Exchange`, and returns their mean. A `Codec` is a compressor that turns one array
-into the few arrays that travel, and back; gossip needs codecs. Both are small objects
-without arrays of their own, and anybody can write one; see docs/contributing.md.
+A `Compressor` controls its exchange: it receives all leaves, communicates with the
+other workers through an `Exchange`, and returns the mean. A `Codec` is a compressor
+that encodes one array at a time as a payload of few bytes; gossip needs codecs. Both
+are small objects that hold no arrays, and users can write their own; see
+docs/contributing.md.
 """
 
 import math
@@ -15,14 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from decentral_jax._exchange.numbers import widened
+from decentral_jax._exchange.numbers import PyTree, widened
 from decentral_jax.validation import check_interval
 
 Tree = TypeVar("Tree")
 
 
 class Exchange(Protocol):
-    """What a compressor may ask of the other workers: a bound worker axis."""
+    """Communication that a compressor may use; a bound worker axis implements it."""
 
     @property
     def size(self) -> int:
@@ -31,15 +32,15 @@ class Exchange(Protocol):
 
     @property
     def index(self) -> jax.Array:
-        """This worker's number, an int32 scalar."""
+        """Number of this worker, counted from 0: an int32 scalar."""
         ...
 
     def mean(self, tree: Tree) -> Tree:
-        """Returns the mean over all workers, by all-reduce."""
+        """Returns the mean over all workers, computed by one all-reduce."""
         ...
 
     def gather(self, tree: Tree) -> Tree:
-        """Returns all workers' arrays, leaves `[size, ...]`."""
+        """Returns the arrays of all workers, with leaves `[size, ...]`."""
         ...
 
 
@@ -47,32 +48,37 @@ class Exchange(Protocol):
 class Compressor(Protocol):
     """Averages arrays over workers in fewer bytes than an all-reduce sends."""
 
-    def init(self, leaves: list[jax.Array]) -> Any:
-        """Returns what the compressor remembers from step to step.
+    def init(self, leaves: list[jax.Array]) -> PyTree:
+        """Returns the initial memory, the compressor's state between steps.
 
         Args:
-          leaves: Arrays of the shapes and dtypes that `average` gets.
+          leaves: Arrays with the shapes and dtypes that `average` receives.
 
         Returns:
-          A pytree of arrays; `()` if it remembers nothing. It must stay equal on all
-          workers.
+          A pytree of arrays, which must stay equal on all workers. `()` if the
+          compressor has no state.
         """
         raise NotImplementedError
 
     def average(
-        self, key: jax.Array, leaves: list[jax.Array], memory: Any, exchange: Exchange
-    ) -> tuple[list[jax.Array], list[jax.Array], Any]:
-        """Sends this worker's arrays and averages what all workers sent.
+        self,
+        key: jax.Array,
+        leaves: list[jax.Array],
+        memory: PyTree,
+        exchange: Exchange,
+    ) -> tuple[list[jax.Array], list[jax.Array], PyTree]:
+        """Sends this worker's arrays, compressed, and averages over workers.
 
         Args:
-          key: A PRNG key that is equal on all workers and differs between steps.
+          key: PRNG key, equal on all workers and different in each step.
           leaves: This worker's arrays.
-          memory: From `init` or the last call.
-          exchange: The way to the other workers.
+          memory: Result of `init`, or the memory that the last call returned.
+          exchange: Communication with the other workers.
 
         Returns:
-          What arrived of this worker's arrays; the mean over workers of what arrived,
-          bitwise the same on all; and the new memory. Arrays keep shapes and dtypes.
+          A triple of this worker's arrays after compression and decompression, the mean
+          of these arrays over all workers (bitwise equal on all of them), and the new
+          memory. Arrays keep their shapes and dtypes.
         """
         raise NotImplementedError
 
@@ -80,47 +86,85 @@ class Compressor(Protocol):
 class Codec:
     """A compressor that works array by array: compress, send, decompress.
 
-    If a codec is *linear*, the mean of the payloads is the payload of the mean,
-    provided that all workers use the same key: one all-reduce of the payload averages
-    it. Payloads of other codecs are gathered, and averaged after decompression; there
-    each worker has a key of its own.
+    A codec is *linear* if the mean of the payloads is the payload of the mean, provided
+    that all workers use the same key. One all-reduce of the payloads then averages
+    them. The payloads of other codecs are gathered, and averaged after decompression;
+    each worker then uses its own key.
 
     Attributes:
-      linear: Whether the mean of payloads is the payload of the mean.
-      whole_model: Whether all leaves are compressed together, as one vector.
+      linear: Whether the codec is linear.
+      whole_model: Whether to compress all leaves together, as one vector.
     """
 
     linear: ClassVar[bool]
     whole_model: bool = False
 
-    def compress(self, key: jax.Array, x: jax.Array) -> Any:
-        """Returns the arrays that travel in place of `x`, a pytree."""
+    def compress(self, key: jax.Array, x: jax.Array) -> PyTree:
+        """Compresses an array.
+
+        Args:
+          key: PRNG key.
+          x: Array of any shape.
+
+        Returns:
+          The payload: a pytree of the arrays to send in place of `x`.
+        """
         raise NotImplementedError
 
-    def decompress(self, key: jax.Array, payload: Any, like: Any) -> jax.Array:
-        """Returns the array, of the shape and dtype of `like`, for a payload."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: PyTree,
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Decompresses a payload.
+
+        Args:
+          key: The key that `compress` used.
+          payload: Result of `compress`, or a mean of such results if `linear`.
+          like: Array whose shape and dtype the result takes; its values are not used.
+
+        Returns:
+          The decompressed array.
+        """
         raise NotImplementedError
 
-    def init(self, leaves: list[jax.Array]) -> Any:
+    def init(self, leaves: list[jax.Array]) -> PyTree:
         """Returns the memory of a codec, which is empty."""
         del leaves
         return ()
 
     def average(
-        self, key: jax.Array, leaves: list[jax.Array], memory: Any, exchange: Exchange
-    ) -> tuple[list[jax.Array], list[jax.Array], Any]:
+        self,
+        key: jax.Array,
+        leaves: list[jax.Array],
+        memory: PyTree,
+        exchange: Exchange,
+    ) -> tuple[list[jax.Array], list[jax.Array], PyTree]:
         """Sends payloads and averages them; see `Compressor.average`."""
         payloads, decode = self.encode(key, leaves, exchange)
         own = decode(payloads)
+        # Linear: one all-reduce of the payloads, one decompression.
         if self.linear:
             return own, decode(exchange.mean(payloads)), memory
+        # Not linear: gather all payloads, decompress each of them, and average.
         arrived = exchange.gather(payloads)
         return own, _mean_of_gathered(decode, arrived, leaves, exchange.size), memory
 
     def encode(
         self, key: jax.Array, leaves: list[jax.Array], exchange: Exchange
     ) -> tuple[list, Callable[[list], list[jax.Array]]]:
-        """Returns the payloads of a step, and what turns any worker's into arrays."""
+        """Compresses the leaves of a step.
+
+        Args:
+          key: PRNG key, equal on all workers.
+          leaves: This worker's arrays.
+          exchange: Communication with the other workers.
+
+        Returns:
+          A pair: one payload per array, and a function that decompresses the payloads
+          of any worker into a list of leaves.
+        """
         arrays, unflatten = self.flatten_for(leaves)
         keys = self.keys(key, len(arrays), exchange)
         payloads = [self.compress(*each) for each in zip(keys, arrays, strict=True)]
@@ -132,7 +176,7 @@ class Codec:
         return payloads, decode
 
     def keys(self, key: jax.Array, count: int, exchange: Exchange) -> list[jax.Array]:
-        """Returns one key per array; a worker's own unless the codec is linear."""
+        """Returns one key per array; keys differ between workers unless `linear`."""
         if not self.linear:
             key = jax.random.fold_in(key, exchange.index)
         return list(jax.random.split(key, count))
@@ -140,7 +184,12 @@ class Codec:
     def flatten_for(
         self, leaves: list[jax.Array]
     ) -> tuple[list[jax.Array], Callable[[list], list[jax.Array]]]:
-        """Returns the arrays to compress, one by one or joined, and the way back."""
+        """Joins the leaves into one vector if `whole_model`.
+
+        Returns:
+          A pair: the arrays to compress, and a function from arrays of these shapes to
+          leaves.
+        """
         if not self.whole_model:
             return leaves, lambda arrays: arrays
         dtypes = {leaf.dtype for leaf in leaves}
@@ -154,9 +203,16 @@ class Codec:
 
 
 def _mean_of_gathered(
-    decode: Callable[[list], list], payloads: list, leaves: list, size: int
-) -> list:
-    """Averages decompressed payloads, one dense array at a time."""
+    decode: Callable[[list], list[jax.Array]],
+    payloads: list,
+    leaves: list[jax.Array],
+    size: int,
+) -> list[jax.Array]:
+    """Averages gathered payloads, with leaves `[size, ...]`, after decompression.
+
+    It decompresses one worker's payloads at a time, so that only one dense copy of the
+    leaves exists besides the sum.
+    """
     zeros = [jnp.zeros(x.shape, widened(x.dtype)) for x in leaves]
 
     def add(j, sums):
@@ -168,30 +224,38 @@ def _mean_of_gathered(
 
 
 class Selection(Codec):
-    """A codec that sends entries at positions that follow from the key: no indices."""
+    """A codec that sends selected entries, whose positions follow from the key.
+
+    All workers use the same key, so they send no indices.
+    """
 
     linear = True
 
     def replace(self, key: jax.Array, x: jax.Array, payload: jax.Array) -> jax.Array:
-        """Returns `x` with the selected entries replaced, in place where XLA can."""
+        """Replaces the selected entries of `x` by the payload, in place if XLA can."""
         raise NotImplementedError
 
     def mask(self, key: jax.Array, x: jax.Array) -> jax.Array:
-        """Returns whether an entry of `x` is selected, in its shape."""
+        """Returns a boolean array of the shape of `x`: whether an entry is selected."""
         ones = jnp.ones_like(self.compress(key, x), bool)
         return self.replace(key, jnp.zeros(x.shape, bool), ones)
 
-    def decompress(self, key: jax.Array, payload: Any, like: Any) -> jax.Array:
-        """Returns the selected entries, zero elsewhere."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: PyTree,
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Returns an array with the selected entries, and 0 in all other places."""
         return self.replace(key, jnp.zeros(like.shape, like.dtype), payload)
 
 
 def check_compressor(value: Any, name: str = "compressor") -> None:
-    """Checks that a value is a compressor, not the function that makes one."""
+    """Checks that a value is a compressor, not the function that constructs one."""
     if isinstance(value, type) or not isinstance(value, Compressor):
         raise TypeError(
-            f"{name} must be a compressor, got {value!r}: call one of dj.compression, "
-            f"such as {name}=dj.compression.random_block(64)."
+            f"{name} must be a compressor, got {value!r}: call a function of "
+            f"dj.compression, such as {name}=dj.compression.random_block(64)."
         )
 
 
@@ -200,17 +264,18 @@ def check_codec(value: Any, name: str = "compressor") -> None:
     check_compressor(value, name)
     if not isinstance(value, Codec):
         raise TypeError(
-            f"{name}={value!r} needs an average over all workers at each exchange: "
-            f"pass a codec for gossip, such as {name}=dj.compression.random_block(64)."
+            f"{name}={value!r} needs an average over all workers at each exchange, "
+            "which gossip does not compute: pass a codec, such as "
+            f"{name}=dj.compression.random_block(64)."
         )
 
 
 def check_ratio(ratio: Any) -> float:
-    """Returns a compression ratio as a float, after checking it."""
+    """Checks a compression ratio, at least 1, and returns it as a float."""
     return float(check_interval("ratio", ratio, 1.0, math.inf, closed="left"))
 
 
 def share(size: int, ratio: float | None) -> int:
-    """Returns how many entries out of `size` travel: at least one, if there are any."""
+    """Returns the number of entries out of `size` to send: at least 1 unless empty."""
     assert ratio is not None
     return math.ceil(size / ratio)

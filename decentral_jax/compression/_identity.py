@@ -1,7 +1,8 @@
-"""The two ends: everything travels, or nothing does."""
+"""The two extreme compressors: send everything, or send nothing."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from decentral_jax.compression._base import Codec
@@ -13,13 +14,18 @@ class Identity(Codec):
 
     linear = True
 
-    def compress(self, key, x):
-        """The array."""
+    def compress(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns the array itself."""
         del key
         return x
 
-    def decompress(self, key, payload, like):
-        """The array."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: jax.Array,
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Returns the array itself."""
         del key, like
         return payload
 
@@ -30,27 +36,44 @@ class Nothing(Codec):
 
     linear = True
 
-    def compress(self, key, x):
-        """Returns no array."""
+    def compress(self, key: jax.Array, x: jax.Array) -> tuple[()]:
+        """Returns an empty payload."""
         del key, x
         return ()
 
-    def decompress(self, key, payload, like):
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: tuple[()],
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
         """Returns zeros."""
         del key, payload
         return jnp.zeros(like.shape, like.dtype)
 
 
 def identity() -> Identity:
-    """Everything travels: the baseline."""
+    r"""Constructs a codec that sends every entry, the uncompressed baseline.
+
+    .. math:: C(x) = x
+
+    Returns:
+      The codec.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> tx = dj.error_feedback(dj.compression.identity())
+    """
     return Identity()
 
 
 def nothing() -> Nothing:
-    r"""Nothing travels, :math:`C(x) = 0`.
+    r"""Constructs a codec that sends nothing.
 
-    With it as `compressor`, `dj.cser` sends only its resets, as in the published
-    setting that partially local SGD is (CSER-PL).
+    .. math:: C(x) = 0
+
+    With this codec as its `compressor`, `dj.cser` sends only its resets. This is the
+    published configuration that corresponds to partially local SGD (CSER-PL).
 
     Returns:
       The codec.

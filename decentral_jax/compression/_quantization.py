@@ -1,8 +1,7 @@
-"""Quantization: few bits per entry travel."""
+"""Quantization: compressors that send few bits per entry."""
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,20 @@ class Sign(Codec):
 
     linear = False
 
-    def compress(self, key, x):
-        """Bits, eight to a byte, and the scale."""
+    def compress(self, key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the signs, eight per byte, and the scale."""
         del key
-        # The scale of a leaf without entries is zero, not NaN.
+        # The scale of a leaf without entries is 0; the mean would be NaN.
         scale = jnp.mean(jnp.abs(x)) if x.size else jnp.zeros([], x.dtype)
         return jnp.packbits(x.reshape(-1) >= 0), scale
 
-    def decompress(self, key, payload, like):
-        """Plus or minus the scale."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: tuple[jax.Array, jax.Array],
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Returns plus or minus the scale for each entry."""
         del key
         bits, scale = payload
         positive = jnp.unpackbits(bits, count=math.prod(like.shape))
@@ -41,21 +45,30 @@ class Quantize(Codec):
     bits: int
     linear = False
 
-    def compress(self, key, x):
-        """Bit planes, eight entries to a byte, and the scale."""
+    def compress(self, key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns one bit plane per bit, with eight entries per byte, and the scale."""
         scale = jnp.max(jnp.abs(x), initial=0)
         top = 2**self.bits - 1
+        # Map [-scale, scale] to [0, top], and round up with a probability equal to the
+        # fractional part, so that the level is unbiased.
         wide = widened(x.dtype)
         safe = jnp.where(scale > 0, scale, 1).astype(wide)
         level = (x.reshape(-1).astype(wide) / safe + 1) * (top / 2)
         level += jax.random.uniform(key, level.shape, jnp.float32).astype(wide)
         level = jnp.clip(jnp.floor(level), 0, top).astype(jnp.uint8)
+        # Bit planes [bits, size], packed along the entries.
         planes = (level >> jnp.arange(self.bits, dtype=jnp.uint8)[:, None]) & 1
         return jnp.packbits(planes.astype(bool), axis=-1), scale
 
-    def decompress(self, key, payload, like):
-        """The quantized array."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: tuple[jax.Array, jax.Array],
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Returns the quantized array."""
         del key
+        # Sum the bit planes to levels, and map [0, top] back to [-scale, scale].
         packed, scale = payload
         planes = jnp.unpackbits(packed, axis=-1, count=math.prod(like.shape))
         wide = widened(like.dtype)
@@ -69,27 +82,34 @@ class Quantize(Codec):
 class Cast(Codec):
     """See `cast`."""
 
-    dtype: Any
+    dtype: jnp.dtype
     linear = True
 
-    def compress(self, key, x):
-        """The array in the other dtype."""
+    def compress(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Casts the array to the dtype in which it is sent."""
         del key
         return x.astype(self.dtype)
 
-    def decompress(self, key, payload, like):
-        """The array in its own dtype."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: jax.Array,
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Casts the array back to its own dtype."""
         del key
         return payload.astype(like.dtype)
 
 
 def sign() -> Sign:
-    r"""One bit an entry and one scale a leaf.
+    r"""Constructs a sign compressor, which sends 1 bit per entry and 1 scale per leaf.
 
     .. math:: C(x) = \frac{\|x\|_1}{N} \, \mathrm{sgn}(x), \qquad \mathrm{sgn}(0) = 1
 
+    Here :math:`N` is the number of entries of the leaf.
+
     Returns:
-      The compressor.
+      The codec.
 
     References:
       Karimireddy et al., "Error Feedback Fixes SignSGD", ICML 2019, Section 4.
@@ -105,23 +125,33 @@ def sign() -> Sign:
 
 
 def quantize(bits: int) -> Quantize:
-    r"""Unbiased stochastic rounding to :math:`2^b` evenly spaced levels.
+    r"""Constructs a quantizer, which rounds stochastically to :math:`2^b` levels.
 
-    They lie between :math:`-\|x\|_\infty` and :math:`\|x\|_\infty`, a leaf.
+    The levels of a leaf :math:`x` are evenly spaced between :math:`-\|x\|_\infty` and
+    :math:`\|x\|_\infty`. The rounding is unbiased. A payload holds the packed levels,
+    and one scale per leaf.
 
     Args:
-      bits: :math:`b`, bits an entry, 1 to 8; they travel packed.
+      bits: :math:`b`, number of bits per entry, from 1 to 8.
 
     Returns:
-      The compressor.
+      The codec.
 
     Raises:
-      ValueError: If `bits` is outside 1..8.
+      TypeError: If `bits` is not an integer.
+      ValueError: If `bits` is not between 1 and 8.
 
     References:
       Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and
       Encoding", NeurIPS 2017, Section 3.1; with the largest magnitude as the norm, as
-      in its Section 4, and levels that need no bit of their own for the sign.
+      in its Section 4, and levels that need no extra bit for the sign.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> x, key = jnp.linspace(-1.0, 1.0, 16), jax.random.key(0)
+      >>> levels, scale = dj.compression.quantize(bits=2).compress(key, x)
+      >>> levels.nbytes, float(scale)
+      (4, 1.0)
     """
     bits = check_int("bits", bits, minimum=1)
     if bits > 8:
@@ -129,17 +159,23 @@ def quantize(bits: int) -> Quantize:
     return Quantize(bits)
 
 
-def cast(dtype: Any) -> Cast:
-    """Entries travel in another floating-point dtype, such as "bfloat16".
+def cast(dtype: jax.typing.DTypeLike) -> Cast:
+    """Constructs a codec that sends entries in another floating-point dtype.
 
     Args:
-      dtype: The dtype; sums of an all-reduce are taken in it, too.
+      dtype: Dtype to send, such as "bfloat16". An all-reduce also sums in this dtype.
 
     Returns:
-      The compressor.
+      The codec.
 
     Raises:
-      TypeError: If `dtype` is no floating-point dtype.
+      TypeError: If `dtype` is not a floating-point dtype.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> codec = dj.compression.cast("bfloat16")
+      >>> codec.compress(jax.random.key(0), jnp.ones(4)).nbytes
+      8
     """
     try:
         known = jnp.dtype(dtype)

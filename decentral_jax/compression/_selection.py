@@ -1,4 +1,4 @@
-"""Random sparsification: positions follow from a shared key, so no indices travel."""
+"""Random sparsification, with positions from a shared key instead of sent indices."""
 
 import dataclasses
 import math
@@ -16,68 +16,94 @@ class RandomBlock(Selection):
 
     ratio: float
 
-    def compress(self, key, x):
-        """The block."""
+    def compress(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns the entries of the block, `[size]`."""
         if not x.size:
             return x.reshape(-1)
         start, size = self._block(key, x)
         flat = x.reshape(-1)
+        # A block of more than half of the entries: gather it.
         if 2 * size > flat.size:
             return flat[(start + jnp.arange(size, dtype=jnp.int32)) % flat.size]
+        # A smaller block: slices are cheaper than a gather.
         window, offset = _window(flat, start, size)
         return lax.dynamic_slice(window, (offset,), (size,))
 
-    def replace(self, key, x, payload):
-        """`x` with another block."""
+    def replace(self, key: jax.Array, x: jax.Array, payload: jax.Array) -> jax.Array:
+        """Replaces the block of `x` by the payload, in place if XLA can."""
         if not x.size:
             return x
         start, size = self._block(key, x)
-        # All that reads `x` comes first: then it need not be copied.
+        # Everything that reads `x` runs first, so that XLA does not have to copy it.
         flat, payload = lax.optimization_barrier((x.reshape(-1), payload))
         if 2 * size > flat.size:
             positions = (start + jnp.arange(size, dtype=jnp.int32)) % flat.size
             return flat.at[positions].set(payload).reshape(x.shape)
         window, offset = _window(flat, start, size)
         window = _write(window, payload, offset)
-        # The head first: where the block does not wrap, it is written as it was.
+        # Write the head first. If the block does not wrap around, this rewrites old
+        # entries, some of which the second write may replace.
         flat = _write(flat, window[size:], jnp.zeros_like(start))
         flat = _write(flat, window[:size], jnp.minimum(start, flat.size - size))
         return lax.optimization_barrier(flat).reshape(x.shape)
 
-    def mask(self, key, x):
-        """Whether an entry lies in the block."""
+    def mask(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns whether each entry of `x` lies in the block."""
         if not x.size:
             return jnp.zeros(x.shape, bool)
         return self._position(key, x) < share(x.size, self.ratio)
 
-    def decompress(self, key, payload, like):
-        """The block, zero elsewhere; one pass, fused with what uses it."""
+    def decompress(
+        self,
+        key: jax.Array,
+        payload: jax.Array,
+        like: jax.Array | jax.ShapeDtypeStruct,
+    ) -> jax.Array:
+        """Returns the block, and 0 in all other places.
+
+        It is one elementwise pass, which XLA fuses with the code that uses the result.
+        """
         if not math.prod(like.shape):
             return jnp.zeros(like.shape, like.dtype)
         position = self._position(key, like)
         entries = payload[jnp.minimum(position, payload.size - 1)]
         return jnp.where(position < payload.size, entries, jnp.zeros_like(entries))
 
-    def _position(self, key, x):
-        """Each entry's place counted from the block's start on, cyclically."""
+    def _position(
+        self, key: jax.Array, x: jax.Array | jax.ShapeDtypeStruct
+    ) -> jax.Array:
+        """Returns the cyclic distance of each entry from the start of the block."""
         start, _ = self._block(key, x)
         size = math.prod(x.shape)
         position = lax.iota(jnp.int32, size).reshape(x.shape) - start
         return jnp.where(position < 0, position + size, position)
 
-    def _block(self, key, x):
-        # One draw instead of randint's three, which XLA takes long to compile; that the
-        # first entries are likelier by N / 2^32 does not matter.
+    def _block(
+        self, key: jax.Array, x: jax.Array | jax.ShapeDtypeStruct
+    ) -> tuple[jax.Array, int]:
+        """Returns the start of the block, an int32 scalar, and its size."""
+        # One draw compiles much faster than the three draws of `randint`. It makes the
+        # first entries more likely by N / 2^32, which is negligible.
         bits = jax.random.bits(key, (), jnp.uint32)
         start = (bits % jnp.uint32(x.size)).astype(jnp.int32)
         return start, share(x.size, self.ratio)
 
 
-def _window(flat, start, size):
-    """What a cyclic block touches, `[2 size]`, and where in it the block begins.
+def _window(
+    flat: jax.Array, start: jax.Array, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the entries around a cyclic block, and the position of the block in them.
 
-    The last `size` entries from which the block can start without wrapping, then the
-    first `size`: a block that wraps runs from the one into the other.
+    Args:
+      flat: Vector of at least `2 * size` entries.
+      start: Start of the block, an int32 scalar.
+      size: Size of the block.
+
+    Returns:
+      The window `[2 * size]`, and the start of the block in it. The window consists of
+      `size` entries from `start` on, or the last `size` entries if the block wraps
+      around, followed by the first `size` entries of the vector. A block that wraps
+      around is contiguous in the window.
     """
     tail = jnp.minimum(start, flat.size - size)
     window = jnp.concatenate([lax.dynamic_slice(flat, (tail,), (size,)), flat[:size]])
@@ -85,23 +111,27 @@ def _window(flat, start, size):
 
 
 @jax.custom_batching.custom_vmap
-def _write(x, block, start):
-    """Overwrites a block of the last axis, in place where XLA can.
+def _write(x: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    """Overwrites a block of the last axis, in place if XLA can.
 
-    JAX makes a scatter of a mapped `dynamic_update_slice`, and XLA of that a copy; the
-    start is the same on all workers, so that it can stay what it is.
+    By default, `vmap` turns `dynamic_update_slice` into a scatter, for which XLA copies
+    the array. Here the start is equal on all workers, so the custom rule below keeps
+    one `dynamic_update_slice`.
     """
-    zero = jnp.zeros_like(start)  # of the start's dtype, also where integers are wide
+    # All start indices must have one dtype, also under `jax_enable_x64`.
+    zero = jnp.zeros_like(start)
     return lax.dynamic_update_slice(x, block, (*(zero,) * (x.ndim - 1), start))
 
 
 @_write.def_vmap
 def _write_mapped(axis_size, in_batched, x, block, start):
     x_batched, block_batched, start_batched = in_batched
-    if start_batched:  # an outer map over runs with keys of their own
+    # An outer `vmap` over runs with different keys: use the default rule.
+    if start_batched:
         axes = [0 if batched else None for batched in in_batched]
         mapped = jax.vmap(_write.fun, in_axes=axes, axis_size=axis_size)
         return mapped(x, block, start), True
+    # The start is shared: write the block of every worker along the last axis.
     if not x_batched:
         x = jnp.broadcast_to(x, (axis_size, *x.shape))
     if not block_batched:
@@ -115,16 +145,17 @@ class RandomK(Selection):
 
     ratio: float
 
-    def compress(self, key, x):
-        """The selected entries."""
+    def compress(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns the selected entries, `[k]`."""
         return x.reshape(-1)[self._positions(key, x)]
 
-    def replace(self, key, x, payload):
-        """`x` with other selected entries."""
+    def replace(self, key: jax.Array, x: jax.Array, payload: jax.Array) -> jax.Array:
+        """Replaces the selected entries of `x` by the payload."""
         flat = x.reshape(-1).at[self._positions(key, x)].set(payload)
         return flat.reshape(x.shape)
 
-    def _positions(self, key, x):
+    def _positions(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns distinct positions in the flattened array, `[k]`."""
         size = share(x.size, self.ratio)
         if not size:
             return jnp.zeros(0, jnp.int32)
@@ -132,18 +163,19 @@ class RandomK(Selection):
 
 
 def random_block(ratio: float) -> RandomBlock:
-    r"""Random block-wise sparsification (RBGS): one block of each leaf travels.
+    r"""Constructs random block-wise sparsification (RBGS): one block per leaf is sent.
 
-    Of a leaf of :math:`N` entries the block of :math:`\lceil N / r \rceil` entries from
-    a uniformly random start on, cyclically; the same on all workers, so that a ring
-    all-reduce averages it, and no indices travel. Not rescaled: it is meant for error
+    From a leaf of :math:`N` entries it sends a block of :math:`\lceil N / r \rceil`
+    consecutive entries, which starts at a uniformly random entry and wraps around at
+    the end. The block is the same on all workers, so a ring all-reduce averages it, and
+    no indices are sent. Entries are not rescaled, because the codec is meant for error
     feedback.
 
     Args:
-      ratio: :math:`r \ge 1`, entries of the leaf for each entry that travels.
+      ratio: :math:`r \ge 1`, number of entries of the leaf per entry sent.
 
     Returns:
-      The compressor.
+      The codec.
 
     Raises:
       ValueError: If `ratio` is below 1.
@@ -166,21 +198,28 @@ def random_block(ratio: float) -> RandomBlock:
 
 
 def random_k(ratio: float) -> RandomK:
-    r"""Random sparsification: :math:`\lceil N / r \rceil` entries of a leaf travel.
+    r"""Constructs random sparsification, which sends uniformly chosen entries.
 
-    Chosen uniformly without replacement, the same on all workers. Choosing sorts the
-    leaf: `random_block` is much cheaper.
+    From a leaf of :math:`N` entries it sends :math:`\lceil N / r \rceil` entries,
+    chosen without replacement, and the same on all workers. The choice sorts the whole
+    leaf, so `random_block` is much cheaper.
 
     Args:
-      ratio: :math:`r \ge 1`, entries of the leaf for each entry that travels.
+      ratio: :math:`r \ge 1`, number of entries of the leaf per entry sent.
 
     Returns:
-      The compressor.
+      The codec.
 
     Raises:
       ValueError: If `ratio` is below 1.
 
     References:
       Stich, Cordonnier & Jaggi, "Sparsified SGD with Memory", NeurIPS 2018.
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> codec, key = dj.compression.random_k(4), jax.random.key(0)
+      >>> codec.compress(key, jnp.arange(1.0, 9.0)).shape
+      (2,)
     """
     return RandomK(check_ratio(ratio))

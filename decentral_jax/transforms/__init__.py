@@ -1,6 +1,7 @@
-"""One idea per file, each an optax transformation for one worker.
+"""Transformations: the optax building blocks of decentralized training.
 
-State classes stand above their constructors; both are public here.
+Each file holds one idea, as one or more optax transformations that one worker runs. The
+state classes are public, too.
 """
 
 from decentral_jax.transforms import (

@@ -1,4 +1,4 @@
-"""AMSGrad with projections: what APAM's master runs, and its synchronous baseline."""
+"""AMSGrad with projections: the optimizer of APAM's master."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class ScaleByAmsgradState(NamedTuple):
     # All like params, at least float32.
     mean: optax.Updates  # m
     square: optax.Updates  # v
-    largest: optax.Updates  # the largest v so far
+    largest: optax.Updates  # v hat, the elementwise maximum of all v so far
 
 
 def amsgrad(
@@ -30,9 +30,11 @@ def amsgrad(
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
     weight_decay: float | jax.Array | None = None,
-    projection: Callable[[Any], Any] | None = None,
+    projection: Callable[[optax.Params], optax.Params] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AMSGrad as APAM's master runs it; without workers, too.
+    r"""Constructs AMSGrad in the form that APAM's master uses.
+
+    It does not communicate, so it also works without a worker axis.
 
     .. math::
        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
@@ -41,29 +43,40 @@ def amsgrad(
        x &\leftarrow P\Bigl(x - \gamma \frac{\sqrt{1 - \beta_2^k}}{1 - \beta_1^k}
        \frac{m}{\sqrt{\hat v} + \epsilon}\Bigr), \qquad k = 1, 2, \dots
 
-    It differs from `optax.amsgrad` in two ways: the largest :math:`v` is taken before
-    its bias is corrected, and :math:`\epsilon` is added before.
+    It differs from `optax.amsgrad` in two ways: it takes the maximum of the :math:`v`
+    before it corrects the bias, and it adds :math:`\epsilon` before it corrects the
+    bias.
 
     Args:
       learning_rate: :math:`\gamma`, a number or schedule.
       b1: :math:`\beta_1`, in [0, 1).
       b2: :math:`\beta_2`, in [0, 1).
       eps: :math:`\epsilon`, at least 0.
-      weight_decay: Times the parameters, added to the gradient; at least 0.
-      projection: :math:`P`, from parameters to the nearest ones allowed, such as
-        `functools.partial(optax.projections.projection_box, lower=-1, upper=1)`; boxes,
-        balls and simplices are in `optax.projections`.
+      weight_decay: Weight decay rate, at least 0. The product of the rate and the
+        parameters is added to the gradient.
+      projection: :math:`P`, a function from parameters to the nearest feasible ones,
+        for example
+        `functools.partial(optax.projections.projection_box, lower=-1, upper=1)`. The
+        module `optax.projections` has boxes, balls and simplices.
 
     Returns:
-      The transformation; it keeps three copies of the parameters.
+      The transformation. It keeps three copies of the parameters.
 
     Raises:
-      ValueError: If a number is out of range, or `update` gets no `params` where they
-        are decayed or projected.
+      ValueError: If a number is out of range, or if `update` gets no `params` although
+        `weight_decay` or `projection` is given.
 
     References:
       Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient
       methods", Math. Prog. Comp. 2023, (3) to (6).
+
+    Example:
+      >>> import decentral_jax as dj, jax.numpy as jnp
+      >>> tx = dj.amsgrad(0.1)
+      >>> params = jnp.array([1.0, -1.0])
+      >>> updates, state = tx.update(jnp.array([4.0, -2.0]), tx.init(params), params)
+      >>> bool(jnp.allclose(updates, jnp.array([-0.1, 0.1])))
+      True
     """
     check_learning_rate(learning_rate)
     b1 = check_interval("b1", b1, 0.0, 1.0, closed="left")
@@ -84,9 +97,18 @@ def amsgrad(
 def _add_decayed_weights(
     decay: float | jax.Array,
 ) -> optax.GradientTransformationExtraArgs:
-    """As optax's, for a master's iterate in a wider dtype than a number injected."""
+    """Adds the decayed parameters to the gradient, in the dtype of the gradient.
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    Unlike `optax.add_decayed_weights`, it accepts parameters of a wider dtype than an
+    injected decay rate, such as a master's iterate.
+    """
+
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         params = require_params(params, "amsgrad with weight_decay")
 
@@ -103,19 +125,26 @@ def _add_decayed_weights(
 def _scale_by_amsgrad(
     b1: float | jax.Array, b2: float | jax.Array, eps: float | jax.Array
 ) -> optax.GradientTransformationExtraArgs:
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ScaleByAmsgradState:
         zeros = [jax.tree.map(wide_zeros, params) for _ in range(3)]
         return ScaleByAmsgradState(jnp.zeros([], jnp.int32), *zeros)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAmsgradState]:
         del params, extra_args
         count = optax.safe_increment(jnp.asarray(state.count))
+        # The moments m, v and v hat, in at least float32.
         gradient = jax.tree.map(wide, updates)
         mean = jax.tree.map(lambda m, g: _toward(m, g, b1), state.mean, gradient)
         square = jax.tree.map(
             lambda v, g: _toward(v, g * g, b2), state.square, gradient
         )
         largest = jax.tree.map(jnp.maximum, state.largest, square)
+        # The bias correction sqrt(1 - b2^k) / (1 - b1^k).
         steps = jnp.asarray(count, jnp.result_type(float))
         first, second = (1 - fitted(b, steps) ** steps for b in (b1, b2))
         factor = jnp.sqrt(second) / first
@@ -131,31 +160,48 @@ def _scale_by_amsgrad(
 
 
 def _toward(old: jax.Array, new: jax.Array, decay: float | jax.Array) -> jax.Array:
-    """An exponential moving average's next value."""
+    """Returns the next value of an exponential moving average."""
     return fitted(decay, old) * old + fitted(1 - decay, new) * new
 
 
-def project(projection: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
-    """Keeps parameters in a set: an update ends at the projection of where it led.
+def project(
+    projection: Callable[[optax.Params], optax.Params],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps parameters in a feasible set by projecting them after each update.
+
+    .. math:: x \leftarrow P(x + u)
 
     Args:
-      projection: From parameters to the nearest allowed ones, see `optax.projections`.
+      projection: :math:`P`, a function from parameters to the nearest feasible ones;
+        see `optax.projections`.
 
     Returns:
-      The transformation; place it last in a chain.
+      The transformation. Place it last in a chain.
 
     Raises:
       TypeError: If `projection` is not a function.
       ValueError: If `update` gets no `params`.
+
+    Example:
+      >>> import decentral_jax as dj, jax.numpy as jnp, optax
+      >>> tx = optax.chain(optax.sgd(1.0), dj.project(lambda x: jnp.clip(x, -1, 1)))
+      >>> params = jnp.zeros(2)
+      >>> tx.update(jnp.array([5.0, 0.5]), tx.init(params), params)[0]
+      Array([-1. , -0.5], dtype=float32)
     """
     if not callable(projection):
         raise TypeError(
-            f"projection must be a function of parameters, got {projection!r}: with "
-            "optax.inject_hyperparams, which takes functions for schedules, pass "
-            'static_args=("projection",).'
+            f"projection must be a function of parameters, got {projection!r}: if you "
+            "use optax.inject_hyperparams, which treats functions as schedules, pass "
+            'static_args=("projection",) to it.'
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params=None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         params = require_params(params, "project")
         ends = projection(optax.apply_updates(params, updates))

@@ -1,6 +1,7 @@
-"""Asynchronous training, replayed: one master, one stale gradient a tick.
+"""Replay of asynchronous training: one master applies one stale gradient per tick.
 
-The order of arrivals is a trace (`decentral_jax.traces`); all else is deterministic.
+A trace (`decentral_jax.traces`) gives the order in which gradients arrive. Everything
+else is deterministic.
 """
 
 import math
@@ -35,16 +36,17 @@ __all__ = [
 
 
 class AsynchronousState(NamedTuple):
-    """State of `asynchronous`; all but `waits_for` is equal on all workers."""
+    """State of `asynchronous`; all fields but `waits_for` are equal on all workers."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: ticks so far, k
     master: optax.Params  # like params, at least float32: x_k
-    inner: optax.OptState  # the master's optimizer's
+    inner: optax.OptState  # state of the master's optimizer
     recent: optax.Params  # leaves [D, ...]: x_j in row j % D, for artificial delays
-    waits_for: jax.Array  # shape=(), dtype=int32: iterate this worker takes next, or -1
+    # shape=(), dtype=int32: number of the iterate that this worker receives next, or -1
+    waits_for: jax.Array
 
-    def evaluation_params(self, params):
-        """The master's iterate."""
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
+        """Returns the master's iterate."""
         return jax.tree.map(lambda x, p: x.astype(p.dtype), self.master, params)
 
 
@@ -54,36 +56,38 @@ def asynchronous(
     *,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Turns an optimizer into its asynchronous form: a master and stale workers.
+    r"""Replays asynchronous training: a master applies the gradients of stale workers.
 
-    At tick :math:`k` the master applies the gradient of one worker, which took it at an
-    old iterate,
+    In tick :math:`k`, the master applies the gradient of worker :math:`w_k`, evaluated
+    at an old iterate,
 
     .. math:: x_{k+1} = x_k + \operatorname{inner}(g_{w_k}(x_{k - \tau_k})),
 
-    and that worker alone receives a new one. Each worker's parameters are the iterate
-    it holds, its snapshot; `dj.eval_params` gives the master's, :math:`x_{k+1}`. All
-    workers compute a gradient in every tick, of which one is used: a replay is for
-    studying, the work is saved by `decentral_jax.engine`.
+    and only this worker receives a new iterate. The parameters of a worker are the
+    iterate that it holds; `dj.eval_params` returns the master's iterate
+    :math:`x_{k+1}`. All workers compute a gradient in every tick, although only one of
+    them is used: a replay serves to study asynchronous training. To also save the
+    computation, use `decentral_jax.engine`.
 
-    The inner optimizer sees the master's iterate as `params`, and gets the keyword
-    `staleness`, :math:`\tau_k`, for `scale_by_staleness`. After the trace's last tick
-    nothing arrives, and nothing changes.
+    The inner optimizer receives the master's iterate as `params`, and the keyword
+    argument `staleness`, :math:`\tau_k`, for `scale_by_staleness`. After the last tick
+    of the trace, no gradient arrives and nothing changes.
 
     Args:
-      optimizer: Any optax optimizer; its state is the master's.
-      trace: Who arrives when, how stale; see `dj.traces`.
-      axis_name: The worker axis.
+      optimizer: Optax optimizer of the master.
+      trace: Which worker arrives in each tick, and how stale its gradient is; see
+        `dj.traces`.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The transformation. It keeps a copy of the parameters and the inner state; and as
-      many further copies as the trace asks for iterates older than the last one when a
-      worker returns (`traces.uniform_delay`; none for traces of speeds).
+      The transformation. It keeps one copy of the parameters, and the inner state. For
+      traces with artificial delays (`traces.uniform_delay`), it also keeps the most
+      recent iterates, as many as the trace requires; traces from speeds require none.
 
     Raises:
-      TypeError: If `optimizer` is no optimizer, or `trace` no trace.
-      ValueError: If the axis has not `trace.num_workers` workers, a tree is empty or
-        trees do not match, or `update` gets no `params`.
+      TypeError: If `optimizer` is not an optimizer, or if `trace` is not a trace.
+      ValueError: If the size of the axis is not `trace.num_workers`, if a tree is empty
+        or trees do not match, or if `update` gets no `params`.
 
     References:
       Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient
@@ -97,14 +101,14 @@ def asynchronous(
     check_optimizer("optimizer", optimizer)
     if not isinstance(trace, Trace):
         raise TypeError(
-            f"trace must be a dj.traces.Trace, got {trace!r}: make one by "
+            f"trace must be a dj.traces.Trace, got {trace!r}: create one with "
             "dj.traces.from_speeds."
         )
     check_axis_name(axis_name)
     inner = optax.with_extra_args_support(optimizer)
     plan = _Plan(trace)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> AsynchronousState:
         params = require_params(params, "asynchronous")
         check_trees("params", params)
         rows = (plan.depth,)
@@ -114,7 +118,12 @@ def asynchronous(
         zero, none = jnp.zeros([], jnp.int32), jnp.full([], -1, jnp.int32)
         return AsynchronousState(zero, master, inner.init(master), recent, none)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AsynchronousState]:
         check_nobody_missing(extra_args, "asynchronous")
         params = require_params(params, "asynchronous")
         check_trees("params", params, state.master)
@@ -126,6 +135,7 @@ def asynchronous(
                 f"trace has {trace.num_workers} workers, but the axis {axis_name!r} "
                 f"has {size}."
             )
+        # The entries of the trace for this tick; after its end, those of the last tick.
         me = axis.index
         k = axis.unvmap(state.count)
         tick = jnp.minimum(k, len(trace) - 1)
@@ -133,8 +143,9 @@ def asynchronous(
         mine = jnp.asarray(plan.workers)[tick] == me
         staleness = jnp.asarray(plan.staleness)[tick]
 
+        # The master's step with the gradient of the worker that arrives.
         def of_one(g):
-            # Where and not times: what the others compute may be infinite.
+            # `where` instead of a product: other gradients may be inf or NaN.
             own = jnp.where(mine, wide(g), 0)
             return axis.total(own)
 
@@ -151,12 +162,13 @@ def asynchronous(
             return jax.tree.map(lambda x, y: jnp.where(over, y, x), new, old)
 
         master = unless_over(new, state.master)
-        # Which iterate this worker takes, and whether there is it already.
+        # The iterate that this worker receives, and whether the master has reached it.
         waits_for = jnp.where(k == 0, jnp.asarray(plan.first)[me], state.waits_for)
         waits_for = jnp.where(mine, jnp.asarray(plan.next)[tick], waits_for)
         takes = (waits_for >= 0) & (waits_for <= k + 1) & ~over
         recent, given = plan.remember(state.recent, k, state.master, master, waits_for)
-        # A worker that is up to date makes the master's step, without rounding.
+        # A worker without staleness holds x_k: it takes the master's step itself, which
+        # avoids the rounding of x_{k+1} - x_k.
         same = takes & mine & (staleness == 0) & (waits_for == k + 1)
 
         def change(step, given, old):
@@ -173,19 +185,21 @@ def asynchronous(
 
 
 class _Plan:
-    """What a trace says of the iterates that workers take.
+    """The iterates that workers receive, precomputed from a trace of `K` ticks.
 
     Attributes:
-      workers: `[K]`.
-      staleness: `[K]`.
-      next: The iterate that the worker of tick k takes after it, `[K]`; the newest one
-        if it never comes again.
-      first: The iterate that each worker takes first, -1 if that is the start, `[n]`.
-      depth: How many iterates before the newest one the master must remember.
+      workers: Number of the worker that arrives in each tick, `[K]`.
+      staleness: Staleness of its gradient, `[K]`.
+      next: Number of the iterate that this worker receives next, `[K]`. The newest
+        iterate if the worker does not arrive again.
+      first: Number of the first iterate that each worker receives, `[n]`; -1 if it is
+        the initial one.
+      depth: Number of iterates before the newest one that the master must keep.
     """
 
     def __init__(self, trace: Trace):
         self.workers, self.staleness = trace.workers, trace.staleness
+        # The gradient of tick k was evaluated at iterate k - tau_k.
         taken = np.arange(len(trace)) - trace.staleness
         self.next = np.arange(1, len(trace) + 1, dtype=np.int32)
         self.first = np.full(trace.num_workers, -1, np.int32)
@@ -193,13 +207,32 @@ class _Plan:
         for worker in range(trace.num_workers):
             ticks = np.flatnonzero(trace.workers == worker)
             if ticks.size:
+                # Between two arrivals, a worker receives the iterate of the second one.
                 self.first[worker] = taken[ticks[0]] or -1
                 self.next[ticks[:-1]] = taken[ticks[1:]]
                 back = ticks[:-1] + 1 - taken[ticks[1:]]
                 self.depth = max(self.depth, int(back.max(initial=0)))
 
-    def remember(self, recent, k, old, new, wanted):
-        """Keeps iterate k, and gives the wanted one: this, an older one or the next."""
+    def remember(
+        self,
+        recent: optax.Params,
+        k: jax.Array,
+        old: optax.Params,
+        new: optax.Params,
+        wanted: jax.Array,
+    ) -> tuple[optax.Params, optax.Params]:
+        """Stores an iterate, and looks up the wanted one.
+
+        Args:
+          recent: Recent iterates, leaves `[depth, ...]`, in rows modulo `depth`.
+          k: Number of the iterate `old`.
+          old: Iterate k, to store.
+          new: Iterate k + 1.
+          wanted: Number of the wanted iterate, from k + 1 - depth to k + 1.
+
+        Returns:
+          The recent iterates, and the wanted one.
+        """
         if not self.depth:
             return recent, new
         recent = jax.tree.map(
@@ -215,13 +248,15 @@ class _Plan:
 def scale_by_staleness(
     power: float | jax.Array = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Smaller steps for staler gradients, :math:`u / \max(1, \tau)^p`.
+    r"""Scales updates down by the staleness of their gradient.
+
+    .. math:: u \leftarrow u / \max(1, \tau)^p
 
     Chain it into the optimizer of `asynchronous`, which passes the staleness of each
-    gradient; after momentum, so that only the step becomes smaller.
+    gradient. Place it after momentum, so that it scales only the step.
 
     Args:
-      power: :math:`p`, positive; 1 as published.
+      power: :math:`p`, positive. The published value is 1.
 
     Returns:
       The transformation.
@@ -232,10 +267,21 @@ def scale_by_staleness(
     References:
       Zhang et al., "Staleness-aware Async-SGD for Distributed Deep Learning", IJCAI
       2016.
+
+    Example:
+      >>> import decentral_jax as dj, jax.numpy as jnp
+      >>> tx = dj.scale_by_staleness()
+      >>> tx.update(jnp.array([4.0]), tx.init(jnp.zeros(1)), staleness=2)[0]
+      Array([2.], dtype=float32)
     """
     power = check_interval("power", power, 0.0, float("inf"), closed="neither")
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del params
         if "staleness" not in extra_args:
             raise ValueError(
@@ -261,50 +307,74 @@ class DelayState(NamedTuple):
     """State of `delay_gradients`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    recent: optax.Updates  # leaves [D + 1, ...]: gradients, step k's in row k % (D + 1)
+    # Leaves [D + 1, ...]: gradients, the one of step k in row k % (D + 1).
+    recent: optax.Updates
 
 
 def delay_gradients(
     delay: int | Sequence[int] | np.ndarray,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Passes on an old gradient: :math:`g_{\max(k - \tau_k, 0)}(x_{k - \tau_k})`.
+    r"""Replaces each gradient by an old one.
 
-    For studies of one worker, without a worker axis. It delays the gradient itself;
-    `asynchronous` takes a new one at an old iterate.
+    .. math:: g_k \leftarrow g_{\max(k - \tau_k, 0)}(x_{k - \tau_k})
+
+    Use it to study delays with one worker and without a worker axis. It delays the
+    gradient itself, whereas `asynchronous` evaluates a new gradient at an old iterate.
 
     Args:
-      delay: :math:`\tau`, in steps; or one for each step, such as
-        `traces.uniform_delay(100, 1000).staleness`, which begin again at their end.
+      delay: :math:`\tau`, in steps: an integer, or one integer per step, such as
+        `traces.uniform_delay(100, 1000).staleness`, repeated from the start when it
+        ends.
 
     Returns:
-      The transformation; place it first in a chain. It keeps one gradient more than the
-      largest delay.
+      The transformation. Place it first in a chain. For a largest delay of `D` steps,
+      it keeps `D + 1` gradients.
 
     Raises:
-      TypeError: If a delay is no integer.
+      TypeError: If a delay is not an integer.
       ValueError: If a delay is negative.
+
+    Example:
+      >>> import decentral_jax as dj, jax.numpy as jnp
+      >>> tx = dj.delay_gradients(1)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for step in range(3):
+      ...     updates, state = tx.update(jnp.array([float(step)]), state)
+      ...     print(updates)
+      [0.]
+      [0.]
+      [1.]
     """
     check_static("delay", delay, "integers")
     delays = np.atleast_1d(np.asarray(delay))
     if delays.dtype.kind not in "iu":
         raise TypeError(f"delay must be integers, got {delay!r}.")
     if delays.ndim != 1 or not delays.size or delays.min() < 0:
-        raise ValueError(f"delay must be at least 0, at least one, got {delay!r}.")
+        raise ValueError(
+            "delay must be an integer of at least 0, or a nonempty list of them, got "
+            f"{delay!r}."
+        )
     rows = int(delays.max()) + 1
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> DelayState:
         params = require_params(params, "delay_gradients")
         check_trees("params", params)
         recent = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), params)
         return DelayState(jnp.zeros([], jnp.int32), recent)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, DelayState]:
         del params, extra_args
         count = jnp.asarray(state.count)
 
         def write(recent: jax.Array, g: jax.Array) -> jax.Array:
             return recent.at[count % rows].set(g.astype(recent.dtype))
 
+        # Write this step's gradient, then read the one of `now` steps ago.
         recent = jax.tree.map(write, state.recent, updates)
         now = jnp.asarray(delays.astype(np.int32))[count % len(delays)]
         step = jnp.maximum(count - now, 0)

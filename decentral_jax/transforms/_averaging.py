@@ -1,7 +1,8 @@
-"""Exact averaging over all workers: of gradients each step, of parameters now and then.
+"""Exact averaging over all workers, of gradients or of parameters.
 
-Averaging gradients is the centralized baseline. Averaging parameters every few steps is
-Local SGD; with an outer optimizer on the averaged difference, SlowMo and DiLoCo.
+Averaging gradients in every step is the centralized baseline. Averaging parameters
+every few steps is Local SGD. With an outer optimizer on the averaged difference, it is
+SlowMo or DiLoCo.
 """
 
 from collections.abc import Sequence
@@ -32,18 +33,22 @@ def average_gradients(
     *,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replaces each worker's gradient by the mean over workers, by all-reduce.
+    r"""Replaces each worker's gradient by the mean over all workers.
 
     .. math:: g_i \leftarrow \frac1n \sum_j g_j
 
-    Place it first in a chain: every worker then takes the same step, bitwise.
+    Place it first in a chain. All workers then take bitwise the same step.
 
     Args:
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The transformation; it keeps no state. A worker sends `2 (n - 1) / n` times the
-      gradient's bytes in a ring all-reduce.
+      The transformation, which has no state. With a ring all-reduce, each worker sends
+      `2 (n - 1) / n` times the bytes of the gradient per step.
+
+    Raises:
+      TypeError: If any leaf of the gradients is not floating-point or complex.
+      ValueError: If the axis is not bound.
 
     Example:
       >>> import decentral_jax as dj, jax, jax.numpy as jnp, optax
@@ -55,11 +60,16 @@ def average_gradients(
     """
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> optax.EmptyState:
         check_arrays("params", params)
         return optax.EmptyState()
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
         check_nobody_missing(extra_args, "average_gradients")
         check_dtypes("updates", updates, jnp.inexact)
@@ -72,10 +82,11 @@ class PeriodicAveragingState(NamedTuple):
     """State of `average_parameters`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    # Like params, at least float32: the common model z of the last exchange; () without
+    # Like params, at least float32: the common model z of the last exchange. () without
     # an outer optimizer.
-    start: Any
-    outer: tuple  # a fragment: the outer optimizer's state, equal on all workers
+    start: optax.Params
+    # One state of the outer optimizer per fragment, equal on all workers.
+    outer: tuple[optax.OptState, ...]
 
 
 def average_parameters(
@@ -85,42 +96,45 @@ def average_parameters(
     fragments: int = 1,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Averages the workers' parameters every `period` steps; else they go alone.
+    r"""Averages parameters over workers every `period` steps.
 
-    Steps between exchanges take the incoming update, and send nothing. At an exchange,
-    with the incoming update :math:`u_i`,
+    Between exchanges, each worker takes its incoming update and sends nothing. At an
+    exchange, with the incoming update :math:`u_i`,
 
     .. math:: \bar x = \frac1n \sum_j (x_j + u_j), \qquad x_i \leftarrow \bar x.
 
-    With an outer optimizer the way from the last common model :math:`z` to
-    :math:`\bar x` is one gradient to it,
+    An outer optimizer receives the difference between the last common model :math:`z`
+    and :math:`\bar x` as its gradient,
 
     .. math::
        z \leftarrow z + \mathrm{outer}(z - \bar x), \qquad x_i \leftarrow z,
 
-    so that `outer=optax.sgd(1.0)` is plain averaging again.
+    so `outer=optax.sgd(1.0)` is plain averaging.
 
-    With `fragments` :math:`P > 1` the leaves are dealt into as many parts of similar
-    size, which take turns: part :math:`p = 1 \dots P` is exchanged at the steps
-    :math:`\lfloor p H / P \rfloor` of each period of :math:`H`. All bytes travel as
-    often as before, but never all at once.
+    With :math:`P > 1` fragments, the leaves are divided into :math:`P` parts of similar
+    size, which are exchanged in different steps: part :math:`p = 1 \dots P` in step
+    :math:`\lfloor p H / P \rfloor` of each period of :math:`H` steps. The bytes per
+    period do not change, but they are spread over the period.
 
     Args:
-      period: :math:`H`, steps from one exchange to the next.
-      outer: Any optax optimizer for the averaged difference. Its own schedules count
-        exchanges; its `update` gets the keyword `step`, the number of the iteration.
+      period: :math:`H`, number of steps between two exchanges.
+      outer: Optax optimizer for the averaged difference. Its own schedules count
+        exchanges. Its `update` receives the keyword argument `step`, the number of the
+        iteration.
       fragments: :math:`P`, at most `period` and at most the number of leaves.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The transformation; place it last in a chain. A worker sends
-      `2 (n - 1) / n` times the parameters' bytes a period; with `outer` it keeps one
-      copy of the parameters, at least float32, beside the outer optimizer's state.
+      The transformation. Place it last in a chain. With a ring all-reduce, each worker
+      sends `2 (n - 1) / n` times the bytes of the parameters per period. With `outer`,
+      it keeps one copy of the parameters, at least float32, and the state of the outer
+      optimizer.
 
     Raises:
-      TypeError: If `period` or `fragments` is no integer or `outer` no optimizer.
-      ValueError: If they are out of range, trees do not match, or `update` gets no
-        `params`.
+      TypeError: If `period` or `fragments` is not an integer, or if `outer` is not an
+        optimizer.
+      ValueError: If `period` or `fragments` is out of range, if trees do not match, or
+        if `update` gets no `params`.
 
     References:
       Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019, Algorithm 1;
@@ -148,11 +162,11 @@ def average_parameters(
     if fragments > period:
         raise ValueError(
             f"fragments must be at most period={period}, got {fragments}: each part "
-            "has a step of its own."
+            "is exchanged in a different step of the period."
         )
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> PeriodicAveragingState:
         params = require_params(params, "average_parameters")
         check_trees("params", params)
         if outer is None:
@@ -168,10 +182,10 @@ def average_parameters(
         if outer is None:
             mean = average(optax.apply_updates(params, updates), axis_name)
         else:
-            # Send how far this worker moved from where all of them started, not where
-            # it is: half precision then rounds the small difference. The model that
-            # they started from is `start` in the parameters' dtype.
-            way = jax.tree.map(
+            # Send how far this worker has moved from the common model, instead of its
+            # parameters: half precision then rounds only the small difference. All
+            # workers started from `start`, cast to the dtype of the parameters.
+            moved = jax.tree.map(
                 lambda z, p, u: (wide(z.astype(p.dtype)) - wide(p) - wide(u)).astype(
                     p.dtype
                 ),
@@ -179,10 +193,12 @@ def average_parameters(
                 params,
                 updates,
             )
-            way = jax.tree.map(wide, average(way, axis_name))
-            # Where in the run the exchange is, for rates that follow a schedule.
-            step, state = with_step.update(way, state, start, step=count - 1)
+            moved = jax.tree.map(wide, average(moved, axis_name))
+            # The outer gradient is z minus the mean. `step` counts iterations, for
+            # learning rates that follow a schedule over the run.
+            step, state = with_step.update(moved, state, start, step=count - 1)
             start = mean = optax.apply_updates(start, step)
+        # The update that takes this worker to the common model.
         updates = jax.tree.map(
             lambda x, p: (wide(x) - wide(p)).astype(p.dtype), mean, params
         )
@@ -193,7 +209,12 @@ def average_parameters(
         updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
         return updates, start, state
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PeriodicAveragingState]:
         check_nobody_missing(extra_args, "average_parameters")
         params = require_params(params, "average_parameters")
         check_trees("params", params)
@@ -203,6 +224,7 @@ def average_parameters(
         us, structure = jax.tree.flatten(updates)
         ps, starts = jax.tree.leaves(params), jax.tree.leaves(state.start)
         outer_states = []
+        # Each part has its own condition: it is due in step p * H // P of the period.
         for p, part in enumerate(_deal(ps, fragments), start=1):
             mine = [us[i] for i in part], [ps[i] for i in part]
             start = [starts[i] for i in part] if outer is not None else ()
@@ -211,6 +233,7 @@ def average_parameters(
             new, start, outer_state = axis.cond_every(
                 period, since_turn, exchange, wait, *mine, start, outer_state, count
             )
+            # Put the part's leaves back in their places.
             for i, leaf in zip(part, new, strict=True):
                 us[i] = leaf
             if outer is not None:
@@ -225,7 +248,11 @@ def average_parameters(
 
 
 def _deal(leaves: Sequence[jax.Array], parts: int) -> list[list[int]]:
-    """The leaves' numbers in parts of similar size, the largest leaves dealt first."""
+    """Divides leaves into parts of similar size, the largest leaves first.
+
+    Returns:
+      The numbers of the leaves in each part, in ascending order.
+    """
     if parts > len(leaves):
         raise ValueError(
             f"fragments must be at most the number of leaves, got {parts} for "

@@ -1,7 +1,8 @@
-"""Error feedback: what compression keeps back is sent later.
+"""Error feedback: the error of a compressed update is added to the next update.
 
-Each worker adds what it could not send to what it sends next. Detached, a worker takes
-its gradients part of the way towards where its unsent updates would lead.
+Each worker keeps the part of its updates that compression has removed, the residual,
+and adds it to the update that it sends next. With detached error feedback, a worker
+evaluates its gradients at a model that includes a fraction of its residual.
 """
 
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,6 +14,7 @@ from jax import lax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import (
+    PyTree,
     advance,
     cast_like,
     fitted,
@@ -39,39 +41,41 @@ Evaluate = Literal["shared", "averaged"]
 
 
 class ResidualState(NamedTuple):
-    """State of `error_feedback` where the parameters are the shared model."""
+    """State of `error_feedback` if the parameters are the shared model."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    residual: optax.Params  # like params, at least float32: what is yet to be sent
-    memory: Any  # what the compressor remembers, equal on all workers
+    residual: optax.Params  # like params, at least float32: e_i, not sent yet
+    memory: PyTree  # the compressor's state, equal on all workers
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         return params
 
 
 class DetachedState(NamedTuple):
-    """State of `error_feedback` where the parameters leave the shared model."""
+    """State of `error_feedback` if the parameters differ from the shared model."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
-    shared: optax.Params  # like params, at least float32: x, bitwise equal on all
+    # Like params, at least float32: x, bitwise equal on all workers.
+    shared: optax.Params
     # Like params, at least float32: e_i. () if e_i is (params - shared) / detach.
-    residual: Any
-    detach: Any  # shape=(), float: lambda. () if the residual is kept.
-    memory: Any  # what the compressor remembers, equal on all workers
+    residual: optax.Params
+    detach: jax.Array | tuple[()]  # shape=(), float: lambda. () with a residual.
+    memory: PyTree  # the compressor's state, equal on all workers
 
-    # With another lambda the parameters would mean another residual.
+    # A checkpoint must have the same lambda: with another one, the same parameters
+    # would imply another residual.
     constants = ("detach",)
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         return jax.tree.map(lambda x, y: x.astype(y.dtype), self.shared, params)
 
 
 class AveragedState(DetachedState):
-    """The same, evaluated with everything that is yet to be sent, as in DEF-A."""
+    """A `DetachedState` that evaluates the shared model plus the residuals (DEF-A)."""
 
-    def evaluation_params(self, params):
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
         residual = self.residual
         if _is_empty(residual):
@@ -81,13 +85,13 @@ class AveragedState(DetachedState):
         )
 
 
-def _is_empty(part: Any) -> bool:
-    """Returns whether a part of the state is not kept."""
+def _is_empty(part: PyTree) -> bool:
+    """Returns whether a field of the state is `()`, which means that it is not kept."""
     return isinstance(part, tuple) and not part
 
 
-def _between(shared: Any, params: Any, detach: float | jax.Array) -> Any:
-    """Returns the residual that lies between the shared model and the parameters."""
+def _between(shared: optax.Params, params: optax.Params, detach: Any) -> optax.Params:
+    """Computes the residual from the shared model and the parameters."""
     return jax.tree.map(lambda x, y: (wide(y) - x) / detach, shared, params)
 
 
@@ -101,55 +105,59 @@ def error_feedback(
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sends updates compressed, and what was kept back with the next ones.
+    r"""Compresses updates, and adds the error of the compression to the next update.
 
-    With the incoming update :math:`u_i`, the residual :math:`e_i` (0 at first) and the
-    model :math:`x` that all workers share
+    With the incoming update :math:`u_i`, the residual :math:`e_i`, which is 0 at first,
+    and the model :math:`x` that all workers share,
 
     .. math::
        p_i = \phi e_i + u_i, \qquad x \leftarrow x + \frac1n \sum_j C(p_j), \qquad
        e_i \leftarrow p_i - C(p_i),
 
-    and the worker's parameters, where its next gradient is taken, are
+    and the worker evaluates its next gradient at its parameters
 
     .. math:: y_i = x + \lambda e_i.
 
-    (The papers subtract their updates; here as in optax they are added, and
-    :math:`e_i` has their sign.) With `period` above 1 only every so many steps send. In
-    between a worker goes alone, :math:`y_i \leftarrow y_i + u_i`, and :math:`u_i` above
-    is the sum of its updates since the last exchange, after which it returns to
-    :math:`x + \lambda e_i`.
+    The papers subtract updates. Here updates are added, as in optax, and :math:`e_i`
+    has the sign of the updates. If `period` is above 1, workers send only every
+    `period` steps. Between exchanges, each worker takes its own update,
+    :math:`y_i \leftarrow y_i + u_i`. At an exchange, :math:`u_i` above stands for the
+    sum of the worker's updates since the last exchange, and its parameters become
+    :math:`x + \lambda e_i` again.
 
     - :math:`\lambda = 0`: EF-SGD;
     - :math:`0 < \lambda < 1`: detached error feedback, DEF;
     - :math:`\lambda = 1`: step-ahead error feedback.
 
     Place it after the optimizer, so that momentum comes before compression. With
-    `detach=0` it may also stand first, and compress gradients.
+    `detach=0` you can also place it first, to compress gradients.
 
     Args:
-      compressor: :math:`C`, one of `dj.compression`.
+      compressor: :math:`C`, from `dj.compression`.
       detach: :math:`\lambda`, in [0, 1].
-      period: :math:`p`, steps from one exchange to the next.
-      feedback: :math:`\phi`, in (0, 1]; below 1, partial error feedback.
-      evaluate: What `dj.eval_params` gives: "shared", :math:`x`; or "averaged",
-        :math:`x + \frac1n \sum_i p_i` of all that is yet to be sent, as in DEF-A.
-      seed: Of the compressor's random numbers.
-      axis_name: The worker axis.
+      period: :math:`p`, number of steps between two exchanges.
+      feedback: :math:`\phi`, in (0, 1]. A value below 1 is partial error feedback.
+      evaluate: Model that `dj.eval_params` returns: "shared" is :math:`x`; "averaged"
+        is :math:`x + \frac1n \sum_i p_i`, which includes everything not yet sent, as in
+        DEF-A.
+      seed: Seed for the compressor's random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
       The transformation. It keeps one copy of the parameters, at least float32: the
-      residual if `detach` is 0, else the shared model. It keeps both if `period` is
-      above 1, or if the parameters are in half precision and `detach` is not 0: the
-      difference of two numbers in half precision is too coarse for a residual. It also
-      keeps both if `detach` is an array, as under `optax.inject_hyperparams`. With a
-      selecting compressor such as `random_block`, `feedback` 1 and float32 a step reads
-      and writes only the selected entries of the copy where `detach` is not 0.
+      residual if `detach` is 0, and the shared model otherwise. It keeps both in these
+      cases: `period` is above 1; or `detach` is not 0 and the parameters are in half
+      precision, because the difference of two numbers in half precision is too coarse
+      for a residual; or `detach` is an array, as under `optax.inject_hyperparams`. If
+      `detach` is not 0, `feedback` is 1, parameters are float32 and the compressor is a
+      selection such as `random_block`, a step reads and writes only the selected
+      entries of the copy.
 
     Raises:
-      TypeError: If `compressor` is none, or leaves are no floating-point arrays.
-      ValueError: If a number is out of range, a tree is empty or trees do not match, or
-        `update` gets no `params` where `detach` is not 0.
+      TypeError: If `compressor` is not a compressor, or if any leaf is not
+        floating-point.
+      ValueError: If a number is out of range, if a tree is empty or trees do not match,
+        or if `update` gets no `params` although `detach` is not 0.
 
     References:
       Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
@@ -170,20 +178,23 @@ def error_feedback(
     check_choice("evaluate", evaluate, get_args(Evaluate))
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
-    # Injected numbers may change from step to step: they decide no branch.
+    # An injected hyperparameter may change between steps, so it must not choose a code
+    # path: assume the general case.
     injected = isinstance(detach, jax.Array)
     detached = injected or detach > 0
     weighs = isinstance(feedback, jax.Array) or feedback < 1
+    # With full feedback, a selection takes a path that touches selected entries only.
     selection = None
     if isinstance(compressor, Selection) and not weighs:
         selection = compressor
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ResidualState | DetachedState:
         params = require_params(params, "error_feedback")
         check_trees("params", params)
         count = jnp.zeros([], jnp.int32)
         memory = compressor.init(jax.tree.leaves(params))
         zeros, copies = (jax.tree.map(make, params) for make in (wide_zeros, wide_copy))
+        # Keep as few copies as possible; see the docstring.
         if not detached and period == 1 and evaluate == "shared":
             return ResidualState(count, zeros, memory)
         kind = AveragedState if evaluate == "averaged" else DetachedState
@@ -192,10 +203,13 @@ def error_feedback(
         return kind(count, copies, (), jnp.asarray(detach, float), memory)
 
     def compressed(
-        p: Any, like: Any, state: ResidualState | DetachedState, axis: WorkerAxis
-    ) -> tuple[Any, Any, Any]:
-        """Returns what stays with the worker, the mean that arrived, and the memory."""
-        # The residual also takes what the cast to the parameters' dtype loses.
+        p: optax.Updates,
+        like: optax.Params,
+        state: ResidualState | DetachedState,
+        axis: WorkerAxis,
+    ) -> tuple[optax.Updates, optax.Updates, PyTree]:
+        """Returns the new residual p - C(p), the mean of C(p), and the memory."""
+        # The residual also includes the error of the cast to the parameters' dtype.
         leaves, structure = jax.tree.flatten(cast_like(p, like))
         key = axis.step_key(seed, state.count)
         own, mean, memory = compressor.average(key, leaves, state.memory, axis)
@@ -203,6 +217,7 @@ def error_feedback(
         return jax.tree.map(jnp.subtract, p, own), mean, memory
 
     def update_attached(us, state: ResidualState, like, axis: WorkerAxis):
+        """Performs a step with `detach` 0 and `period` 1."""
         if selection is not None and not is_narrow(like):
             moved, residual = _send_selected(
                 selection, axis.step_key(seed, state.count), us, state.residual, axis
@@ -216,10 +231,11 @@ def error_feedback(
         return moved, ResidualState(advance(state.count), residual, memory)
 
     def update_detached(us, state: DetachedState, params, axis: WorkerAxis):
+        """Performs a step with a shared model in the state."""
         keeps_residual = not _is_empty(state.residual)
 
         def alone(us, shared, residual, memory):
-            # With `feedback`, only what an exchange keeps back is weighed less.
+            # `feedback` scales only the residual that remains after an exchange.
             return us, shared, jax.tree.map(jnp.add, residual, us), memory
 
         def send(us, shared, residual, memory):
@@ -229,12 +245,14 @@ def error_feedback(
                     selection, key, us, shared, params, detach, axis
                 )
                 return moved, shared, residual, memory
+            # p = phi e + u, with the residual from the state or from the parameters.
             if not keeps_residual:
                 residual = _between(shared, params, detach)
-            # With a period, the last exchange has weighed what it kept back.
+            # With a period, the last exchange has already scaled the residual by phi.
             weight = feedback if period == 1 else 1.0
             p = jax.tree.map(lambda e, u: fitted(weight, e) * e + u, residual, us)
             residual, mean, memory = compressed(p, params, state, axis)
+            # The parameters move to x + lambda e.
             shared = jax.tree.map(jnp.add, shared, mean)
             moved = jax.tree.map(
                 lambda x, e, y: (x + fitted(detach, e) * e) - wide(y),
@@ -257,11 +275,17 @@ def error_feedback(
             count=count, shared=shared, residual=residual, memory=memory
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ResidualState | DetachedState]:
         check_nobody_missing(extra_args, "error_feedback")
         attached = isinstance(state, ResidualState)
         if not attached:
             params = require_params(params, "error_feedback with detach or period")
+        # Trees must match the copy in the state; the result has the parameters' dtypes.
         like = state.residual if attached else state.shared
         check_trees("updates", updates, like)
         if params is not None:
@@ -278,17 +302,26 @@ def error_feedback(
 
 
 def _send_selected(
-    codec: Selection, key: jax.Array, updates: Any, residual: Any, axis: WorkerAxis
-) -> tuple[Any, Any]:
-    """Returns the move and the new residual; only selected entries are averaged."""
+    codec: Selection,
+    key: jax.Array,
+    updates: optax.Updates,
+    residual: optax.Updates,
+    axis: WorkerAxis,
+) -> tuple[optax.Updates, optax.Updates]:
+    """Performs a step of error feedback that averages only the selected entries.
+
+    Returns:
+      The change of the parameters, and the new residual.
+    """
     us, structure = jax.tree.flatten(updates)
     es, take = jax.tree.leaves(residual), codec.compress
     keys = codec.keys(key, len(us), axis)
     sent = [take(k, e) + take(k, u) for k, e, u in zip(keys, es, us, strict=True)]
-    # Read before it is written: then the residual need not be copied.
+    # Read the residual before writing it, so that XLA does not have to copy it.
     es, sent = lax.optimization_barrier((es, sent))
     means = axis.mean(sent)
     new = [codec.decompress(*each) for each in zip(keys, means, es, strict=True)]
+    # Selected entries were sent in full, so their residual is 0.
     es = [
         jnp.where(codec.mask(k, e), jnp.zeros_like(e), e + u)
         for k, e, u in zip(keys, es, us, strict=True)
@@ -299,30 +332,36 @@ def _send_selected(
 def _send_detached(
     codec: Selection,
     key: jax.Array,
-    updates: Any,
-    shared: Any,
-    params: Any,
+    updates: optax.Updates,
+    shared: optax.Params,
+    params: optax.Params,
     detach: float | jax.Array,
     axis: WorkerAxis,
-) -> tuple[Any, Any]:
-    """Returns the move and the shared model, with the residual in between.
+) -> tuple[optax.Updates, optax.Params]:
+    """Performs a detached step whose residual is (params - shared) / detach.
 
-    The residual is read and written only where something is sent. Elsewhere e grows by
-    u: the parameters move by `detach * u`, and the shared model stays.
+    It reads and writes the residual only at selected entries. At all other entries, e
+    grows by u: the parameters move by `detach * u`, and the shared model does not
+    change.
+
+    Returns:
+      The change of the parameters, and the new shared model.
     """
     us, structure = jax.tree.flatten(updates)
     xs, ys, take = jax.tree.leaves(shared), jax.tree.leaves(params), codec.compress
     keys = codec.keys(key, len(us), axis)
+    # At selected entries, send e + u with e = (y - x) / detach.
     blocks = [take(k, x) for k, x in zip(keys, xs, strict=True)]
     sent = [
         (take(k, y) - x) / detach + take(k, u)
         for k, x, y, u in zip(keys, blocks, ys, us, strict=True)
     ]
+    # Add the mean to the selected entries of the shared model.
     means = axis.mean(sent)
     blocks = [x + mean for x, mean in zip(blocks, means, strict=True)]
     xs = [codec.replace(*each) for each in zip(keys, xs, blocks, strict=True)]
-    # The selected entries are read from the shared model: an index into the block
-    # would keep XLA:CPU from vectorizing the pass.
+    # Read the selected entries from the shared model: indexing into the block would
+    # keep XLA:CPU from vectorizing this pass.
     new = [
         jnp.where(codec.mask(k, x), x - y, detach * u)
         for k, x, y, u in zip(keys, xs, ys, us, strict=True)

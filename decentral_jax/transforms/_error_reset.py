@@ -1,7 +1,8 @@
-"""Error reset (CSER): local models bear the error of compression, and are reset.
+"""Error reset (CSER): workers apply compression errors locally, and average them later.
 
-What compression keeps back is applied at once, but only by the worker itself; from time
-to time the difference between the workers that grows so is averaged, compressed too.
+Each worker immediately applies the part of its update that compression has removed, but
+only to its own model. The resulting differences between workers are averaged
+periodically, with compression, too.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import (
+    PyTree,
     advance,
     cast_like,
     is_narrow,
@@ -38,8 +40,8 @@ class ErrorResetState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: steps so far
     # Like params, at least float32.
     shared: optax.Params  # x_i - e_i, bitwise equal on all workers
-    error: Any  # e_i; () if it lies between the shared model and the parameters
-    memory: tuple  # what the compressors remember, equal on all workers
+    error: optax.Params  # e_i; () if it is computed as params - shared
+    memory: tuple[PyTree, PyTree]  # states of both compressors, equal on all workers
 
 
 def error_reset(
@@ -50,9 +52,9 @@ def error_reset(
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Synchronizes updates partially, and resets the workers' difference.
+    r"""Averages compressed updates, and periodically resets the compression errors.
 
-    With the incoming update :math:`u_i` and the worker's parameters :math:`x_i`
+    With the incoming update :math:`u_i`, and the parameters :math:`x_i` of the worker,
 
     .. math::
        x_i \leftarrow x_i + \frac1n \sum_j C(u_j) + r_i, \qquad
@@ -64,29 +66,37 @@ def error_reset(
        x_i \leftarrow x_i + \frac1n \sum_j C'(e_j) - C'(e_i), \qquad
        e_i \leftarrow e_i - C'(e_i).
 
-    :math:`x_i - e_i` is the same on all workers. It is kept, and the errors follow from
-    it and the parameters, so that rounding does not part the workers. Of parameters in
-    half precision the errors are kept as well: the difference of two numbers in half
-    precision is too coarse, and small steps would be lost.
+    The shared model :math:`x_i - e_i` is equal on all workers. The state holds it, and
+    the errors are computed from it and from the parameters, so that rounding does not
+    drive the workers apart. For parameters in half precision, the state also holds the
+    errors: the difference of two numbers in half precision is too coarse, and small
+    steps would be lost.
 
     Args:
-      compressor: :math:`C`, for the updates, every step.
-      reset_compressor: :math:`C'`, for the errors; `compressor` if None.
-      period: Steps from one reset to the next.
-      seed: Of the compressors' random numbers.
-      axis_name: The worker axis.
+      compressor: :math:`C`, for the updates in every step.
+      reset_compressor: :math:`C'`, for the errors. None means `compressor`.
+      period: Number of steps between two resets.
+      seed: Seed for the compressors' random numbers.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The transformation; place it after the base optimizer. It keeps one copy of the
-      parameters, at least float32; two if they are in half precision.
+      The transformation. Place it after the base optimizer. It keeps one copy of the
+      parameters, at least float32, or two copies if they are in half precision.
 
     Raises:
-      TypeError: If a compressor is none, or leaves are no floating-point arrays.
-      ValueError: If `period` is below 1, a tree is empty, or trees do not match.
+      TypeError: If an argument is not a compressor, or if any leaf is not
+        floating-point.
+      ValueError: If `period` is below 1, if a tree is empty or trees do not match, or
+        if `update` gets no `params`.
 
     References:
       Xie et al., "CSER: Communication-efficient SGD with Error Reset", NeurIPS 2020,
       Algorithm 2.
+
+    Example:
+      >>> import decentral_jax as dj, optax
+      >>> block = dj.compression.random_block(8)
+      >>> tx = optax.chain(optax.sgd(0.1), dj.error_reset(block, period=4))
     """
     check_compressor(compressor)
     if reset_compressor is None:
@@ -96,7 +106,7 @@ def error_reset(
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> ErrorResetState:
         params = require_params(params, "error_reset")
         check_trees("params", params)
         return ErrorResetState(
@@ -109,7 +119,12 @@ def error_reset(
             ),
         )
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ErrorResetState]:
         check_nobody_missing(extra_args, "error_reset")
         params = require_params(params, "error_reset")
         check_trees("params", params, state.shared)
@@ -118,7 +133,7 @@ def error_reset(
         keys = jax.random.split(axis.step_key(seed, state.count))
 
         def synchronize(compressor, key, tree, shared, memory):
-            """Returns what this worker keeps, the shared model and the memory."""
+            """Averages C(tree) into the shared model, and returns tree - C(tree)."""
             leaves, structure = jax.tree.flatten(cast_like(tree, params))
             own, mean, memory = compressor.average(key, leaves, memory, axis)
             own, mean = structure.unflatten(own), structure.unflatten(mean)
@@ -126,16 +141,19 @@ def error_reset(
             shared = jax.tree.map(lambda x, m: x + wide(m), shared, mean)
             return rest, shared, memory
 
+        # Every step: average the compressed updates, and add the rest to the error.
         step = jax.tree.map(wide, updates)
         rest, shared, memory = synchronize(
             compressor, keys[0], step, state.shared, state.memory[0]
         )
-        follows = not is_narrow(params)  # and so is not kept
+        # In float32 the error is the difference of two models, and is not kept.
+        is_difference = not is_narrow(params)
         error = state.error
-        if follows:
+        if is_difference:
             error = jax.tree.map(jnp.subtract, params, state.shared)
         error = jax.tree.map(jnp.add, rest, error)
 
+        # Every `period` steps: average the compressed errors, too.
         def reset(error, shared, memory):
             return synchronize(reset_compressor, keys[1], error, shared, memory)
 
@@ -146,6 +164,7 @@ def error_reset(
         error, shared, reset_memory = axis.cond_every(
             period, count, reset, wait, error, shared, state.memory[1]
         )
+        # The parameters are the shared model plus the error.
         updates = jax.tree.map(
             lambda x, e, p: (x + e - wide(p)).astype(p.dtype),
             shared,
@@ -153,7 +172,7 @@ def error_reset(
             params,
         )
         memories = (memory, reset_memory)
-        kept = () if follows else error
+        kept = () if is_difference else error
         return updates, ErrorResetState(count, shared, kept, memories)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

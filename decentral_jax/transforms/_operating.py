@@ -1,8 +1,9 @@
-"""Workers that are not always at work: each takes a step with a probability of its own.
+"""Operating rates: each worker takes a step with its own probability.
 
-How slow workers look in a system that waits for nobody.
+This models slow workers in a system without synchronization.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,38 +28,41 @@ class OperatingRatesState(NamedTuple):
     """State of `operating_rates`."""
 
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: ticks so far
-    inner: optax.OptState  # the worker's own; moves only when it operates
+    inner: optax.OptState  # this worker's; it changes only in ticks with a step
 
 
 def operating_rates(
     optimizer: optax.GradientTransformation,
     *,
-    rates: Any,
+    rates: jax.typing.ArrayLike | Sequence[Any],
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lets worker :math:`i` take its step with probability :math:`p_i` a tick.
+    r"""Lets worker :math:`i` take a step with probability :math:`p_i` in each tick.
 
     .. math::
        u_i \leftarrow \theta_i \, \mathrm{inner}(g_i), \qquad
        \theta_i \sim \mathrm{Bernoulli}(p_i)
 
-    A worker that does not operate keeps its optimizer's state as well: momentum, and
-    the counter of a learning rate's schedule, which thus counts the worker's own steps.
+    A worker that takes no step does not change its optimizer state either. This state
+    includes momentum, and the counter of a learning rate schedule, which therefore
+    counts the worker's own steps.
 
     Args:
-      optimizer: The worker's optimizer; it must not communicate.
-      rates: :math:`p_i`, in (0, 1]: a number for all; or one a worker, in the shape of
-        the axes; rows may differ in length (see `dj.multi_level`).
-      seed: Of the draws, which every worker can repeat.
-      axis_name: The worker axis or axes.
+      optimizer: Optimizer of each worker. It must not communicate.
+      rates: :math:`p_i`, in (0, 1]: one number for all workers, or one number per
+        worker in the shape of the axes. Rows may differ in length; see
+        `dj.multi_level`.
+      seed: Seed for the draws, which are computed alike on all workers.
+      axis_name: Name of the worker axis, or a tuple of names.
 
     Returns:
       The transformation. It sends nothing.
 
     Raises:
-      TypeError: If `optimizer` is no optimizer or `rates` no numbers.
-      ValueError: If a rate is outside (0, 1], or there is not one a worker.
+      TypeError: If `optimizer` is not an optimizer, or if `rates` are not numbers.
+      ValueError: If a rate is outside (0, 1], or if the shape of `rates` does not match
+        the axes.
 
     References:
       Castiglia, Das & Patterson, "Multi-Level Local SGD: Distributed SGD for
@@ -73,29 +77,36 @@ def operating_rates(
     """
     check_optimizer("optimizer", optimizer)
     inner = optax.with_extra_args_support(optimizer)
-    # Injected rates are not known yet.
+    # Rates injected by `optax.inject_hyperparams` are tracers and cannot be checked.
     table = rates if isinstance(rates, Tracer) else _rates(rates)
     seed = check_int("seed", seed, minimum=0)
     check_axis_name(axis_name)
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> OperatingRatesState:
         return OperatingRatesState(jnp.zeros([], jnp.int32), inner.init(params))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, OperatingRatesState]:
         sizes = tuple(WorkerAxis.bind(name).size for name in names)
         if table.ndim and table.shape != sizes:
             raise ValueError(
-                f"rates must be one number, or one a worker in the shape {sizes} of "
-                f"axis_name={axis_name!r}, got shape {table.shape}."
+                f"rates must be one number, or one number per worker in the shape "
+                f"{sizes} of axis_name={axis_name!r}, got shape {table.shape}."
             )
         index = tuple(WorkerAxis.bind(name).index for name in names)
         key = WorkerAxis.bind(axis_name).step_key(seed, state.count)
-        # All workers' draws by each: cheaper than a key for each worker.
+        # Each worker draws the numbers of all workers, and takes its own: this is
+        # cheaper than one key per worker.
         drawn = jax.random.uniform(key, sizes, jnp.float32)[index]
         p = jnp.asarray(jnp.broadcast_to(table, sizes), jnp.float32)[index]
         operates = drawn < p
         new, inner_state = inner.update(updates, state.inner, params, **extra_args)
+        # Without a step, the update is 0 and the inner state does not change.
         new = jax.tree.map(lambda u: jnp.where(operates, u, jnp.zeros_like(u)), new)
         inner_state = optax.tree.where(operates, inner_state, state.inner)
         count = advance(state.count)
@@ -104,8 +115,8 @@ def operating_rates(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _rates(rates: Any) -> np.ndarray:
-    """Rates as a checked array."""
+def _rates(rates: jax.typing.ArrayLike | Sequence[Any]) -> np.ndarray:
+    """Checks rates, and returns them as an array."""
     table = as_table("rates", rates, fill=1.0)
     if not ((table > 0) & (table <= 1)).all():
         wrong = table[~((table > 0) & (table <= 1))].flat[0]

@@ -1,4 +1,4 @@
-"""Push-sum: gossip on directed graphs, where no doubly stochastic weights exist."""
+"""Push-sum: gossip on directed graphs without doubly stochastic weights."""
 
 from typing import Any, NamedTuple
 
@@ -26,38 +26,41 @@ class PushSumState(NamedTuple):
     count: jax.typing.ArrayLike  # shape=(), dtype=int32: rounds so far
     weight: jax.Array  # shape=(), at least float32: w
 
-    def evaluation_params(self, params):
-        """The numerator, whose mean over workers is the weighted mean of models."""
+    def evaluation_params(self, params: optax.Params) -> optax.Params:
+        """Returns the numerator x = w z; its mean over workers is the model."""
         return jax.tree.map(lambda z: weighted(z, self.weight), params)
 
 
 def push_sum(
     topology: AnyTopology, *, axis_name: AxisName = "workers"
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Averages by pushing shares of oneself, and corrects for who received more.
+    r"""Averages on directed graphs by push-sum.
 
-    With the incoming update :math:`u` and the column-stochastic matrix :math:`P_t`
+    Each worker divides its model among its out-neighbors. Workers receive different
+    total weights, so each worker also tracks its weight :math:`w` and divides by it.
+    With the incoming update :math:`u`, and the column-stochastic matrix :math:`P_t`,
 
     .. math::
        x \leftarrow P_t (x + u), \qquad w \leftarrow P_t w, \qquad z = x / w,
        \qquad w_0 = 1.
 
-    The parameters hold :math:`z`, where gradients are taken; :math:`x = w z`.
-    `dj.eval_params` gives the mean of the :math:`x`, which gossip preserves.
+    The parameters are :math:`z`, at which gradients are evaluated, and
+    :math:`x = w z`. `dj.eval_params` returns the mean of the :math:`x`, which gossip
+    preserves.
 
     Args:
       topology: A topology or schedule whose columns sum to one, for example
         `dj.topology.from_graph(directed_graph, weights="push")`.
-      axis_name: The worker axis.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The transformation; place it last in a chain. A worker sends `max_degree` times
-      the bytes of the parameters and of one number.
+      The transformation. Place it last in a chain. Each worker sends `max_degree` times
+      the bytes of the parameters and of one scalar per step.
 
     Raises:
       TypeError: If `topology` does not come from `dj.topology`.
-      ValueError: If it is not column-stochastic or not connected, or if `update` gets
-        no `params`.
+      ValueError: If `topology` is not column-stochastic or not connected, or if
+        `update` gets no `params`.
 
     References:
       Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML
@@ -78,21 +81,28 @@ def push_sum(
         )
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> PushSumState:
         params = require_params(params, "push_sum")
         check_trees("params", params)
         dtype = widened(jnp.result_type(*jax.tree.leaves(params)))
         return PushSumState(jnp.zeros([], jnp.int32), jnp.ones([], dtype))
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PushSumState]:
         check_nobody_missing(extra_args, "push_sum")
         params = require_params(params, "push_sum")
         check_trees("params", params)
         check_trees("updates", updates, params)
+        # x + u with x = w z.
         adapted = jax.tree.map(
             lambda z, u: weighted(z, state.weight) + u.astype(z.dtype), params, updates
         )
         x, weight = mix((adapted, state.weight), topology, axis_name, step=state.count)
+        # The update that takes the parameters to z = x / w.
         updates = jax.tree.map(lambda x, z: weighted(x, 1 / weight) - z, x, params)
         return updates, PushSumState(advance(state.count, topology.period), weight)
 

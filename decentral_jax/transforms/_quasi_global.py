@@ -1,6 +1,7 @@
-"""Quasi-global momentum: momentum from where the mixed model went, not from gradients.
+"""Quasi-global momentum, computed from the displacement of the mixed model.
 
-On differing data local momentum drifts apart; the way of the mixed model does not.
+With heterogeneous data, momentum buffers of local gradients drift apart. The
+displacement of the mixed model stays similar on all workers.
 """
 
 from typing import Any, NamedTuple
@@ -40,33 +41,42 @@ def quasi_global_momentum(
     factor: float | jax.Array | None = None,
     axis_name: AxisName = "workers",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A decentralized step with momentum :math:`\beta` along the mixed model's way.
+    r"""Takes a decentralized SGD step with quasi-global momentum.
 
     .. math::
        x_i^+ = \sum_j W_{ij} \bigl(x_j - \gamma (\beta m_j + g_j)\bigr), \qquad
        m_i \leftarrow (1 - f) m_i + f \, (x_i - x_i^+) / \gamma
 
     Args:
-      learning_rate: :math:`\gamma`, a number or schedule; where it is 0, :math:`m`
-        stays.
+      learning_rate: :math:`\gamma`, a number or schedule. In steps where it is 0,
+        :math:`m` does not change.
       topology: A doubly stochastic topology or schedule.
       momentum: :math:`\beta`, in [0, 1).
-      factor: :math:`f`, in [0, 1]; in the paper :math:`1 - \beta`.
-      axis_name: The worker axis.
+      factor: :math:`f`, in [0, 1]. None means :math:`1 - \beta`, as in the paper.
+      axis_name: Name of the worker axis.
 
     Returns:
-      The transformation, of gradients; it stands alone, or after what changes
-      gradients. A worker sends `max_degree` times the parameters' bytes a step and
-      keeps one copy of the parameters, at least float32.
+      The transformation, which takes gradients. Use it alone, or after transformations
+      of gradients. Each worker sends `max_degree` times the bytes of the parameters per
+      step, and keeps one copy of the parameters, at least float32.
 
     Raises:
       TypeError: If `topology` does not come from `dj.topology`.
-      ValueError: If a number is out of range, the topology not doubly stochastic or not
-        connected, or `update` gets no `params`.
+      ValueError: If a number is out of range, if the topology is not doubly stochastic
+        or not connected, or if `update` gets no `params`.
 
     References:
       Lin et al., "Quasi-Global Momentum: Accelerating Decentralized Deep Learning on
       Heterogeneous Data", ICML 2021, Algorithm 1 (QG-DSGDm).
+
+    Example:
+      >>> import decentral_jax as dj, jax, jax.numpy as jnp
+      >>> tx = dj.quasi_global_momentum(0.1, dj.topology.ring(8))
+      >>> step = lambda g, p: tx.update(g, tx.init(p), p)[0]
+      >>> params = jnp.zeros(8)
+      >>> updates = jax.vmap(step, axis_name="workers")(jnp.ones(8), params)
+      >>> bool(jnp.allclose(updates, -0.1))
+      True
     """
     check_learning_rate(learning_rate)
     check_topology(topology)
@@ -76,13 +86,18 @@ def quasi_global_momentum(
     share = check_interval("factor", factor, 0.0, 1.0)
     check_axis_name(axis_name)
 
-    def init_fn(params):
+    def init_fn(params: optax.Params) -> QuasiGlobalState:
         params = require_params(params, "quasi_global_momentum")
         check_trees("params", params)
         zeros = jax.tree.map(wide_zeros, params)
         return QuasiGlobalState(jnp.zeros([], jnp.int32), zeros)
 
-    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+    def update_fn(
+        updates: optax.Updates,
+        state,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, QuasiGlobalState]:
         check_nobody_missing(extra_args, "quasi_global_momentum")
         params = require_params(params, "quasi_global_momentum")
         check_trees("params", params)
@@ -90,13 +105,15 @@ def quasi_global_momentum(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate)
 
+        # The local step x - gamma (beta m + g), in at least float32.
         def adapt(x, m, g):
             return wide(x) - rate.astype(m.dtype) * (fitted(momentum, m) * m + wide(g))
 
+        # Momentum from the displacement (x - x+) / gamma. If gamma is 0, m stays.
         def remember(m, x, mixed):
             gamma = rate.astype(m.dtype)
-            way = (wide(x) - mixed) / jnp.where(gamma > 0, gamma, 1)
-            return jnp.where(gamma > 0, m + fitted(share, m) * (way - m), m)
+            displacement = (wide(x) - mixed) / jnp.where(gamma > 0, gamma, 1)
+            return jnp.where(gamma > 0, m + fitted(share, m) * (displacement - m), m)
 
         adapted = jax.tree.map(adapt, params, state.momentum, updates)
         change = mix_differences(adapted, topology, axis_name, state.count, like=params)
