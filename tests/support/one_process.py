@@ -2,8 +2,8 @@
 
 Started by test_processes.py.
 
-Usage: python -m decentral_jax.launch --processes P --devices D tests/support/one_process.py
-    DTYPE ALGORITHM ...
+Usage: python -m decentral_jax.launch --processes P --devices D
+    tests/support/one_process.py DTYPE ALGORITHM ...
 """
 
 import sys

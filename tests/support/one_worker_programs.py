@@ -5,7 +5,8 @@ tree of arrays. None of them mentions a layout, so each must give the same numbe
 all of them. test_one_worker_programs.py compares them.
 
 All programs, or those named, on two processes: `PYTHONPATH=. python -m
-decentral_jax.launch --processes 2 --devices 2 tests/support/one_worker_programs.py [NAME ...]`.
+decentral_jax.launch --processes 2 --devices 2 tests/support/one_worker_programs.py
+[NAME ...]`.
 """
 
 import functools

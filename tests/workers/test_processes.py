@@ -1,8 +1,8 @@
 """Several processes, over loopback: started, equal to one, told when they differ.
 
-All algorithms, one worker and two a process (minutes): `PYTHONPATH=. python -m
-decentral_jax.launch --processes 8 tests/support/one_process.py float32`, and the same with
-`--processes 4 --devices 2`.
+All algorithms, with one worker per process and with two (minutes):
+`PYTHONPATH=. python -m decentral_jax.launch --processes 8
+tests/support/one_process.py float32`, and the same with `--processes 4 --devices 2`.
 """
 
 import contextlib
