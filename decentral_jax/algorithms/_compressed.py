@@ -11,7 +11,7 @@ from decentral_jax.compression import Codec, Compressor, low_rank
 from decentral_jax.topology import Topology
 from decentral_jax.transforms._averaging import average_gradients
 from decentral_jax.transforms._compressed_gossip import compressed_gossip
-from decentral_jax.transforms._error_feedback import error_feedback
+from decentral_jax.transforms._error_feedback import Evaluate, error_feedback
 from decentral_jax.transforms._error_reset import error_reset
 from decentral_jax.transforms._iterate_averaging import iterate_averaging
 from decentral_jax.validation import check_interval
@@ -62,10 +62,15 @@ def ef_sgd(
       >>> import decentral_jax as dj
       >>> tx = dj.ef_sgd(0.1, dj.compression.sign())
     """
-    feed = error_feedback(
-        compressor, period=period, feedback=feedback, seed=seed, axis_name=axis_name
+    return def_sgd(
+        optimizer,
+        compressor,
+        detach=0.0,
+        period=period,
+        feedback=feedback,
+        seed=seed,
+        axis_name=axis_name,
     )
-    return optax.chain(local_optimizer(optimizer), feed)
 
 
 def def_sgd(
@@ -75,6 +80,7 @@ def def_sgd(
     detach: float | jax.Array = 0.3,
     period: int = 1,
     feedback: float | jax.Array = 1.0,
+    evaluate: Evaluate = "shared",
     seed: int = 0,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
@@ -89,6 +95,7 @@ def def_sgd(
       detach: :math:`\lambda`, in [0, 1]; 1 is step-ahead error feedback.
       period: Steps between exchanges.
       feedback: Share of the residual that is fed back.
+      evaluate: "shared" evaluates at :math:`x`, "averaged" as `def_a_sgd` does.
       seed: Seed for the compressor's random numbers.
       axis_name: Name of the worker axis.
 
@@ -109,6 +116,7 @@ def def_sgd(
         detach=detach,
         period=period,
         feedback=feedback,
+        evaluate=evaluate,
         seed=seed,
         axis_name=axis_name,
     )
@@ -150,7 +158,8 @@ def def_a_sgd(
       >>> import decentral_jax as dj
       >>> tx = dj.def_a_sgd(0.1, dj.compression.random_block(64))
     """
-    feed = error_feedback(
+    return def_sgd(
+        optimizer,
         compressor,
         detach=detach,
         period=period,
@@ -159,7 +168,6 @@ def def_a_sgd(
         seed=seed,
         axis_name=axis_name,
     )
-    return optax.chain(local_optimizer(optimizer), feed)
 
 
 def sgd_ia(

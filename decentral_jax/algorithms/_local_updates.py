@@ -28,7 +28,11 @@ __all__ = ["diloco", "hl_sgd", "local_sgd", "mll_sgd", "qg_dsgdm", "sgp", "slowm
 
 
 def local_sgd(
-    optimizer: OptimizerLike, *, period: int, axis_name: AxisName = "workers"
+    optimizer: OptimizerLike,
+    *,
+    period: int,
+    fragments: int = 1,
+    axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""Local SGD: local steps, and every `period` steps the exact mean of parameters.
 
@@ -38,6 +42,7 @@ def local_sgd(
       optimizer: The local step: a learning rate or schedule of plain SGD, or any optax
         optimizer. Its state, such as momentum, stays local.
       period: Steps between averages.
+      fragments: Number of parts of the model that are averaged in turn.
       axis_name: Name of the worker axis.
 
     Returns:
@@ -50,7 +55,9 @@ def local_sgd(
       >>> import decentral_jax as dj
       >>> tx = dj.local_sgd(0.1, period=8)
     """
-    averaging = average_parameters(period=period, axis_name=axis_name)
+    averaging = average_parameters(
+        period=period, fragments=fragments, axis_name=axis_name
+    )
     return optax.chain(local_optimizer(optimizer), averaging)
 
 
@@ -61,6 +68,7 @@ def slowmo(
     slow_momentum: float | jax.Array = 0.5,
     slow_rate: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule | None = None,
+    fragments: int = 1,
     axis_name: AxisName = "workers",
 ) -> Optimizer:
     r"""SlowMo: local steps, and slow momentum on the average displacement of a period.
@@ -84,6 +92,7 @@ def slowmo(
       learning_rate: The learning rate or schedule inside an optax optimizer, which is
         not visible from outside. Pass it if it is a schedule. None means that it is
         constant. Do not pass it if `optimizer` is itself a learning rate.
+      fragments: Number of parts of the model that are exchanged in turn.
       axis_name: Name of the worker axis.
 
     Returns:
@@ -118,9 +127,13 @@ def slowmo(
         check_learning_rate(learning_rate)
     # `optax.inject_hyperparams` passes this iteration's rate as an array.
     if callable(learning_rate) or isinstance(learning_rate, jax.Array):
-        averaging = _average_by_mean_rate(learning_rate, period, outer, axis_name)
+        averaging = _average_by_mean_rate(
+            learning_rate, period, outer, fragments, axis_name
+        )
     else:
-        averaging = average_parameters(period=period, outer=outer, axis_name=axis_name)
+        averaging = average_parameters(
+            period=period, outer=outer, fragments=fragments, axis_name=axis_name
+        )
     return optax.chain(local, averaging)
 
 
@@ -391,6 +404,7 @@ def _average_by_mean_rate(
     learning_rate: optax.ScalarOrSchedule | None,
     period: int,
     outer: optax.GradientTransformation,
+    fragments: int,
     axis_name: AxisName,
 ) -> optax.GradientTransformationExtraArgs:
     """Constructs `average_parameters` with outer steps scaled by the mean rate.
@@ -415,17 +429,23 @@ def _average_by_mean_rate(
 
     inner_outer = optax.with_extra_args_support(outer)
     scaled = optax.GradientTransformationExtraArgs(init_outer, update_outer)
-    averaging = average_parameters(period=period, outer=scaled, axis_name=axis_name)
+    averaging = average_parameters(
+        period=period, outer=scaled, fragments=fragments, axis_name=axis_name
+    )
 
-    # Update the mean rate of this period, which the state of `outer` holds.
+    # Update the mean rate of each fragment's period, in its state of `outer`.
     def update_fn(updates, state, params=None, **extra_args):
         rate = learning_rate
         if callable(learning_rate):
             rate = learning_rate(state.count)
-        (mean,) = state.outer
-        step = (state.count % period).astype(mean.rate.dtype)
-        rate = (mean.rate * step + jnp.asarray(rate, step.dtype)) / (step + 1)
-        state = state._replace(outer=(mean._replace(rate=rate),))
+        means = []
+        for part, mean in enumerate(state.outer, start=1):
+            # Steps since the fragment's last exchange, or since the start.
+            since = (state.count - part * period // fragments) % period
+            step = jnp.minimum(since, state.count).astype(mean.rate.dtype)
+            new = (mean.rate * step + jnp.asarray(rate, step.dtype)) / (step + 1)
+            means.append(mean._replace(rate=new))
+        state = state._replace(outer=tuple(means))
         return averaging.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(averaging.init, update_fn)

@@ -56,6 +56,20 @@ SPECIAL_CASES = {
         ),
         lambda: run(dj.local_sgd(0.1, period=3)),
     ),
+    "SlowMo in fragments, the same: Local SGD in fragments": (
+        lambda: run(
+            dj.slowmo(
+                lambda t: 0.1 / (1.0 + jnp.float32(t)),
+                period=3,
+                slow_momentum=0.0,
+                slow_rate=1.0,
+                fragments=2,
+            )
+        ),
+        lambda: run(
+            dj.local_sgd(lambda t: 0.1 / (1.0 + jnp.float32(t)), period=3, fragments=2)
+        ),
+    ),
     "push-sum, doubly stochastic: gossip": (
         lambda: run(dj.sgp(0.1, dj.topology.ring(8))),
         lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), order="adapt_then_combine")),
@@ -376,7 +390,7 @@ def test_defaults_of_the_papers():
 
 def test_slowmo_with_injected_schedule_equals_direct_schedule():
     schedule = optax.exponential_decay(0.2, 1, 0.7)
-    injected = optax.inject_hyperparams(dj.slowmo, static_args=("period",))
+    injected = optax.inject_hyperparams(dj.slowmo, static_args=("period", "fragments"))
     targets = jnp.arange(4.0)
 
     def train(tx):
@@ -397,6 +411,30 @@ def test_slowmo_with_injected_schedule_equals_direct_schedule():
     np.testing.assert_array_equal(told, direct)
     constant = train(dj.slowmo(optax.sgd(schedule), period=4))
     assert not np.allclose(constant, direct, rtol=1e-2)
+
+
+def test_each_fragment_has_the_mean_rate_of_its_own_period():
+    """The first fragment is exchanged in steps 1 and 5, the second in step 3."""
+    rates = np.array([4.0, 1.0, 2.0, 0.5, 8.0])
+    tx = dj.slowmo(
+        lambda t: jnp.asarray(rates)[t],
+        period=4,
+        fragments=2,
+    )
+    params, seen = {"a": jnp.zeros(2), "b": jnp.zeros(1)}, []
+
+    def run(_):
+        state, x = tx.init(params), params
+        for _ in range(5):
+            updates, state = tx.update(params, state, x)
+            x = optax.apply_updates(x, updates)
+            seen.append([outer.rate for outer in state[-1].outer])
+        return jax.tree.leaves(seen)
+
+    found = np.array(jax.vmap(run, axis_name="workers")(jnp.zeros(8)))[:, 0]
+    first = [4.0, 2.5, 2.0, 1.25, 3.5]
+    second = [4.0, 2.5, 7 / 3, 7.5 / 4, 8.0]
+    np.testing.assert_allclose(found.reshape(5, 2), np.transpose([first, second]))
 
 
 def test_multisteps_itself_is_refused_with_the_way_to_pass_it():
