@@ -56,20 +56,6 @@ SPECIAL_CASES = {
         ),
         lambda: run(dj.local_sgd(0.1, period=3)),
     ),
-    "SlowMo in fragments, the same: Local SGD in fragments": (
-        lambda: run(
-            dj.slowmo(
-                lambda t: 0.1 / (1.0 + jnp.float32(t)),
-                period=3,
-                slow_momentum=0.0,
-                slow_rate=1.0,
-                fragments=2,
-            )
-        ),
-        lambda: run(
-            dj.local_sgd(lambda t: 0.1 / (1.0 + jnp.float32(t)), period=3, fragments=2)
-        ),
-    ),
     "push-sum, doubly stochastic: gossip": (
         lambda: run(dj.sgp(0.1, dj.topology.ring(8))),
         lambda: run(dj.d_psgd(0.1, dj.topology.ring(8), order="adapt_then_combine")),
