@@ -13,7 +13,7 @@ from jax import lax
 
 import decentral_jax as dj
 from decentral_jax._exchange.axis import WorkerAxis
-from decentral_jax.transforms import _balancing as balancing
+from decentral_jax.transforms import balancing
 from tests.layouts import LAYOUTS
 from tests.reference import ordering
 
