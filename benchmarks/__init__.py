@@ -1,1 +1,1 @@
-"""Side-by-side measurements: run one by one as `python -m benchmarks.NAME`."""
+"""Side-by-side measurements: run one by one as `python -m benchmarks.FOLDER.NAME`."""

@@ -15,7 +15,11 @@ from decentral_jax.communication import (
     communication_cost,
 )
 from decentral_jax.evaluation import consensus_distance, eval_params
-from decentral_jax.faults import GuardState, guard_gradients, takes_part
+from decentral_jax.faults import (
+    ZeroNonfiniteState,
+    sample_active,
+    zero_nonfinite_updates,
+)
 from decentral_jax.mixing import (
     accelerated_mix,
     average,
@@ -25,6 +29,7 @@ from decentral_jax.mixing import (
     worker_index,
 )
 from decentral_jax.processes import initialize
+from decentral_jax.traffic import CommunicationCosts, communication_costs
 from decentral_jax.transforms import *
 from decentral_jax.workers import Workers
 
@@ -33,25 +38,27 @@ __version__ = importlib.metadata.version("decentral_jax")
 __all__ = [
     "Collective",
     "CommunicationCost",
-    "GuardState",
+    "CommunicationCosts",
     "Workers",
+    "ZeroNonfiniteState",
     "accelerated_mix",
     "algorithms",
     "average",
     "average_by_factors",
     "average_every",
     "communication_cost",
+    "communication_costs",
     "compression",
     "consensus_distance",
     "eval_params",
-    "guard_gradients",
     "initialize",
     "mix",
-    "takes_part",
+    "sample_active",
     "topology",
     "traces",
     "transforms",
     "worker_index",
+    "zero_nonfinite_updates",
 ]
 __all__ += algorithms.__all__
 __all__ += transforms.__all__

@@ -139,7 +139,7 @@ def _values(tree: Any) -> Any:
     )
 
 
-def get(tree: Any, name: str) -> Any:
+def get(tree: object, name: str) -> Any:
     """Returns the key or attribute of a state with the given name, or None."""
     return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
 
@@ -218,14 +218,14 @@ def describe(state: Sequence[Any], axes: int) -> list[list[Any]]:
     return entries
 
 
-def to_json(value: Any) -> Any:
+def to_json(value: object) -> Any:
     """Converts NumPy arrays and scalars for `json.dumps`."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"got {value!r} of type {type(value).__name__}")
 
 
-def _static(value: Any) -> Any:
+def _static(value: object) -> Any:
     """Converts a static field to JSON, such that it is equal in other processes.
 
     Of values that JSON cannot represent, such as functions, only the type remains.

@@ -58,7 +58,7 @@ class Calls:
         finally:
             self._depth -= 1
 
-    def returned(self, results: Any) -> None:
+    def returned(self, results: object) -> None:
         """Keeps a reference to a call's results, which JAX may still be computing."""
         # Arrays of typed PRNG keys have no `is_ready`.
         leaves = [x for x in jax.tree.leaves(results) if hasattr(x, "is_ready")]

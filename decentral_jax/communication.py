@@ -9,7 +9,7 @@ an all-reduce (`psum`, `pmax`, ...) sends `2 b (n - 1) / n`, as a ring all-reduc
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -182,18 +182,47 @@ def communication_cost(
         args = jax.tree.map(lambda x: _first(x, dims), args)
     if axis_sizes:
         fn = on_abstract_devices(fn, axis_sizes)
+    jaxpr = trace(fn, *args)
+    known = [known_integer(leaf) for leaf in jax.tree.leaves(args)]
+    return cost_of_program(jaxpr, known)[0]
+
+
+def trace(fn: Callable, *args: Any) -> Any:
+    """The closed jaxpr of a function, which is not run."""
     # As types that JAX has: it would warn of int64 arrays, which a call takes silently.
-    jaxpr = jax.make_jaxpr(fn)(*jax.tree.map(_canonical, args))
+    return jax.make_jaxpr(fn)(*jax.tree.map(_canonical, args))
+
+
+def cost_of_program(jaxpr: Any, known: Sequence[Any]) -> tuple[CommunicationCost, list]:
+    """The cost of one call of a traced program, and the integers that it returns.
+
+    Args:
+      jaxpr: A closed jaxpr.
+      known: One entry per input: the value of an integer scalar, or None.
+
+    Returns:
+      The cost, and one entry per output: the value of a scalar, or None.
+    """
     walk = _Walk()
-    known = [_known_integer(leaf) for leaf in jax.tree.leaves(args)]
-    found = list(walk(jaxpr.jaxpr, jaxpr.consts, known, {}))
+    found, results = collect(walk(jaxpr.jaxpr, jaxpr.consts, list(known), {}))
     merged: dict[tuple[str, str], Collective] = {}
     for new in found:
         key = new.kind, new.axis
         merged[key] = merged[key].plus(new) if key in merged else new
     entries = tuple(entry for _, entry in sorted(merged.items()))
     unlisted = tuple(sorted(walk.unlisted))
-    return CommunicationCost(entries, walk.is_exact and not unlisted, unlisted)
+    exact = walk.is_exact and not unlisted
+    return CommunicationCost(entries, exact, unlisted), results
+
+
+def collect(walked: "Walked") -> tuple[list[Collective], list]:
+    """All that a walk yields, and what it returns."""
+    found = []
+    while True:
+        try:
+            found.append(next(walked))
+        except StopIteration as end:
+            return found, end.value
 
 
 def _first(x: Any, dims: int) -> Any:
@@ -235,7 +264,7 @@ def on_abstract_devices(fn: Callable, axis_sizes: Mapping[str, int]) -> Callable
     )
 
 
-def _known_integer(leaf: Any) -> Any:
+def known_integer(leaf: Any) -> Any:
     """The value of an integer or boolean scalar that is at hand, else None."""
     if isinstance(leaf, jax.ShapeDtypeStruct) or np.ndim(leaf):
         return None
@@ -258,7 +287,7 @@ class _Walk:
         self.unlisted: set[str] = set()  # collectives of unknown cost
 
     def __call__(self, jaxpr, consts, args, sizes) -> Walked:
-        known = dict(zip(jaxpr.constvars, map(_known_integer, consts), strict=True))
+        known = dict(zip(jaxpr.constvars, map(known_integer, consts), strict=True))
         known |= dict(zip(jaxpr.invars, args, strict=True))
 
         def read(atom):
@@ -272,7 +301,8 @@ class _Walk:
             if name in UNCHANGED:
                 known |= dict(zip(eqn.outvars, values, strict=True))
             elif name == "cond":
-                yield from self.cond(eqn, values, sizes)
+                results = yield from self.cond(eqn, values, sizes)
+                known |= dict(zip(eqn.outvars, results, strict=True))
             elif name == "scan":
                 inner = eqn.params["jaxpr"]
                 unknown = [None] * len(inner.jaxpr.invars)
@@ -308,24 +338,24 @@ class _Walk:
                     if len(inner_jaxprs) == 1 and len(results) == len(eqn.outvars):
                         known |= dict(zip(eqn.outvars, results, strict=True))
                 if not inner_jaxprs:
-                    known |= _evaluate(eqn, values)
+                    known |= evaluate(eqn, values)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def cond(self, eqn, values, sizes) -> Iterator[Collective]:
+    def cond(self, eqn, values, sizes) -> Walked:
         index, *operands = values
         branches = eqn.params["branches"]
         if index is not None:
-            chosen = [branches[int(np.clip(int(index), 0, len(branches) - 1))]]
-        else:
-            chosen = branches
+            branch = branches[int(np.clip(int(index), 0, len(branches) - 1))]
+            return (yield from self(branch.jaxpr, branch.consts, operands, sizes))
         costs = [
             list(self(branch.jaxpr, branch.consts, operands, sizes))
-            for branch in chosen
+            for branch in branches
         ]
         heaviest = max(costs, key=lambda found: sum(e.bytes_sent for e in found))
         if any(Counter(found) != Counter(heaviest) for found in costs):
             self.is_exact = False
         yield from heaviest
+        return [None] * len(eqn.outvars)
 
 
 def _sent(eqn, sizes) -> Iterator[Collective]:
@@ -372,7 +402,7 @@ def inner_programs(eqn) -> Iterator[tuple[Any, Any]]:
                 yield item, ()
 
 
-def _evaluate(eqn, values) -> dict:
+def evaluate(eqn, values) -> dict:
     """Results of an equation on known scalars, if it is one."""
     if any(value is None for value in values) or not values:
         return {}

@@ -60,14 +60,14 @@ def eval_params(
         if len(found) > 1:
             name = jax.tree_util.keystr(jax.tree.leaves_with_path(params)[number][0])
             raise ValueError(
-                f"opt_state must hold at most one hidden model of each leaf, got "
+                "opt_state must hold at most one hidden model of each leaf, got "
                 f"{len(found)} of params{name}: chain only one transformation whose "
                 "evaluated model differs from params, or assign separate leaves to "
                 "each with optax.partition."
             )
         leaves[number] = found[0] if found else leaves[number]
-    # Frozen leaves may be integers, which cannot be averaged. They are equal on all
-    # workers.
+    # Average the floating-point leaves in one call. Frozen leaves may be integers,
+    # which have no mean and are equal on all workers.
     averaged = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     means = iter(average(averaged, axis_name))
     return structure.unflatten(
@@ -76,7 +76,8 @@ def eval_params(
     )
 
 
-def _is_masked(node: Any) -> bool:
+def _is_masked(node: object) -> bool:
+    """Returns whether a node is the placeholder of a masked leaf."""
     return isinstance(node, optax.MaskedNode)
 
 
@@ -96,13 +97,14 @@ def _of_part(hidden: Any, params: Any) -> list[Any]:
       state does not cover it.
     """
     leaves, structure = jax.tree.flatten(params)
-    # Find a field of the state with the structure of params; its masked nodes tell
-    # which leaves are missing.
+    # Find a field of the state with the structure of params. Its masked nodes show
+    # which leaves the transformation has not received.
     masked = [False] * len(leaves)
     for field in jax.tree.leaves(hidden, is_leaf=lambda node: node is not hidden):
         nodes, tree = jax.tree.flatten(field, is_leaf=_is_masked)
         if tree == structure:
             masked = [_is_masked(node) for node in nodes]
+    # Call the method with what the transformation itself receives.
     shown = [
         optax.MaskedNode() if out else leaf
         for out, leaf in zip(masked, leaves, strict=True)
@@ -144,5 +146,6 @@ def consensus_distance(
     def squared(x, m):
         return jnp.sum(jnp.square(jnp.abs(x.astype(dtype) - m.astype(dtype))))
 
+    # Sum over the leaves of one worker, then average over the workers.
     terms = jax.tree.leaves(jax.tree.map(squared, params, mean))
     return jnp.sqrt(WorkerAxis.bind(axis_name).mean(sum(terms, jnp.zeros([], dtype))))

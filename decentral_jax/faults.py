@@ -9,10 +9,10 @@ import optax
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax.validation import check_int
 
-__all__ = ["GuardState", "guard_gradients", "takes_part"]
+__all__ = ["ZeroNonfiniteState", "sample_active", "zero_nonfinite_updates"]
 
 
-def takes_part(
+def sample_active(
     step: jax.typing.ArrayLike,
     missing: int,
     *,
@@ -41,7 +41,7 @@ def takes_part(
       >>> import decentral_jax as dj, jax, jax.numpy as jnp
       >>> ring = dj.topology.ring(8)
       >>> def gossip(x, t):
-      ...     return dj.mix(x, ring, active=dj.takes_part(t, missing=2))
+      ...     return dj.mix(x, ring, active=dj.sample_active(t, missing=2))
       >>> mapped = jax.vmap(gossip, axis_name="workers", in_axes=(0, None))
       >>> mapped(jnp.arange(8.0), 0).mean()  # the mean is preserved
       Array(3.5, dtype=float32)
@@ -62,13 +62,13 @@ def takes_part(
     return place[axis.index] >= missing
 
 
-class GuardState(NamedTuple):
-    """State of `guard_gradients`."""
+class ZeroNonfiniteState(NamedTuple):
+    """State of `zero_nonfinite_updates`."""
 
     refused: jax.typing.ArrayLike  # shape=(), dtype=int32: this worker's count so far
 
 
-def guard_gradients() -> optax.GradientTransformationExtraArgs:
+def zero_nonfinite_updates() -> optax.GradientTransformationExtraArgs:
     """Replaces non-finite gradients by zeros, and counts them.
 
     If any entry of a worker's gradient is infinite or NaN, the whole gradient of this
@@ -81,16 +81,16 @@ def guard_gradients() -> optax.GradientTransformationExtraArgs:
 
     Example:
       >>> import decentral_jax as dj, jax.numpy as jnp, optax
-      >>> tx = optax.chain(dj.guard_gradients(), optax.sgd(0.1))
+      >>> tx = optax.chain(dj.zero_nonfinite_updates(), optax.sgd(0.1))
       >>> state = tx.init(jnp.zeros(2))
       >>> updates, state = tx.update(jnp.array([1.0, jnp.nan]), state)
       >>> updates, optax.tree.get(state, "refused")
       (Array([-0., -0.], dtype=float32), Array(1, dtype=int32))
     """
 
-    def init_fn(params: optax.Params) -> GuardState:
+    def init_fn(params: optax.Params) -> ZeroNonfiniteState:
         del params
-        return GuardState(jnp.zeros([], jnp.int32))
+        return ZeroNonfiniteState(jnp.zeros([], jnp.int32))
 
     def update_fn(
         updates: optax.Updates,
@@ -106,6 +106,6 @@ def guard_gradients() -> optax.GradientTransformationExtraArgs:
         good = jnp.stack([jnp.isfinite(g).all() for g in leaves]).all()
         updates = jax.tree.map(lambda g: jnp.where(good, g, jnp.zeros_like(g)), updates)
         refused = jnp.where(good, state.refused, optax.safe_increment(state.refused))
-        return updates, GuardState(refused)
+        return updates, ZeroNonfiniteState(refused)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

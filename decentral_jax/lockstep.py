@@ -38,8 +38,8 @@ VALUE_MARKER = getattr(value_equal_on_all_workers, "__name__")  # noqa: B009
 REMEDY = (
     "Skip a step on all workers or on none: make the condition equal, for example "
     "dj.average(is_finite.astype(jnp.float32)) == 1. To leave out only one worker's "
-    "gradient, place dj.guard_gradients() first in the chain, and wrap the inner "
-    "optimizer, which does not communicate, in optax.apply_if_finite or similar."
+    "gradient, place dj.zero_nonfinite_updates() first in the chain, and wrap the "
+    "inner optimizer, which does not communicate, in optax.apply_if_finite or similar."
 )
 
 
@@ -140,7 +140,7 @@ def check_lockstep(
         return
     # Follow the origins of all arguments through the program. Every integer scalar is a
     # counter, identified by its position.
-    interpreter = _JaxprInterpreter(sizes)
+    interpreter = _OriginInterpreter(sizes)
     origins = [
         _Origin(False, *[frozenset([] if leaf.shape else [i])] * 2)
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool
@@ -162,7 +162,7 @@ def check_lockstep(
             )
 
 
-class _JaxprInterpreter:
+class _OriginInterpreter:
     """Propagates the origins of values through a jaxpr.
 
     A call takes a jaxpr and the origins of its arguments, and returns the origins of

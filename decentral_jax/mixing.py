@@ -84,7 +84,7 @@ def mix(
       axis_name: Name of the worker axis. Its size is `topology.num_workers`.
       step: Round number of a schedule: an integer, equal on all workers.
       active: :math:`a_i`, whether this worker takes part: a boolean, for example
-        `dj.takes_part(step, missing=2)`. If None, all workers take part. Requires a
+        `dj.sample_active(step, missing=2)`. If None, all workers take part. Requires a
         symmetric topology. Each message carries one extra scalar. A missing worker's
         values never propagate, even if they are NaN.
 

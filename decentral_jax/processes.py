@@ -185,7 +185,7 @@ def _integer(name: str) -> int | None:
         raise ValueError(f"{name} must be an integer, got {value!r}.") from None
 
 
-def agree(what: str, value: Any) -> None:
+def agree(what: str, value: object) -> None:
     """Checks that all processes pass the same value.
 
     All processes must make the same calls in the same order.

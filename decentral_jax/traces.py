@@ -36,6 +36,12 @@ class Trace:
       ValueError: If the arrays are empty or differ in length, any worker is not below
         `num_workers`, or any staleness is negative or refers to an iterate before the
         first one.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> trace = dj.traces.Trace([0, 1, 0], [0, 1, 1], num_workers=2)
+      >>> len(trace)
+      3
     """
 
     workers: np.ndarray
@@ -229,6 +235,12 @@ def uniform_delay(
     Raises:
       TypeError: If any argument is not an integer.
       ValueError: If any argument is out of range.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> trace = dj.traces.uniform_delay(3, 100, seed=1)
+      >>> int(trace.staleness.max())
+      3
 
     References:
       Xu et al., "Parallel and distributed asynchronous adaptive stochastic gradient

@@ -17,7 +17,7 @@ from jax.core import Tracer
 Tree = TypeVar("Tree")
 
 
-def check_static(name: str, value: Any, kind: str, arrays: Any = jax.Array) -> None:
+def check_static(name: str, value: object, kind: str, arrays: type = jax.Array) -> None:
     """Checks that a value that determines the program is not an array.
 
     `optax.inject_hyperparams` converts arguments to arrays unless told otherwise.
@@ -54,6 +54,7 @@ def check_int(name: str, value: Any, minimum: int) -> int:
       TypeError: If `value` is not an integer.
       ValueError: If `value` is below `minimum`.
     """
+    # `bool` is a subclass of `int`, but a flag in place of a number is a mistake.
     check_static(name, value, "a Python integer")
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
@@ -96,6 +97,7 @@ def check_interval(
     """
     if isinstance(value, (bool, str)) or np.ndim(value) != 0:
         raise TypeError(f"{name} must be a number, got {value!r}: pass a float.")
+    # The value of a tracer is not known.
     if isinstance(value, Tracer):
         return _as_wide_float(value)
     try:
@@ -131,14 +133,14 @@ def check_learning_rate(value: Any, name: str = "learning_rate") -> None:
         check_interval(name, value, 0.0, math.inf, closed="left")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Checks that a value is one of `choices`."""
     if value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
 
 
-def check_axis_name(axis_name: Any) -> None:
+def check_axis_name(axis_name: object) -> None:
     """Checks that an axis name is a string or a tuple of distinct strings."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) and name for name in names):
@@ -150,7 +152,7 @@ def check_axis_name(axis_name: Any) -> None:
         raise ValueError(f"axis_name must not repeat a name, got {axis_name!r}.")
 
 
-def check_optimizer(name: str, value: Any) -> None:
+def check_optimizer(name: str, value: object) -> None:
     """Checks that a value is an optax optimizer, not a constructor of optimizers."""
     check_not_multi_steps(name, value)
     if not isinstance(value, optax.GradientTransformation):
@@ -160,7 +162,7 @@ def check_optimizer(name: str, value: Any) -> None:
         )
 
 
-def check_not_multi_steps(name: str, value: Any) -> None:
+def check_not_multi_steps(name: str, value: object) -> None:
     """Checks that a value is not `optax.MultiSteps`, which is not a transformation."""
     if isinstance(value, optax.MultiSteps):
         raise TypeError(
@@ -188,6 +190,7 @@ def as_table(name: str, value: Any, fill: float) -> np.ndarray:
     try:
         if not (np.iterable(value) and all(map(np.iterable, value))):
             return np.asarray(value, np.float64)
+        # Pad all rows to the length of the longest one.
         rows = [np.asarray(row, np.float64) for row in value]
         longest = max(map(len, rows))
         return np.stack(
@@ -231,6 +234,8 @@ def check_nobody_missing(extra_args: Mapping[str, Any], who: str) -> None:
 
 def check_arrays(name: str, tree: Any) -> None:
     """Checks that all leaves are arrays or numbers, not functions or strings."""
+    # Modules of Equinox hold functions as leaves, which JAX would reject later with an
+    # obscure message.
     for path, leaf in jax.tree.leaves_with_path(tree):
         is_array = hasattr(leaf, "dtype") or hasattr(leaf, "__jax_array__")
         if not is_array and not isinstance(leaf, numbers.Number):

@@ -24,6 +24,7 @@ from jax.sharding import (
     PartitionSpec,
     SingleDeviceSharding,
 )
+from jax.stages import Wrapped
 
 from decentral_jax._exchange.axis import DEVICES, VIRTUAL, AxisName
 from decentral_jax._watch import calls
@@ -407,7 +408,7 @@ class _Spmd:
     Attributes that this class does not define are those of the jitted function.
     """
 
-    def __init__(self, fn: Callable[..., Any], jitted: Any, workers: Workers):
+    def __init__(self, fn: Callable[..., Any], jitted: Wrapped, workers: Workers):
         functools.update_wrapper(self, fn)
         # `communication_cost` traces this function in every layout.
         self.one_worker = fn, workers.sizes
@@ -430,7 +431,7 @@ class _Spmd:
         return getattr(self._jitted, name)
 
 
-def _compared(jitted: Any) -> Callable[..., Any]:
+def _compared(jitted: Wrapped) -> Callable[..., Any]:
     """Wraps a jitted function to compare its programs between processes.
 
     The first call with arguments of new types compares the lowered program with those

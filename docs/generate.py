@@ -12,7 +12,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
-import optax
 
 import decentral_jax as dj
 from decentral_jax._exchange.gossip import accelerated_round, momentum
@@ -133,6 +132,7 @@ def topology_table() -> str:
 def algorithm_table(size: int = 1000, rounds: int = 4) -> str:
     """A Markdown table of traffic and memory, on a ring of 16 workers."""
     ring = dj.topology.ring(16)
+    # With the iterations from one move of the model to the next.
     algorithms = {
         "all_reduce_sgd": (dj.all_reduce_sgd(0.1), 1),
         "d_psgd": (dj.d_psgd(0.1, ring), 1),
@@ -145,24 +145,14 @@ def algorithm_table(size: int = 1000, rounds: int = 4) -> str:
         ),
         "defacto": (dj.defacto(0.1, ring), 2 * len(dj.topology.exact_factors(ring))),
     }
-    workers = dj.Workers(16)
+    params = jnp.zeros(size)
     lines = ["| algorithm | sent | state | moves |", "|---|--:|--:|---|"]
-    for name, (tx, phase) in algorithms.items():
-
-        def step(params, state, tx=tx):
-            updates, state = tx.update(params, state, params)
-            return optax.apply_updates(params, updates), state
-
-        params = jnp.zeros(size)
+    for name, (tx, every) in algorithms.items():
         copies = sum(x.size for x in jax.tree.leaves(tx.init(params))) // size
-        run = workers.spmd(step)
-        params, state = workers.replicate((params, tx.init(params)))
-        sent = 0.0
-        for _ in range(phase):
-            sent += dj.communication_cost(run, params, state).bytes_sent / (4 * size)
-            params, state = run(params, state)
-        often = "every iteration" if phase == 1 else f"every {phase} iterations"
-        lines.append(f"| `dj.{name}` | {sent / phase:.3g} | {copies} | {often} |")
+        costs = dj.communication_costs(tx, params, axis_sizes={"workers": 16})
+        sent = costs.bytes_per_step / (4 * size)
+        often = "every iteration" if every == 1 else f"every {every} iterations"
+        lines.append(f"| `dj.{name}` | {sent:.3g} | {copies} | {often} |")
     return "\n".join(lines) + "\n"
 
 

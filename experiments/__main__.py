@@ -6,7 +6,9 @@ from typing import Any
 
 import tyro
 
-from experiments import (
+from experiments import report
+from experiments.errors import UsageError
+from experiments.runs import (
     apam,
     compare,
     d_grab,
@@ -17,18 +19,20 @@ from experiments import (
     synthetic,
     tables,
 )
+from experiments.settings import RunOptions
 
-# From the name on the command line to the options and what runs with them.
-COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "apam": (apam.Apam, apam.main),
-    "compare": (compare.Compare, compare.main),
-    "d-grab": (d_grab.DGraB, d_grab.main),
-    "def": (error_feedback.ErrorFeedback, error_feedback.main),
-    "detag": (detag.DeTAG, detag.main),
-    "faults": (faults.Faults, faults.main),
-    "mll-sgd": (multi_level.MultiLevel, multi_level.main),
-    "synthetic": (synthetic.Synthetic, synthetic.main),
-    "tables": (tables.Tables, tables.main),
+# From the name on the command line to the options and what runs with them and, where
+# they are `RunOptions`, with the output that the command line opens and closes.
+COMMANDS: dict[str, tuple[type, Callable[..., Any]]] = {
+    "apam": (apam.Apam, apam.run),
+    "compare": (compare.Compare, compare.run),
+    "d-grab": (d_grab.DGraB, d_grab.run),
+    "def": (error_feedback.ErrorFeedback, error_feedback.run),
+    "detag": (detag.DeTAG, detag.run),
+    "faults": (faults.Faults, faults.run),
+    "mll-sgd": (multi_level.MultiLevel, multi_level.run),
+    "synthetic": (synthetic.Synthetic, synthetic.run),
+    "tables": (tables.Tables, tables.run),
 }
 
 
@@ -47,14 +51,30 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     )
 
 
+def run(options: Any) -> Any:
+    """Runs the command to which the options belong, and returns its results.
+
+    Raises:
+      UsageError: If an option, or a file that one names, cannot be used.
+    """
+    command = dict(COMMANDS.values())[type(options)]
+    if not isinstance(options, RunOptions):
+        return command(options)
+    options.check()
+    output = report.Output(options)
+    results = command(options, output)
+    output.close()
+    return results
+
+
 def main() -> None:
-    """Runs the experiment that the command line names."""
+    """Runs the command line; exits with 2 if its options or files cannot be used."""
     options = parse()
-    runs = dict(COMMANDS.values())
     try:
-        runs[type(options)](options)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+        run(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from experiments import resuming
-from experiments.provenance import provenance
-from experiments.results import Result
+from experiments.training import resuming
+from experiments.training.provenance import provenance
+from experiments.training.results import Result
 
 # One color and line style per algorithm, in every figure.
 STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5 + ["-."] * 8

@@ -31,11 +31,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.group import ENVIRONMENT, Group
-from benchmarks.multi_process import modules
 from benchmarks.network import algorithms, figure, tasks
 from benchmarks.network.namespaces import FRAME, HEADERS, Hosts, burst
-from benchmarks.timing import machine
+from benchmarks.processes.multi_process import modules
+from benchmarks.support.group import ENVIRONMENT, Group
+from benchmarks.support.timing import machine
 from experiments import report
 
 HERE = Path(__file__).parent
@@ -180,7 +180,9 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
         def run(number):
             return max(group.ask("run", number))
 
-        number = max(FEW, algorithms.PHASES.get(name, 1))
+        _, like = PEERS.get(name, (None, name))
+        costs = algorithms.costs(like, hosts.number)
+        number, predicted = max(FEW, len(costs)), costs.bytes_per_step
         few = _limited(hosts, mbit, number, run)
         total, mark = few.seconds * (count or np.nan), "~"
         if total <= options.longest:
@@ -193,8 +195,6 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
             mark = " " if reached >= options.target - 0.01 else "!"
         if name == "all-reduce":
             baseline = total
-        _, like = PEERS.get(name, (None, name))
-        predicted = algorithms.predicted(like, hosts.number)
         print(
             f"  {name:<22} {1e3 * few.seconds:7.1f}  {total:10.2f}{mark}  "
             f"{baseline / total:16.2f}  {few.columns(predicted)}",

@@ -40,10 +40,6 @@ def algorithms(n: int) -> dict[str, Callable]:
     }
 
 
-# Steps after which an algorithm's messages repeat, where that is not one.
-PHASES = {"D-PSGD one-peer": 3, "Local SGD, tau 16": LOCAL_STEPS, "DeTAG": 2}
-
-
 def exchanges(n: int, entries: int) -> dict[str, tuple[Callable, Any]]:
     """From a name to a function that only exchanges, and one worker's tree for it."""
     ring = np.roll(np.eye(n), 1, axis=1)
@@ -64,24 +60,15 @@ def exchanges(n: int, entries: int) -> dict[str, tuple[Callable, Any]]:
     }
 
 
-def predicted(name: str, n: int) -> float:
-    """Bytes that a worker sends in a step, read off the program, over a phase."""
+def costs(name: str, n: int) -> dj.CommunicationCosts:
+    """What a worker sends in each step of one period, read off the program."""
     tx = algorithms(n)[name](0.1)
-    params = tasks.initial_params()
-    state = jax.eval_shape(tx.init, params)
-    phase = PHASES.get(name, 1)
-
-    def sent(t):
-        at_t = optax.tree.set(state, count=np.int32(t)) if phase > 1 else state
-        return dj.communication_cost(
-            tx.update, params, at_t, params, axis_sizes={"workers": n}
-        ).bytes_sent
-
-    return float(np.mean([sent(t) for t in range(phase)]))
+    sizes = {"workers": n}
+    return dj.communication_costs(tx, tasks.initial_params(), axis_sizes=sizes)
 
 
 def predicted_exchange(kind: str, n: int, entries: int) -> float:
-    """The same of an exchange alone."""
+    """Bytes that a worker sends in an exchange alone."""
     fn, tree = exchanges(n, entries)[kind]
     return float(dj.communication_cost(fn, tree, axis_sizes={"workers": n}).bytes_sent)
 

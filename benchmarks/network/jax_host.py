@@ -4,7 +4,7 @@ import time
 
 import jax
 
-from benchmarks.answers import SIZE, join, obey
+from benchmarks.support.answers import SIZE, join, obey
 
 join()
 

@@ -14,9 +14,9 @@ MOMENTUM = 0.9
 
 def load():
     """Training and test images, flat, and labels."""
-    from experiments import data
+    from experiments.data import images
 
-    digits = data.load_digits()
+    digits = images.load_digits()
     x, x_test = (part.reshape(len(part), -1) for part in (digits[0], digits[2]))
     return x, digits.y_train, x_test, digits.y_test
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from benchmarks.answers import RANK, SIZE, obey
+from benchmarks.support.answers import RANK, SIZE, obey
 
 ADDRESSES, PORT = sys.argv[1:], 29_778
 

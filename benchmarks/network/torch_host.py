@@ -7,8 +7,8 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 from torch import distributed, nn  # pyright: ignore[reportMissingImports]
 
-from benchmarks.answers import RANK, SIZE, obey
 from benchmarks.network import tasks
+from benchmarks.support.answers import RANK, SIZE, obey
 
 # The data come from the JAX side, as this interpreter may lack scikit-learn.
 with np.load(sys.argv[1]) as file:

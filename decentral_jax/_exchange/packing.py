@@ -11,7 +11,8 @@ from decentral_jax._exchange.numbers import PyTree
 
 # Leaves of at least this many bytes are sent alone: packing such a leaf costs a copy,
 # and saves only a negligible number of messages. An all-reduce consists of several
-# messages, so packing pays off for larger leaves (benchmarks/multi_process.py).
+# messages, so packing pays off for larger leaves; benchmarks/processes/multi_process.py
+# measures it.
 BUCKET_BYTES = 1 << 20
 ALL_REDUCE_BUCKET_BYTES = 2 << 20
 

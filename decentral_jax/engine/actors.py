@@ -136,6 +136,7 @@ class Actors:
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
             _start_ray(ray)
+        # Actors take over the caller's JAX settings, and compile for these types.
         settings = {name: getattr(jax.config, name) for name in SETTINGS}
         params = shapes(params)
         self._master = master
@@ -180,6 +181,7 @@ class Actors:
             # The process has died: the next `start` creates a new actor.
             self._ray.kill(self._actors.pop(worker))
             return Failed(worker, error)
+        # Put the gradient on the master's device before the master uses it.
         if isinstance(report, Gradient):
             value = jax.block_until_ready(jax.device_put(report.value, self._master))
             report = report._replace(value=value)

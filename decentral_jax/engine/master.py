@@ -92,6 +92,7 @@ class Master:
             self._workers.start(worker)
         starting = set(self._alive)
         while starting:
+            # Each worker reports its first batch, for which its gradient is compiled.
             match self._receive(starting):
                 case Ready(worker, batch):
                     check(worker, batch)
@@ -104,6 +105,7 @@ class Master:
                     )
                 case Failed(worker, error):
                     self._replace(worker, error)
+        # Compile the usual step. The last synchronous step may have fewer gradients.
         options = self._options
         self._step(options.num_workers if options.synchronous else 1)
 
@@ -134,6 +136,7 @@ class Master:
                     options.on_progress(self._progress(time.perf_counter() - start))
             else:
                 self._take(self._receive(self._alive - set(self._arrived)))
+        # Columns of the applied gradients, each of shape [K].
         seconds = time.perf_counter() - start
         workers, staleness, batches = np.array(self._applied).T
         trace = Trace(workers, staleness, options.num_workers)
@@ -164,6 +167,8 @@ class Master:
 
     def _due(self) -> list[int]:
         """Returns the workers whose gradients the master must apply now, if any."""
+        # Synchronous: wait for all workers, or for as many as the last step needs.
+        # Sort them, so that the order of the sum does not depend on arrivals.
         if self._options.synchronous:
             left = self._options.num_gradients - len(self._applied)
             count = min(len(self._alive), left)
@@ -185,6 +190,7 @@ class Master:
         Args:
           due: Workers whose gradients the step averages.
         """
+        # Average the gradients and update the parameters in one compiled program.
         gradients = [self._arrived.pop(worker) for worker in due]
         step = self._step(len(due))
         values = [gradient.value for gradient in gradients]
@@ -256,6 +262,7 @@ class Master:
                 f"max_failures={limit} replacements; {len(self._applied)} gradients "
                 "were applied."
             ) from error
+        # `start` reports again, and the worker then receives the current parameters.
         tick = len(self._applied)
         self._replaced.append((worker, tick))
         logger.warning(

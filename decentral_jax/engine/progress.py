@@ -20,7 +20,7 @@ class Progress(NamedTuple):
     def __str__(self) -> str:
         rate = self.applied / self.seconds
         return (
-            f"{self.applied:,} of {self.num_gradients:,} gradients, {rate:,.1f} a "
+            f"{self.applied:,} of {self.num_gradients:,} gradients, {rate:,.1f} per "
             f"second, staleness {self.staleness}, {self.refused} refused, "
             f"{self.replaced} replaced"
         )

@@ -109,6 +109,7 @@ def run(
       >>> len(result.trace), result.refused, result.replaced
       (20, 0, [])
     """
+    # Check all arguments before any work starts.
     for name, value in (("gradient", gradient), ("batches", batches)):
         if not callable(value):
             raise TypeError(f"{name} must be a function, got {value!r}.")
@@ -137,6 +138,7 @@ def run(
         workers = Threads(gradient, batches, places, devices[0])
     else:
         workers = Actors(gradient, batches, params, devices[0], actors)
+    # At the end, wait for busy workers for up to `timeout`.
     patience = options.timeout
     try:
         master = Master(params, optimizer, workers, options)
@@ -188,6 +190,7 @@ def _check(
             f"batch of worker {worker} it raised {type(error).__name__}: {error} If it "
             f"is not a gradient, {remedy}"
         ) from error
+    # The gradient must have the structure, shapes, and dtypes of the parameters.
     for what, of in (("structure", jax.tree.structure), ("shapes and dtypes", _types)):
         if of(grads) != of(params):
             raise ValueError(

@@ -115,6 +115,7 @@ class Worker:
         """
         if not self._ahead and not self._draw():
             return Ended(self._index)
+        # Compute on this worker's device, and wait until the result has arrived.
         args = _on(self.device, (params, self._ahead.pop()))
         report = _on(self._master, self._gradient(*args))
         grads, finite = jax.block_until_ready(report)
@@ -140,6 +141,8 @@ class Worker:
             same = not self._begin()
             if self._advance():
                 return True
+        # The end of the same iterator, or of one with fewer batches than were drawn, is
+        # not the end of the data.
         if same or self._position < self.drawn:
             raise RuntimeError(
                 f"batches({self._index}) ended after {self._position} batches when it "

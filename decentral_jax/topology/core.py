@@ -9,7 +9,7 @@ collectives.
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -199,7 +199,7 @@ class Topology:
         Returns:
           The axes with the drawing.
         """
-        # matplotlib is optional: only plots import it.
+        # Import here, because matplotlib is an optional dependency.
         import matplotlib.pyplot as plt
         import networkx as nx
 
@@ -382,7 +382,7 @@ AnyTopology = Topology | TopologySchedule
 
 
 def check_topology(
-    topology: Any,
+    topology: object,
     *,
     doubly_stochastic: bool = True,
     symmetric: bool = False,

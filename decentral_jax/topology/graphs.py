@@ -29,6 +29,15 @@ def ring(n: int) -> Topology:
 
     Returns:
       The topology.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.ring(8)
+      Topology(ring(8): 8 workers, degree 2, spectral gap 0.195)
     """
     n = check_int("n", n, 1)
     edges = [(i, (i + 1) % n) for i in range(n) if n > 1]
@@ -43,6 +52,15 @@ def path(n: int) -> Topology:
 
     Returns:
       The topology.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.path(8).diameter
+      7
     """
     n = check_int("n", n, 1)
     return _metropolis(n, [(i, i + 1) for i in range(n - 1)], f"path({n})")
@@ -57,6 +75,15 @@ def grid(rows: int, columns: int) -> Topology:
 
     Returns:
       The topology. Worker `r * columns + c` is at row `r` and column `c`.
+
+    Raises:
+      TypeError: If `rows` or `columns` is not an integer.
+      ValueError: If `rows` or `columns` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.grid(2, 3).num_workers
+      6
     """
     return _lattice(rows, columns, "grid", periodic=False)
 
@@ -70,6 +97,15 @@ def torus(rows: int, columns: int) -> Topology:
 
     Returns:
       The topology. Worker `r * columns + c` is at row `r` and column `c`.
+
+    Raises:
+      TypeError: If `rows` or `columns` is not an integer.
+      ValueError: If `rows` or `columns` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.torus(3, 4)
+      Topology(torus(3, 4): 12 workers, degree 4, spectral gap 0.4)
     """
     return _lattice(rows, columns, "torus", periodic=True)
 
@@ -82,6 +118,15 @@ def hypercube(dimension: int) -> Topology:
 
     Returns:
       The topology, with `2**dimension` workers.
+
+    Raises:
+      TypeError: If `dimension` is not an integer.
+      ValueError: If `dimension` is negative.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.hypercube(3)
+      Topology(hypercube(3): 8 workers, degree 3, spectral gap 0.5)
     """
     dimension = check_int("dimension", dimension, 0)
     n = 2**dimension
@@ -97,6 +142,15 @@ def complete(n: int) -> Topology:
 
     Returns:
       The topology.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.complete(8).averages_exactly
+      True
     """
     n = check_int("n", n, 1)
     return Topology(np.full((n, n), 1 / n), f"complete({n})")
@@ -110,6 +164,15 @@ def star(n: int) -> Topology:
 
     Returns:
       The topology.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.star(8).max_degree
+      7
     """
     n = check_int("n", n, 1)
     return _metropolis(n, [(0, i) for i in range(1, n)], f"star({n})")
@@ -127,6 +190,15 @@ def exponential(n: int) -> Topology:
 
     Returns:
       The topology.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.exponential(8)
+      Topology(exponential(8): 8 workers, degree 3, spectral gap 0.5)
     """
     n = check_int("n", n, 1)
     offsets = [2**k for k in range((n - 1).bit_length())]
@@ -149,7 +221,13 @@ def erdos_renyi(n: int, p: float, seed: int) -> Topology:
       The topology.
 
     Raises:
-      ValueError: If the drawn graph is not connected.
+      TypeError: If `n` or `seed` is not an integer, or `p` is not a number.
+      ValueError: If any argument is out of range, or the random graph is not connected.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.erdos_renyi(8, 0.5, seed=1).is_connected
+      True
     """
     import networkx as nx
 
@@ -249,6 +327,11 @@ def from_matrix(matrix: ArrayLike) -> Topology:
       TypeError: If the matrix does not hold real numbers.
       ValueError: If the matrix is not square, not finite, or not stochastic, has
         negative weights, or its graph is not connected.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.from_matrix([[0.5, 0.5], [0.5, 0.5]]).spectral_gap
+      1.0
     """
     # `Topology` converts the matrix and reports what is wrong with it.
     topology = Topology(cast(np.ndarray, matrix), "from_matrix")

@@ -30,6 +30,15 @@ def one_peer_exponential(n: int) -> TopologySchedule:
 
     Returns:
       The schedule, with period `K`.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.one_peer_exponential(8)
+      TopologySchedule(one_peer_exponential(8): 8 workers, period 3, degree 1)
     """
     n = check_int("n", n, 1)
     rounds = max((n - 1).bit_length(), 1)
@@ -47,6 +56,15 @@ def one_peer_ring(n: int) -> TopologySchedule:
 
     Returns:
       The schedule, with period 2.
+
+    Raises:
+      TypeError: If `n` is not an integer.
+      ValueError: If `n` is below 1.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.one_peer_ring(8)
+      TopologySchedule(one_peer_ring(8): 8 workers, period 2, degree 1)
     """
     n = check_int("n", n, 1)
     return TopologySchedule((_shift(n, 1), _shift(n, -1)), f"one_peer_ring({n})")
@@ -64,6 +82,10 @@ def base_graph(n: int, k: int) -> TopologySchedule:
 
     Returns:
       The schedule. The product of the matrices of one period is `11^T / n`.
+
+    Raises:
+      TypeError: If `n` or `k` is not an integer.
+      ValueError: If `n` or `k` is below 1.
 
     Example:
       >>> import decentral_jax as dj
@@ -106,6 +128,12 @@ def schedule(topologies: Sequence[Topology]) -> TopologySchedule:
       TypeError: If `topologies` is a single topology, or any entry is not a `Topology`.
       ValueError: If `topologies` is empty, its entries have different numbers of
         workers, or the union of their graphs is not connected.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> pair = dj.topology.ring(4), dj.topology.star(4)
+      >>> dj.topology.schedule(pair).period
+      2
     """
     if isinstance(topologies, Topology):
         raise TypeError(

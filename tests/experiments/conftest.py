@@ -1,5 +1,6 @@
 """Runs experiments as the command line does."""
 
+import re
 import sys
 
 import pytest
@@ -16,3 +17,18 @@ def run(monkeypatch, tmp_path):
         return tmp_path / "results"
 
     return run
+
+
+@pytest.fixture
+def fails(run, capsys):
+    """Runs a command that ends with one line for the user, and exit status 2."""
+
+    def fails(message, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert re.search(message, line)
+
+    return fails

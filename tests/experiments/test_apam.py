@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import real_time, report
+from experiments import report
+from experiments.runs import real_time
 from tests.experiments.files import write_files
 from tests.experiments.test_tabular import A9A
 
@@ -103,6 +104,5 @@ def test_first_time():
         (["--speedup-workers", "2"], "speedup_workers must hold 1"),
     ],
 )
-def test_bad_options(run, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run("apam", *arguments)
+def test_bad_options(fails, arguments, message):
+    fails(message, "apam", *arguments)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import compare, detag, models, report, settings, training
+from experiments import catalog, report, settings
+from experiments.runs import compare, detag
+from experiments.training import loop, models, results
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
 
@@ -36,12 +38,12 @@ def test_every_algorithm_of_compare_traces():
     """On every number of workers that the command line takes."""
     for n in (2, 3, 8):
         setting = small_setting(parts=np.zeros((n, 4), int))
-        entries = settings.everything(dj.topology.ring(n).lazy(0.5), rounds=2)
+        entries = catalog.everything(dj.topology.ring(n).lazy(0.5), rounds=2)
         assert len(entries) > 18
         for entry in entries.values():
-            log = training.step_log(entry.make, setting, entry.phase, entry.levels)
-            assert len(log) == entry.phase
-            sent = training.bytes_sent(log, 16)
+            log = loop.step_log(entry.make, setting, entry.levels)
+            assert len(log) == log.period
+            sent = loop.bytes_sent(log, 16)
             assert sent[-1] > 0 or n < 3
             seconds = settings.Network().seconds(entry, log, n, 16)
             assert (np.diff(seconds) > 0).all()
@@ -84,17 +86,38 @@ def test_def_figures(run):
         (["--kappa", "2"], "kappa must lie in"),
         (["--algorithms", "Adam"], "algorithms must be among 'all-reduce SGD'"),
         (["--shuffled", "101"], "shuffled=101"),
-        (["--workers", "1.5"], None),
     ],
 )
-def test_bad_options_end_with_one_clear_line(run, capsys, arguments, message):
+def test_bad_options_end_with_one_clear_line(fails, arguments, message):
+    fails(message, "compare", *arguments)
+
+
+def test_options_of_another_type(run):
     with pytest.raises(SystemExit) as stop:
-        run("compare", *arguments)
-    if message:
-        assert str(stop.value).startswith("error: ")
-        assert message in str(stop.value)
-    else:
-        assert stop.value.code == 2
+        run("compare", "--workers", "1.5")
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["def", "--ratios", "0.5"], "ratio"),
+        (["detag", "--kappas", "2"], "kappa must lie in"),
+        (["synthetic", "--kappa", "2"], "kappa must lie in"),
+        (["synthetic", "--iterations", "0"], "iterations must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_of_other_commands(fails, arguments, message):
+    fails(message, *arguments)
+
+
+def test_mistakes_in_the_code_show_a_traceback(run, monkeypatch):
+    def broken(*args):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(results, "train", broken)
+    with pytest.raises(ValueError, match="broken"):
+        run("compare", *QUICK, "--algorithms", "DSGT")
 
 
 def small_setting(**changes):
@@ -107,8 +130,8 @@ def small_setting(**changes):
 def test_runs_in_one_program_equal_runs_alone():
     """Rates and seeds that share a program do not touch each other."""
     topology = dj.topology.ring(8).lazy(0.5)
-    together = training.train(lambda rate: dj.dsgt(rate, topology), small_setting())
-    alone = training.train(
+    together = loop.train(lambda rate: dj.dsgt(rate, topology), small_setting())
+    alone = loop.train(
         lambda rate: dj.dsgt(rate, topology), small_setting(rates=(0.2,), seeds=(1,))
     )
     for name in ("train_loss", "test_accuracy", "consensus"):
@@ -122,23 +145,24 @@ def test_bytes_sent_follow_the_phases():
     setting = small_setting(iterations=20)
     topology = dj.topology.ring(8)
     weights = 650 * 4  # logistic regression on 64 pixels and 10 classes, float32
-    log = training.step_log(lambda r: dj.d_psgd(r, topology), setting)
-    sent = training.bytes_sent(log, 20)
+    log = loop.step_log(lambda r: dj.d_psgd(r, topology), setting)
+    sent = loop.bytes_sent(log, 20)
     np.testing.assert_allclose(sent, 2 * weights * np.arange(21))
-    log = training.step_log(lambda r: dj.defacto(r, topology), setting, 8)
+    log = loop.step_log(lambda r: dj.defacto(r, topology), setting)
+    assert log.period == 8
     sends = np.arange(20) % 8 >= 4
     expected = 2 * weights * np.cumsum(sends)
-    np.testing.assert_allclose(training.bytes_sent(log, 20)[1:], expected)
+    np.testing.assert_allclose(loop.bytes_sent(log, 20)[1:], expected)
 
 
 def test_phase_length_grows_with_sparsity():
     lengths = [
-        settings.phase_length(dj.topology.ring(16).lazy(kappa))
+        catalog.phase_length(dj.topology.ring(16).lazy(kappa))
         for kappa in (1, 0.1, 0.01)
     ]
     assert lengths == sorted(lengths)
     assert lengths[0] > 1
-    assert settings.phase_length(dj.topology.complete(8)) == 1
+    assert catalog.phase_length(dj.topology.complete(8)) == 1
 
 
 def test_parts_of_the_detag_options():
@@ -157,6 +181,6 @@ def test_compare_leaves_no_algorithm_out_but_asynchronous_ones(monkeypatch):
         recorded = functools.partial(record, name, getattr(dj, name))
         monkeypatch.setattr(dj, name, recorded)
     topology = dj.topology.ring(8).lazy(0.5)
-    for entry in settings.everything(topology, rounds=2).values():
+    for entry in catalog.everything(topology, rounds=2).values():
         entry.make(0.1)
     assert set(dj.algorithms.__all__) - called == {"apam"}

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import decentral_jax as dj
-from experiments import herding, ordered, report, tasks
+from experiments import report
+from experiments.runs import herding
+from experiments.training import ordered, tasks
 from tests.reference import ordering
 
 
@@ -67,9 +69,8 @@ def test_herding(run):
         (["--examples", "7"], "workers=16 for the 7 examples of logistic, digits"),
     ],
 )
-def test_bad_options(run, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run("d-grab", *arguments)
+def test_bad_options(fails, arguments, message):
+    fails(message, "d-grab", *arguments)
 
 
 def test_training(run):

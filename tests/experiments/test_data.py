@@ -1,4 +1,4 @@
-"""Tests of experiments/data.py: every file format, every broken file, the split."""
+"""Images: every file format, every broken file, the split."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sklearn import datasets as sklearn_datasets
 
-from experiments import data
+from experiments.data import images
 
 MNIST = {
     "train-images-idx3-ubyte": "x_train",
@@ -36,7 +36,7 @@ def raw_arrays(image_shape: tuple[int, ...], sizes=(10, 4)) -> dict[str, np.ndar
     return arrays
 
 
-def assert_holds(dataset: data.Dataset, raw: dict[str, np.ndarray], image_shape):
+def assert_holds(dataset: images.Dataset, raw: dict[str, np.ndarray], image_shape):
     for part in ("train", "test"):
         x, y = getattr(dataset, f"x_{part}"), getattr(dataset, f"y_{part}")
         assert x.dtype == np.float32
@@ -54,27 +54,27 @@ def assert_holds(dataset: data.Dataset, raw: dict[str, np.ndarray], image_shape)
 
 
 def test_digits_are_scikit_learns_in_a_fixed_balanced_split():
-    digits = data.load("digits")
+    digits = images.load("digits")
     assert digits.x_train.shape == (1440, 8, 8, 1)
     assert digits.x_test.shape == (357, 8, 8, 1)
     np.testing.assert_array_equal(np.bincount(digits.y_train), [144] * 10)
     assert np.bincount(digits.y_test).min() >= 30
     assert digits.x_train.dtype == digits.x_test.dtype == np.float32
     assert digits.y_train.dtype == digits.y_test.dtype == np.int32
-    for ours, again in zip(digits, data.load_digits(), strict=True):
+    for ours, again in zip(digits, images.load_digits(), strict=True):
         np.testing.assert_array_equal(ours, again)
 
-    images, labels = sklearn_datasets.load_digits(return_X_y=True)
+    pixels, labels = sklearn_datasets.load_digits(return_X_y=True)
     x = np.concatenate([digits.x_train, digits.x_test]).reshape(-1, 64) * 16
     y = np.concatenate([digits.y_train, digits.y_test])
     ours = sorted((row.tobytes(), label) for row, label in zip(x, y, strict=True))
-    images = images.astype(np.float32)
-    theirs = sorted((r.tobytes(), n) for r, n in zip(images, labels, strict=True))
+    pixels = pixels.astype(np.float32)
+    theirs = sorted((r.tobytes(), n) for r, n in zip(pixels, labels, strict=True))
     assert ours == theirs
 
 
 def test_digits_are_in_random_order():
-    labels = data.load_digits().y_train
+    labels = images.load_digits().y_train
     assert all(len(np.unique(labels[i : i + 144])) == 10 for i in range(0, 1440, 144))
     assert (np.diff(labels) != 0).mean() > 0.8
 
@@ -101,14 +101,14 @@ def write_mnist(folder: Path, raw: dict[str, np.ndarray], zipped: bool) -> None:
 def test_mnist_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
     raw = raw_arrays((28, 28))
     write_mnist(tmp_path / sub_folder, raw, zipped)
-    assert_holds(data.load("mnist", tmp_path), raw, (28, 28, 1))
+    assert_holds(images.load("mnist", tmp_path), raw, (28, 28, 1))
 
 
 def test_mnist_missing_file_is_named(tmp_path: Path):
     write_mnist(tmp_path, raw_arrays((28, 28)), zipped=True)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(FileNotFoundError, match="holds no t10k-labels-idx1-ubyte"):
-        data.load("mnist", tmp_path)
+        images.load("mnist", tmp_path)
 
 
 def break_mnist(name: str, change: Callable[[bytes], bytes]):
@@ -151,7 +151,7 @@ RAW = "train-images-idx3-ubyte"
 def test_mnist_broken_file_is_named(tmp_path: Path, write, message: str):
     write(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
-        data.load("mnist", tmp_path)
+        images.load("mnist", tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -241,33 +241,33 @@ def test_cifar10_is_read(tmp_path: Path, write, sub_folder: str):
     raw = raw_arrays((32, 32, 3))
     write(tmp_path / sub_folder, raw)
     before = sorted(tmp_path.rglob("*"))
-    assert_holds(data.load("cifar10", tmp_path), raw, (32, 32, 3))
+    assert_holds(images.load("cifar10", tmp_path), raw, (32, 32, 3))
     assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
 def test_cifar10_labels_may_be_a_column(tmp_path: Path):
     raw = raw_arrays((32, 32, 3))
     write_npz(tmp_path, raw | {"y_train": raw["y_train"][:, None]})
-    assert_holds(data.load("cifar10", tmp_path), raw, (32, 32, 3))
+    assert_holds(images.load("cifar10", tmp_path), raw, (32, 32, 3))
 
 
 def test_cifar10_missing_files_are_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no CIFAR-10: put cifar10"):
-        data.load("cifar10", tmp_path)
+        images.load("cifar10", tmp_path)
     write_tar(tmp_path, raw_arrays((32, 32, 3)), leave_out="data_batch_4")
     with pytest.raises(FileNotFoundError, match=r"\['data_batch_4'\] are missing"):
-        data.load("cifar10", tmp_path)
+        images.load("cifar10", tmp_path)
     write_batches(tmp_path, raw_arrays((32, 32, 3)))
     (tmp_path / "test_batch").unlink()
     with pytest.raises(FileNotFoundError, match=r"\['test_batch'\] are missing"):
-        data.load("cifar10", tmp_path)
+        images.load("cifar10", tmp_path)
 
 
 def test_cifar10_ambiguous_files_are_refused(tmp_path: Path):
     for name in ("cifar10_a.npz", "cifar10_b.npz"):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=r"cifar10_a\.npz, cifar10_b\.npz: keep"):
-        data.load("cifar10", tmp_path)
+        images.load("cifar10", tmp_path)
 
 
 def broken(write, name: str, change: Callable[[bytes], bytes]):
@@ -353,7 +353,7 @@ OBJECTS = np.array([None] * 10, object)
 def test_cifar10_broken_file_is_named(tmp_path: Path, write, message: str):
     write(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
-        data.load("cifar10", tmp_path)
+        images.load("cifar10", tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -370,7 +370,7 @@ def test_cifar10_pickle_cannot_call_anything_else(tmp_path: Path):
     write_batches(tmp_path, raw_arrays((32, 32, 3)))
     (tmp_path / "data_batch_1").write_bytes(attack)
     with pytest.raises(ValueError, match="has no place in a CIFAR-10 batch"):
-        data.load("cifar10", tmp_path)
+        images.load("cifar10", tmp_path)
     assert not (tmp_path / "attacked").exists()
 
 
@@ -379,16 +379,16 @@ def test_cifar10_pickle_cannot_call_anything_else(tmp_path: Path):
 
 def test_load_refuses_bad_arguments(tmp_path: Path):
     with pytest.raises(ValueError, match="name='imagenet' is unknown: pass one of"):
-        data.load("imagenet", tmp_path)
+        images.load("imagenet", tmp_path)
     (tmp_path / "file").touch()
     for name in ("mnist", "cifar10"):
         with pytest.raises(ValueError, match=f"data_dir=None, but name='{name}'"):
-            data.load(name)
+            images.load(name)
         for folder in ("nowhere", "file"):
             with pytest.raises(
                 FileNotFoundError, match=f"{folder}' is not an existing"
             ):
-                data.load(name, tmp_path / folder)
+                images.load(name, tmp_path / folder)
 
 
 @pytest.mark.skipif(
@@ -397,13 +397,13 @@ def test_load_refuses_bad_arguments(tmp_path: Path):
 )
 def test_real_files_are_read():
     folder = os.environ["DECENTRAL_JAX_DATA"]
-    mnist = data.load("mnist", folder)
+    mnist = images.load("mnist", folder)
     assert mnist.x_train.shape == (60000, 28, 28, 1)
     assert mnist.x_test.shape == (10000, 28, 28, 1)
     np.testing.assert_array_equal(mnist.y_train[:8], [5, 0, 4, 1, 9, 2, 1, 3])
     np.testing.assert_allclose(mnist.x_train.mean(), 0.1307, atol=1e-4)
     np.testing.assert_allclose(mnist.x_train.std(), 0.3081, atol=1e-4)
-    cifar10 = data.load("cifar10", folder)
+    cifar10 = images.load("cifar10", folder)
     assert cifar10.x_train.shape[1:] == (32, 32, 3)
     np.testing.assert_array_equal(cifar10.y_train[:8], [6, 9, 9, 4, 1, 1, 2, 7])
     mean = cifar10.x_train.mean((0, 1, 2))
@@ -417,7 +417,7 @@ LABELS = np.random.default_rng(1).integers(0, 10, 1000)
 
 
 def test_partition_unshuffled_is_sorted_by_label():
-    parts = data.partition(LABELS, 8, 0, seed=3)
+    parts = images.partition(LABELS, 8, 0, seed=3)
     assert parts.shape == (8, 125)
     np.testing.assert_array_equal(LABELS[parts].ravel(), np.sort(LABELS))
     np.testing.assert_array_equal(np.sort(parts.ravel()), np.arange(1000))
@@ -426,7 +426,7 @@ def test_partition_unshuffled_is_sorted_by_label():
 
 def test_partition_shuffled_is_uniform():
     labels = np.repeat(np.arange(4), 10)
-    draws = np.stack([data.partition(labels, 4, 100, seed=s) for s in range(2000)])
+    draws = np.stack([images.partition(labels, 4, 100, seed=s) for s in range(2000)])
     # Where an example lands is uniform over the workers: standard error 0.01.
     share = (draws[:, 0, :, None] == np.arange(40)).any(1).mean(0)
     np.testing.assert_allclose(share, 0.25, atol=0.05)
@@ -437,7 +437,9 @@ def test_partition_shuffled_is_uniform():
 @pytest.mark.parametrize(("shuffled", "first"), [(10, 100), (25.55, 256), (50, 500)])
 def test_partition_shuffles_exactly_the_first_percent(shuffled: float, first: int):
     by_label = np.argsort(LABELS, kind="stable")
-    orders = np.stack([data.partition(LABELS, 10, shuffled, s).ravel() for s in (0, 1)])
+    orders = np.stack(
+        [images.partition(LABELS, 10, shuffled, s).ravel() for s in (0, 1)]
+    )
     moved = (orders != by_label).any(0)
     assert not moved[first:].any()
     assert moved[:first].mean() > 0.9
@@ -447,11 +449,11 @@ def test_partition_shuffles_exactly_the_first_percent(shuffled: float, first: in
 
 
 def test_partition_drops_the_remainder_and_repeats_by_seed():
-    parts = data.partition(LABELS.tolist(), 7, 100.0, seed=5)
+    parts = images.partition(LABELS.tolist(), 7, 100.0, seed=5)
     assert parts.shape == (7, 142)
     assert len(np.unique(parts)) == 7 * 142
-    np.testing.assert_array_equal(parts, data.partition(LABELS, 7, 100, seed=5))
-    assert (parts != data.partition(LABELS, 7, 100, seed=6)).mean() > 0.9
+    np.testing.assert_array_equal(parts, images.partition(LABELS, 7, 100, seed=5))
+    assert (parts != images.partition(LABELS, 7, 100, seed=6)).mean() > 0.9
     assert np.issubdtype(parts.dtype, np.integer)
 
 
@@ -477,4 +479,4 @@ def test_partition_drops_the_remainder_and_repeats_by_seed():
 def test_partition_refuses_bad_arguments(arguments: dict[str, Any], message: str):
     good = {"labels": LABELS, "num_workers": 2, "shuffled": 0, "seed": 0}
     with pytest.raises(ValueError, match=message):
-        data.partition(**(good | arguments))
+        images.partition(**(good | arguments))

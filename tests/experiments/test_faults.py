@@ -24,6 +24,10 @@ def test_missing_workers(run):
 
 
 @pytest.mark.parametrize("missing", ["8", "-1"])
-def test_bad_options(run, missing):
-    with pytest.raises(SystemExit, match=r"missing=.* fewer than the 8 workers"):
-        run("faults", "--workers", "8", "--missing", missing)
+def test_bad_options(fails, missing):
+    arguments = "faults", "--workers", "8", "--missing", missing
+    fails(r"missing=.* fewer than the 8 workers", *arguments)
+
+
+def test_bad_ratio(fails):
+    fails("ratio", "faults", "--ratio", "0.5", "--workers", "8")

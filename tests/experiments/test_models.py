@@ -1,4 +1,4 @@
-"""Tests of experiments/models.py: `Conv` against Flax, dtypes, shapes, training."""
+"""Models: `Conv` against Flax, dtypes, shapes, training."""
 
 import functools
 from typing import Any
@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, models
+from experiments.data.images import load_digits, partition
+from experiments.training import models
 
 
 def filled(shapes: Any, seed: int = 0) -> Any:
@@ -281,8 +282,8 @@ def test_resnet20_batch_norm_keeps_running_statistics():
 
 
 def test_workers_train_small_cnn_under_vmap():
-    digits = data.load_digits()
-    parts = data.partition(digits.y_train[:512], num_workers=2, shuffled=100)
+    digits = load_digits()
+    parts = partition(digits.y_train[:512], num_workers=2, shuffled=100)
     x, y = digits.x_train[parts], digits.y_train[parts]
     model = models.CNN(10, (4, 8), hidden=16)
     params = filled(init_shapes(model, x[0]))

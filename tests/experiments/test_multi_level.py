@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import multi_level, report
+from experiments import report
+from experiments.runs import multi_level
 
 SMALL = ["--hubs", "2", "--workers", "5", "--tau", "2", "--q", "2", "--seeds", "2"]
 SMALL += ["--rounds", "12", "--evaluations", "12", "--learning-rate", "0.5"]
@@ -64,6 +65,5 @@ def test_rates_have_the_published_mean():
         (["--rounds", "10", "--evaluations", "3"], "evaluations=3 must divide"),
     ],
 )
-def test_bad_options(run, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        run("mll-sgd", *arguments)
+def test_bad_options(fails, arguments, message):
+    fails(message, "mll-sgd", *arguments)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from experiments import report
-from experiments.results import Result
-from experiments.training import Curves
+from experiments.training.loop import Curves
+from experiments.training.results import Result
 
 RATES = (0.1, 0.2, 0.4)
 

@@ -9,18 +9,16 @@ import pytest
 from PIL import Image
 
 import decentral_jax as dj
-from experiments import (
+from experiments import report
+from experiments.runs import (
     compare,
     delays,
     herding,
     multi_level,
-    ordered,
-    provenance,
     real_time,
-    report,
-    results,
-    resuming,
+    synthetic,
 )
+from experiments.training import ordered, provenance, results, resuming
 
 COMPARE = "compare --iterations 24 --evaluations 2 --rates 0.1"
 COMPARE += " --algorithms all-reduce_SGD D-PSGD DSGT"
@@ -42,6 +40,7 @@ CASES = {
         *(ordered, "train", 4),
         "d_grab/logistic_digits.csv",
     ),
+    "synthetic --iterations 20 --seeds 1": (synthetic, "_errors", 3, "synthetic.csv"),
     HERDING + " --draws 2": (herding, "herding", 6, "d_grab/herding.csv"),
     DELAYS + " --evaluations 2 --seeds 1": (
         *(delays, "accuracies", 2),
@@ -150,7 +149,7 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     for text in texts:
         assert "command: python -m experiments compare --out 'my results'" in text
         # All options, not only those that the command line names.
-        assert "options: Compare(dataset='digits', " in text
+        assert "options: Compare(seeds=5, " in text
         assert "kappa=0.3, rounds=4," in text
         assert f"version: decentral_jax {dj.__version__}" in text
         assert f"jax {jax.__version__}" in text

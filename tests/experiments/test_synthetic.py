@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from experiments import synthetic
+from experiments import report
+from experiments.runs import synthetic
 
 
 def test_order_and_size(tmp_path):
     options = synthetic.Synthetic(rates=(0.01, 0.03, 0.1, 0.3), seeds=4, out=tmp_path)
-    errors = synthetic.main(options)
+    errors = synthetic.run(options, report.Output(options))
     best = {
         name: np.exp(np.nanmin(np.log(error).mean(1))) for name, error in errors.items()
     }

@@ -1,4 +1,4 @@
-"""Tests of experiments/tabular.py: both formats, broken files, windows, sMAPE."""
+"""Tests of experiments/data/tabular.py: both formats, broken files, windows, sMAPE."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import tabular
-from experiments.files import read_file
+from experiments.data import tabular
+from experiments.data.files import read_file
 from tests.experiments.files import write_files
 
 # a9a

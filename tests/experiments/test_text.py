@@ -1,4 +1,4 @@
-"""Tests of experiments/text.py: words, numbers, files, segments."""
+"""Tests of experiments/data/text.py: words, numbers, files, segments."""
 
 import gzip
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import text
+from experiments.data import text
 from tests.experiments.files import write_files
 
 

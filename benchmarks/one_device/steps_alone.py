@@ -1,0 +1,96 @@
+"""Do the steps between exchanges cost what a step without communication costs?
+
+`python -m benchmarks.one_device.steps_alone`: eight workers on one device under
+`vmap`, and on four fake CPU devices; an MLP of 1.0M parameters, batch 16.
+Plain SGD, the same inside Local SGD, MLL-SGD and DiLoCo in steps that exchange nothing,
+and with an average in every step.
+"""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+
+import argparse
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import decentral_jax as dj
+from benchmarks.support.timing import in_turn, machine, ratio, table
+from experiments.training.models import MLP
+
+NEVER = 1_000_000
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=21)
+    repeats = parser.parse_args().repeats
+    print(machine())
+    sgd = optax.sgd(0.01)
+    hubs = dj.topology.ring(4)
+    variants = {
+        "SGD alone": (sgd, 8),
+        "Local SGD, alone": (dj.local_sgd(0.01, period=NEVER), 8),
+        "MLL-SGD, alone": (
+            dj.mll_sgd(0.01, hubs, tau=NEVER, q=2),
+            {"hub": 4, "worker": 2},
+        ),
+        "DiLoCo on SGD, alone": (dj.diloco(sgd, period=NEVER), 8),
+        "an average every step": (dj.local_sgd(0.01, period=1), 8),
+    }
+    for num_devices, length in ((1, 1), (1, 10), (4, 1)):
+        runs = {
+            name: _steps(tx, dj.Workers(shape, jax.devices()[:num_devices]), length)
+            for name, (tx, shape) in variants.items()
+        }
+        times = in_turn(runs, repeats, calls=max(1, 3 // length))
+        print(f"\n8 workers on {num_devices} device(s), {length} step(s) a call")
+        print(table(times))
+        for name in list(variants)[1:]:
+            print(ratio(times, name, "SGD alone"))
+
+
+def _steps(tx: optax.GradientTransformation, workers: dj.Workers, length: int):
+    """A function that advances its own state, as training does."""
+    model = MLP((784, 440), 10)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 784)))["params"]
+    x = np.random.default_rng(0).normal(size=(*workers.shape, 16, 784))
+    x = workers.shard(x.astype(np.float32))
+
+    def step(carry, x):
+        params, state = carry
+
+        def loss(params):
+            logits = cast(jax.Array, model.apply({"params": params}, x))
+            labels = jnp.zeros(16, jnp.int32)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def steps(carry, x):
+        if length == 1:
+            return step(carry, x)
+        return lax.scan(lambda carry, _: (step(carry, x), None), carry, length=length)[
+            0
+        ]
+
+    run = workers.spmd(steps, donate_argnums=0)
+    box = [workers.replicate((params, tx.init(params)))]
+
+    def again():
+        box[0] = run(box[0], x)
+        return box[0]
+
+    return again
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks across processes of one machine."""

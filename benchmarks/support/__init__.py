@@ -1,0 +1,1 @@
+"""What benchmarks share: timing, processes that obey commands, a NumPy simulator."""

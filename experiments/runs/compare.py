@@ -1,0 +1,66 @@
+"""Every algorithm on the same data, model, network and seeds: the main job."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+
+import decentral_jax as dj
+from experiments import catalog, report, settings
+from experiments.errors import UsageError, from_options
+from experiments.training import results, resuming
+
+
+@dataclasses.dataclass
+class Compare(settings.ComparisonOptions):
+    """Compares every algorithm on one ring of workers with differing data."""
+
+    shuffled: float = 0.0
+    """Percentage of the label-sorted examples that is shuffled; 0: classes differ."""
+    kappa: float = 0.05
+    """The ring's sparsity: kappa W + (1 - kappa) I, with weights 1/3 in W."""
+    rounds: int = 4
+    """DeTAG's rounds a phase; 4 was best of 4, 6 and 11 in the default setting."""
+    algorithms: tuple[str, ...] = ()
+    """Only these, by their names in the table; all if not given."""
+    network: settings.Network = dataclasses.field(default_factory=settings.Network)
+    """The machines of the simulated seconds."""
+
+
+def run(options: Compare, output: report.Output) -> None:
+    """Trains, prints the table, writes `compare.png`, `.csv` and `.md`."""
+    setting = options.setting(options.shuffled)
+    with from_options():
+        topology = dj.topology.ring(options.workers).lazy(options.kappa)
+    network = options.network
+    entries = catalog.everything(topology, options.rounds, network.slow)
+    unknown = set(options.algorithms) - set(entries)
+    if unknown:
+        raise UsageError(
+            f"algorithms must be among {', '.join(map(repr, entries))}, got "
+            f"{sorted(unknown)}."
+        )
+    if options.algorithms:
+        entries = {name: entries[name] for name in options.algorithms}
+    output.console.print(
+        f"{options.dataset}, {options.shuffled:g}% shuffled, {options.model}, "
+        f"{topology}, DeTAG R={options.rounds}; {len(options.rates)} rates x "
+        f"{options.seeds} seeds in one program an algorithm"
+    )
+    found = results.run_all(
+        entries, setting, output.console, "compare", resuming.memory(options), network
+    )
+    title = f"After {setting.iterations} iterations, at the best rate"
+    output.table("compare", report.comparison(found, title))
+    output.csv("compare", results.rows(found))
+    figure = plt.figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
+    for row, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
+        for ax, against in zip(row, report.AGAINST, strict=True):
+            report.plot_curves(ax, found, against, name)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right center")
+    figure.suptitle(
+        f"{options.dataset}, {options.shuffled:g}% shuffled, {topology.name}, "
+        f"{options.seeds} seeds, tuned rates"
+    )
+    output.figure("compare", figure)

@@ -1,0 +1,183 @@
+"""Orders of D-GraB (CD-GraB, NeurIPS 2023): the herding test, and training with them.
+
+Training compares losses seed by seed: a seed fixes the initial model and who holds
+which examples, so that only the order differs between methods.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+from rich.progress import Progress
+
+from experiments import report
+from experiments.errors import UsageError
+from experiments.runs import herding as herding_test
+from experiments.settings import RunOptions, check_positive
+from experiments.training import ordered, resuming
+from experiments.training.tasks import Source, Task, load
+
+
+@dataclasses.dataclass
+class DGraB(RunOptions):
+    """Example orders: the herding test, and training losses against random orders."""
+
+    parts: tuple[Literal["herding", "training"], ...] = ("herding", "training")
+    """What to run."""
+    herding: herding_test.Herding = dataclasses.field(
+        default_factory=herding_test.Herding
+    )
+    """What the herding test takes."""
+    tasks: tuple[Literal["logistic", "lenet", "lstm", "forecast"], ...] = (
+        "logistic",
+        "lenet",
+        "lstm",
+    )
+    """What to train; "forecast" needs --data-dir."""
+    source: Source | None = None
+    """Data set, if not digits and the text "python"; one task at a time then."""
+    data_dir: Path | None = None
+    """Folder with the files of a9a, MNIST, CIFAR-10, WikiText-2, M4 weekly."""
+    examples: int | None = None
+    """Use only so many training examples, the first ones; all if not given."""
+    workers: tuple[int, ...] = (4, 16)
+    """Numbers of workers in training."""
+    epochs: int | None = None
+    """Epochs; the task's own number if not given."""
+    rates: tuple[float, ...] | None = None
+    """Learning rates to tune over; the task's own if not given."""
+    seeds: int = 5
+    """Number of seeds in training."""
+    out: Path = Path("results/d_grab")
+    """Folder for the figures (.png) and the numbers (.csv)."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        self.herding.check()
+        check_positive(self, "workers", "epochs", "examples", "rates")
+        if "training" not in self.parts or self.source is None:
+            return
+        if len(self.tasks) != 1:
+            raise UsageError(
+                f"source={self.source!r} is for one task, got {self.tasks}: pass "
+                "--tasks with the one meant."
+            )
+
+
+def run(
+    options: DGraB, output: report.Output
+) -> dict[tuple[str, int, str], np.ndarray]:
+    """Prints tables, writes `herding`, and one figure and `.csv` a task.
+
+    Returns:
+      For task, workers, method: the losses at each method's best rate, shape
+      `[seeds, epochs + 1]`.
+    """
+    found, chosen = {}, []
+    if "training" in options.parts:
+        chosen = [_load(name, options) for name in options.tasks]
+    if "herding" in options.parts:
+        memory = resuming.memory(options)
+        herding_test.run(options.herding, output, memory)
+    for task in chosen:
+        found |= _train(task, options, output)
+    return found
+
+
+def _load(name: str, options: DGraB) -> Task:
+    task = load(name, options.data_dir, options.source, options.examples)
+    if len(task.x) < 2 * max(options.workers):
+        raise UsageError(
+            f"workers={max(options.workers)} for the {len(task.x)} examples of "
+            f"{task.name}: each worker needs two or more."
+        )
+    return task._replace(
+        epochs=options.epochs or task.epochs, rates=options.rates or task.rates
+    )
+
+
+def _train(
+    task: Task, options: DGraB, output: report.Output
+) -> dict[tuple[str, int, str], np.ndarray]:
+    """All methods, with each number of workers, at the rate that is best on seed 0."""
+    seeds = tuple(range(options.seeds))
+    memory = resuming.memory(options)
+    found, rates = {}, {}
+    with Progress(console=output.console) as bar:
+        for m in options.workers:
+            for name, order in ordered.methods(len(task.x) // m, m).items():
+                title = f"{task.name}: {name}, {m} workers"
+                total = task.epochs * ((len(task.rates) > 1) + 1)
+                line = bar.add_task(title, total=total)
+
+                def train(rates, seeds, order=order, m=m, line=line):
+                    return ordered.train(
+                        order, task, m, rates, seeds, lambda: bar.advance(line)
+                    )
+
+                def tuned(train=train):
+                    best = 0
+                    if len(task.rates) > 1:
+                        final = train(task.rates, (0,))[:, 0, -1]
+                        best = int(np.nanargmin(final))
+                    rate = task.rates[best]
+                    return {"rate": rate, "losses": train((rate,), seeds)[0]}
+
+                key = task.name, m, name
+                recalled = memory.recall(title, tuned)
+                rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
+                bar.remove_task(line)
+    _report(task, found, rates, options, output)
+    return found
+
+
+def _report(
+    task: Task,
+    found: dict[tuple[str, int, str], np.ndarray],
+    rates: dict[tuple[str, int, str], float],
+    options: DGraB,
+    output: report.Output,
+) -> None:
+    figure = plt.figure(figsize=(3.6 * len(options.workers), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(options.workers), squeeze=False, sharey=True)[0]
+    at = dict(zip(options.workers, axes, strict=True))
+    rows, lines = [], []
+    for (_, m, name), losses in found.items():
+        key = task.name, m, name
+        random = found[task.name, m, "D-RR"]
+        final, gap = losses[:, -1], random[:, -1] - losses[:, -1]
+        lines.append(
+            (
+                f"{name}, {m} workers",
+                report.spread(final, 5),
+                "" if name == "D-RR" else report.spread(gap, 5),
+                report.rate(task.rates, task.rates.index(rates[key])),
+            )
+        )
+        report.plot_seeds(at[m], np.arange(losses.shape[1]), losses, name)
+        rows += [
+            {
+                "workers": m,
+                "method": name,
+                "rate": rates[key],
+                "seed": seed,
+                "epoch": epoch,
+                "train_loss": loss,
+            }
+            for seed, of_seed in enumerate(losses)
+            for epoch, loss in enumerate(of_seed)
+        ]
+    for m, ax in at.items():
+        ax.set_title(f"{m} workers", fontsize=9)
+        ax.set_xlabel("epochs")
+        ax.set_yscale("log")
+    axes[0].set_ylabel("train loss")
+    axes[-1].legend(fontsize=8)
+    name = task.name.replace(", ", "_")
+    columns = "method", "train loss", "less than D-RR, seed by seed", "best rate"
+    output.table(name, report.Table(task.name, columns, lines))
+    output.figure(name, figure)
+    output.csv(name, rows)

@@ -1,0 +1,117 @@
+"""Accuracy against artificial delay: one worker whose gradients are of old iterates.
+
+As in the APAM paper's study: each gradient is taken at one of the last D iterates. How
+far does the accuracy fall behind, and does it catch up?
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from jax import lax
+
+import decentral_jax as dj
+from experiments import report
+from experiments.data import images
+
+
+def accuracies(
+    model: nn.Module,
+    dataset: images.Dataset,
+    delay: int,
+    rate: float,
+    seeds: int,
+    iterations: int,
+    evaluations: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Trains once a seed with delays uniform from 0 to `delay`.
+
+    Returns:
+      The master's test accuracy at each evaluation, shape `[seeds, evaluations]`.
+    """
+    x_train, y_train, x_test, y_test = map(jnp.asarray, dataset[:4])
+
+    def loss_fn(params, x, y):
+        logits = jnp.asarray(model.apply({"params": params}, x))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def one(seed):
+        trace = dj.traces.uniform_delay(delay, iterations, seed=seed)
+        tx = dj.apam(rate, trace)
+
+        def worker(batches):
+            params = model.init(jax.random.key(seed), x_train[:1])["params"]
+
+            def iteration(carry, batch):
+                params, state = carry
+                grads = jax.grad(loss_fn)(params, x_train[batch], y_train[batch])
+                updates, state = tx.update(grads, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            def stretch(carry, batches):
+                carry, _ = lax.scan(iteration, carry, batches)
+                master = dj.eval_params(carry[1], carry[0])
+                logits = jnp.asarray(model.apply({"params": master}, x_test))
+                return carry, (logits.argmax(-1) == y_test).mean()
+
+            return lax.scan(stretch, (params, tx.init(params)), batches)[1]
+
+        shape = (1, evaluations, iterations // evaluations, batch_size)
+        rng = np.random.default_rng(seed)
+        batches = rng.integers(len(x_train), size=shape).astype(np.int32)
+        run = jax.jit(jax.vmap(worker, axis_name="workers"))
+        return np.asarray(run(batches))[0]
+
+    return np.stack([one(seed) for seed in range(seeds)])
+
+
+def show(
+    found: dict[int, np.ndarray],
+    iterations: int,
+    title: str,
+    name: str,
+    output: report.Output,
+) -> None:
+    """Prints a table, writes a figure and numbers.
+
+    Args:
+      found: From a delay to what `accuracies` returns.
+      iterations: Number of iterations of each run.
+      title: What was trained.
+      name: Name of the files, without their ending.
+      output: Where to show it.
+    """
+    evaluations = next(iter(found.values())).shape[1]
+    early, each = max(1, evaluations // 10), iterations // evaluations
+    at = np.arange(1, evaluations + 1) * each
+    figure = plt.figure(figsize=(5, 3.6), layout="constrained")
+    ax = figure.subplots()
+    rows, lines = [], []
+    for delay, of_delay in found.items():
+        shown = [of_delay[:, early - 1], of_delay[:, -1]]
+        if 0 in found and delay:
+            shown.append(found[0][:, -1] - of_delay[:, -1])
+        cells = [report.spread(100 * x, 1) for x in shown]
+        lines.append((str(delay), *cells, *[""] * (3 - len(cells))))
+        report.plot_seeds(ax, at, 100 * of_delay, f"D = {delay}")
+        rows += [
+            {"delay": delay, "seed": seed, "gradients": k, "test_accuracy": accuracy}
+            for seed, of_seed in enumerate(of_delay)
+            for k, accuracy in zip(at, of_seed, strict=True)
+        ]
+    columns = (
+        "largest delay",
+        f"after {early * each} gradients",
+        f"after {iterations}",
+        "less than no delay, seed by seed",
+    )
+    output.table(name, report.Table(f"{title}: test accuracy %", columns, lines))
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel("gradients applied")
+    ax.set_ylabel("test accuracy %")
+    ax.legend(fontsize=8)
+    output.figure(name, figure)
+    output.csv(name, rows)

@@ -1,0 +1,84 @@
+"""The experiment of "Detached Error Feedback for Distributed SGD" (ICML 2022).
+
+Does training with one entry in 16, 64 or 256 sent reach what dense SGD reaches?
+Shuffled data, momentum 0.9, one figure a ratio: against iterations, against bytes, and
+the first epochs closer.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import optax
+
+import decentral_jax as dj
+from experiments import catalog, report, settings
+from experiments.catalog import Entry
+from experiments.training import results, resuming
+
+
+@dataclasses.dataclass
+class ErrorFeedback(settings.ComparisonOptions):
+    """DEF, DEF-A, EF-SGD, CSER and SGD-IA against dense SGD."""
+
+    ratios: tuple[float, ...] = (16.0, 64.0, 256.0)
+    """Entries of a leaf for each entry that is sent."""
+    detach: float = 0.3
+    """The detach coefficient of DEF, DEF-A and SGD-IA."""
+    early: float = 0.15
+    """Share of the iterations that the panel of first epochs shows."""
+    batch_size: int = 16
+    """Examples a worker and iteration."""
+    iterations: int = 1200
+    """Gradients a worker."""
+    evaluations: int = 60
+    """Points on each curve; divides the iterations."""
+    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+    """Learning rates to tune over; each algorithm is shown at its best."""
+    out: Path = Path("results/def")
+    """Folder for the figures (.png) and the numbers (.csv)."""
+
+
+def dense() -> dict[str, Entry]:
+    """The baseline that sends everything."""
+
+    def make(rate):
+        return dj.all_reduce_sgd(optax.sgd(rate, momentum=0.9))
+
+    return {"dense SGD": Entry(make)}
+
+
+def run(options: ErrorFeedback, output: report.Output) -> None:
+    """Trains, prints a table and writes a figure a ratio, and `def.csv`."""
+    setting = options.setting(shuffled=100.0)
+    examples = setting.parts.size
+    memory = resuming.memory(options)
+    baseline = results.run_all(dense(), setting, output.console, "dense", memory)
+    rows, found = [], {}
+    for ratio in options.ratios:
+        entries = catalog.compressed(ratio, options.detach, momentum=0.9)
+        title = f"ratio {ratio:g}"
+        found[title] = baseline + results.run_all(
+            entries, setting, output.console, title, memory
+        )
+        name = f"ratio_{ratio:g}"
+        table = report.comparison(found[title], f"{title}, {options.dataset}")
+        output.table(name, table)
+        rows += results.rows(found[title], ratio=ratio)
+        figure = plt.figure(figsize=(12, 3.8), layout="constrained")
+        axes = figure.subplots(1, 3)
+        report.plot_curves(axes[0], found[title], "iterations", "test_accuracy")
+        report.plot_curves(axes[1], found[title], "megabytes", "test_accuracy")
+        report.plot_curves(axes[2], found[title], "iterations", "train_loss")
+        axes[0].legend(fontsize=8)
+        axes[1].set_xscale("log")
+        axes[2].set_xlim(0, options.early * setting.iterations)
+        axes[2].set_title("the first epochs", fontsize=9)
+        epoch = examples / (options.workers * options.batch_size)
+        figure.suptitle(
+            f"{options.dataset}, ratio {ratio:g}, {options.workers} workers, "
+            f"{options.seeds} seeds; an epoch is {epoch:.1f} iterations"
+        )
+        output.figure(name, figure)
+    output.csv("def", rows)
+    output.table("summary", report.summary(found, options.dataset))

@@ -1,0 +1,126 @@
+"""Training while workers are missing: in every round some at random do not exchange.
+
+D-PSGD, DeTAG and CHOCO-SGD on a ring with workers whose data differ. Those missing go
+on computing, their neighbours correct their weights. How much worse do all get?
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import optax
+
+import decentral_jax as dj
+from experiments import catalog, report, settings
+from experiments.catalog import Entry
+from experiments.errors import UsageError, from_options
+from experiments.training import results, resuming
+
+
+@dataclasses.dataclass
+class Faults(settings.ComparisonOptions):
+    """D-PSGD, DeTAG and CHOCO-SGD with workers missing in every round."""
+
+    missing: tuple[int, ...] = (0, 2, 4)
+    """Numbers of workers that are missing in every round, at random."""
+    ratio: float = 8.0
+    """Entries of a leaf for each that CHOCO-SGD sends."""
+    consensus_rate: float = 0.2
+    """How far CHOCO-SGD moves towards the neighbours in a step."""
+    shuffled: float = 25.0
+    """Percentage of the label-sorted examples that is shuffled."""
+    workers: int = 16
+    """Number of workers, on a ring."""
+    iterations: int = 2000
+    """Gradients a worker."""
+    rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    """Learning rates to tune over; each algorithm is shown at its best."""
+    out: Path = Path("results/faults")
+    """Folder for the figure (.png) and the numbers (.csv)."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        super().check()
+        inside = [0 <= missing < self.workers for missing in self.missing]
+        if not inside or not all(inside):
+            raise UsageError(
+                f"missing={self.missing} must be at least 0, and fewer than the "
+                f"{self.workers} workers."
+            )
+
+
+def run(options: Faults, output: report.Output) -> dict[int, list[results.Result]]:
+    """Prints a table for each number of missing workers, writes a figure and `.csv`.
+
+    Returns:
+      From the number of missing workers to the results.
+    """
+    setting = options.setting(options.shuffled)
+    ring = dj.topology.ring(options.workers)
+    with from_options():
+        top = dj.compression.top_k(options.ratio)
+    algorithms: dict[str, Callable] = {
+        "D-PSGD": lambda rate: dj.d_psgd(rate, ring),
+        "DeTAG": lambda rate: dj.detag(rate, ring, rounds=catalog.phase_length(ring)),
+        "CHOCO-SGD": lambda rate: dj.choco_sgd(
+            rate, ring, top, consensus_rate=options.consensus_rate
+        ),
+    }
+    found, rows = {}, []
+    for missing in options.missing:
+        entries = {
+            name: Entry(lambda rate, make=make, m=missing: without(make(rate), m))
+            for name, make in algorithms.items()
+        }
+        title = f"{missing} of {options.workers} missing"
+        found[missing] = results.run_all(
+            entries, setting, output.console, title, resuming.memory(options)
+        )
+        table = report.comparison(found[missing], f"{title}, {options.dataset}")
+        output.table(f"missing_{missing}", table)
+        rows += results.rows(found[missing], missing=missing)
+    cells = {f"{missing} missing": of_these for missing, of_these in found.items()}
+    title = f"{options.dataset}, {options.workers} workers"
+    output.table("summary", report.summary(cells, title))
+    figure = plt.figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(algorithms), sharey=True)
+    for i, (ax, name) in enumerate(zip(axes, algorithms, strict=True)):
+        for missing, of_these in found.items():
+            loss = of_these[i].at_best("train_loss")
+            report.plot_seeds(
+                ax, of_these[i].curves.iteration, loss, f"{missing} missing"
+            )
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("iterations")
+        ax.set_yscale("log")
+    axes[0].set_ylabel("train loss")
+    axes[-1].legend(fontsize=8)
+    figure.suptitle(
+        f"{options.dataset}, {options.workers} workers on a ring, {options.seeds} "
+        "seeds; missing at random in every round",
+        fontsize=9,
+    )
+    output.figure("faults", figure)
+    output.csv("faults", rows)
+    return found
+
+
+def without(
+    tx: optax.GradientTransformation, missing: int
+) -> optax.GradientTransformationExtraArgs:
+    """An algorithm in whose rounds so many workers are missing."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        return jnp.zeros([], jnp.int32), tx.init(params)
+
+    def update_fn(updates, state, params=None, **extra_args: Any) -> Any:
+        count, inner = state
+        active = dj.sample_active(count, missing) if missing else None
+        updates, inner = tx.update(updates, inner, params, active=active, **extra_args)
+        return updates, (count + 1, inner)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,329 @@
+"""Asynchronous against synchronous workers by the clock, with the real engine.
+
+Threads, queues, gradients and the master's steps are real. What a gradient costs beside
+its computing here is a sleep, since workers share this machine's cores: the figures say
+so.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import decentral_jax as dj
+from decentral_jax import engine
+from experiments import report
+from experiments.data import images
+from experiments.errors import UsageError
+from experiments.settings import check_positive
+from experiments.training.resuming import Memory
+
+
+@dataclasses.dataclass
+class Timing:
+    """Options of the parts "time" and "speedup"."""
+
+    workers: int = 4
+    """Workers of the part "time"."""
+    slow: float = 3.0
+    """How many times as long the last of them takes, where speeds are unequal."""
+    sleep_ms: float = 20.0
+    """Milliseconds that each gradient sleeps before it is computed."""
+    gradients: int = 600
+    """Gradients applied in a run; synchronous runs take one of each worker a step."""
+    points: int = 20
+    """Points on each curve; divides the gradients."""
+    adaptive_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    """Learning rates of AMSGrad to tune over."""
+    sgd_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """Learning rates of SGD to tune over."""
+    goal: float = 90.0
+    """Test accuracy % whose time is given."""
+    speedup_workers: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of workers of the part "speedup"; one must be 1."""
+
+    def check(self) -> None:
+        """Raises UsageError if an option is out of range."""
+        check_positive(self, *(field.name for field in dataclasses.fields(self)))
+        if self.gradients % self.points:
+            raise UsageError(
+                f"points={self.points} must divide gradients={self.gradients}."
+            )
+        if 1 not in self.speedup_workers:
+            raise UsageError(
+                f"speedup_workers must hold 1, to compare with, got "
+                f"{self.speedup_workers}."
+            )
+
+
+class Method(NamedTuple):
+    """An optimizer, and whether its workers wait for each other."""
+
+    make: Callable[[float], optax.GradientTransformation]
+    synchronous: bool
+    rates: tuple[float, ...]
+
+
+class Curve(NamedTuple):
+    """A run's master along the way."""
+
+    seconds: np.ndarray  # shape=[points]
+    test_accuracy: np.ndarray  # shape=[points]
+    train_loss: float  # at the end
+
+
+def methods(options: Timing) -> dict[str, Method]:
+    """What is compared."""
+    adaptive, plain = options.adaptive_rates, options.sgd_rates
+    return {
+        "asynchronous AMSGrad": Method(dj.amsgrad, False, adaptive),
+        "asynchronous SGD": Method(optax.sgd, False, plain),
+        "synchronous AMSGrad": Method(dj.amsgrad, True, adaptive),
+    }
+
+
+class Trainer:
+    """Runs of one model and data set.
+
+    Args:
+      model: What is trained.
+      dataset: On what; every worker draws from all of it.
+      batch_size: Examples of a gradient.
+      options: Numbers of gradients and points.
+      memory: Of finished runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: images.Dataset,
+        batch_size: int,
+        options: Timing,
+        memory: Memory,
+    ):
+        self._model = repr(model)
+        self._memory = memory
+        self._curves: dict[tuple, Curve] = {}
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._options = options
+        x_train, y_train, x_test, y_test = map(jnp.asarray, dataset[:4])
+
+        def loss_fn(params, batch):
+            x, y = batch
+            logits = jnp.asarray(model.apply({"params": params}, x))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        def accuracy(params):
+            logits = jnp.asarray(model.apply({"params": params}, x_test))
+            return (logits.argmax(-1) == y_test).mean()
+
+        self._gradient = jax.grad(loss_fn)
+        self._accuracies = jax.jit(lambda many: jax.lax.map(accuracy, many))
+        self._loss = jax.jit(lambda params: loss_fn(params, (x_train, y_train)))
+        self._init = jax.jit(lambda key: model.init(key, x_train[:1])["params"])
+
+    def run(self, method: Method, rate: float, sleeps: np.ndarray, seed: int) -> Curve:
+        """Trains with one worker for each sleep, in seconds; each run once only."""
+        key = method.make.__name__, method.synchronous, rate, *sleeps, seed
+        if key not in self._curves:
+            recalled = self._memory.recall(
+                f"{self._model} {key}",
+                lambda: self._train(method, rate, sleeps, seed)._asdict(),
+            )
+            self._curves[key] = Curve(**recalled)
+        return self._curves[key]
+
+    def _train(self, method, rate, sleeps, seed) -> Curve:
+        x, y = self._dataset.x_train, self._dataset.y_train
+        options, kept = self._options, []
+
+        def batches(worker):
+            rng = np.random.default_rng((seed, worker))
+            while True:
+                chosen = rng.integers(len(x), size=self._batch_size)
+                time.sleep(sleeps[worker])
+                yield x[chosen], y[chosen]
+
+        def keep(progress):
+            due = (len(kept) + 1) * options.gradients // options.points
+            if progress.applied >= due:
+                kept.append((progress.seconds, progress.params))
+
+        engine.run(
+            self._gradient,
+            self._init(jax.random.key(seed)),
+            batches,
+            method.make(rate),
+            options.gradients,
+            num_workers=len(sleeps),
+            synchronous=method.synchronous,
+            on_progress=keep,
+        )
+        seconds, params = zip(*kept, strict=True)
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        last = jax.tree.map(lambda x: x[-1], params)
+        accuracy = np.asarray(self._accuracies(params))
+        return Curve(np.array(seconds), accuracy, float(self._loss(last)))
+
+    def best_rate(self, method: Method, sleeps: np.ndarray) -> float:
+        """The rate with the lowest train loss in the end, on seed 0."""
+        if len(method.rates) == 1:
+            return method.rates[0]
+        losses = [self.run(method, rate, sleeps, 0).train_loss for rate in method.rates]
+        return method.rates[int(np.nanargmin(losses))]
+
+
+def setting(sleep_ms: float) -> str:
+    """What was emulated, for a figure's title."""
+    return f"compute emulated: {sleep_ms:g} ms sleep a gradient, {os.cpu_count()} cores"
+
+
+def compare(
+    trainer: Trainer,
+    options: Timing,
+    seeds: int,
+    title: str,
+    name: str,
+    output: report.Output,
+) -> dict[tuple[str, str], list[Curve]]:
+    """Accuracy against time with equal and with unequal workers.
+
+    Returns:
+      For speeds and method, the curves of all seeds.
+    """
+    unit = options.sleep_ms / 1e3
+    equal = np.full(options.workers, unit)
+    unequal = equal * np.r_[np.ones(options.workers - 1), options.slow]
+    figure = plt.figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    found, rows, lines = {}, [], []
+    speeds = {"equal": equal, f"one {options.slow:g}x slower": unequal}
+    for ax, (speed, sleeps) in zip(axes, speeds.items(), strict=True):
+        for method_name, method in methods(options).items():
+            with output.console.status(f"{title}: {method_name}, {speed}"):
+                rate = trainer.best_rate(method, sleeps)
+                curves = [trainer.run(method, rate, sleeps, i) for i in range(seeds)]
+            found[speed, method_name] = curves
+            seconds = np.array([curve.seconds for curve in curves])
+            accuracy = 100 * np.array([curve.test_accuracy for curve in curves])
+            lines.append(
+                (
+                    f"{method_name}, {speed}",
+                    _first_time(seconds, accuracy >= options.goal),
+                    report.spread(seconds[:, -1], 2),
+                    report.spread(accuracy[:, -1], 1),
+                    report.rate(method.rates, method.rates.index(rate)),
+                )
+            )
+            report.plot_seeds(ax, seconds.mean(0), accuracy, method_name)
+            rows += [
+                {
+                    "speeds": speed,
+                    "method": method_name,
+                    "rate": rate,
+                    "seed": seed,
+                    "seconds": s,
+                    "test_accuracy": a,
+                }
+                for seed, curve in enumerate(curves)
+                for s, a in zip(curve.seconds, curve.test_accuracy, strict=True)
+            ]
+        ax.set_title(f"{options.workers} workers, {speed}", fontsize=9)
+        ax.set_xlabel("seconds")
+    columns = "method", f"seconds to {options.goal:g} %", "in all", "accuracy %"
+    heading = f"{title}, {options.workers} workers"
+    output.table(name, report.Table(heading, (*columns, "best rate"), lines))
+    axes[0].set_ylabel("test accuracy %")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"{title}; {setting(options.sleep_ms)}", fontsize=9)
+    output.figure(name, figure)
+    output.csv(name, rows)
+    return found
+
+
+def _first_time(seconds: np.ndarray, reached: np.ndarray) -> str:
+    """Mean and deviation of when each run, `[seeds, points]`, was there first."""
+    if not reached.any(1).all():
+        return f"{reached.any(1).sum()} of {len(reached)} runs"
+    first = seconds[np.arange(len(reached)), reached.argmax(1)]
+    return report.spread(first, 2)
+
+
+def speedup(
+    trainer: Trainer,
+    options: Timing,
+    seeds: int,
+    title: str,
+    name: str,
+    output: report.Output,
+) -> dict[tuple[str, int], list[Curve]]:
+    """How much sooner the same number of gradients is applied with more workers.
+
+    The rate is the best one with `options.workers` workers.
+
+    Returns:
+      For method and number of workers, the curves of all seeds.
+    """
+    unit = options.sleep_ms / 1e3
+    figure = plt.figure(figsize=(5, 3.6), layout="constrained")
+    ax = figure.subplots()
+    found, rows, lines = {}, [], []
+    for method_name, method in methods(options).items():
+        if method.make is not dj.amsgrad:
+            continue
+        rate = trainer.best_rate(method, np.full(options.workers, unit))
+        for n in sorted(options.speedup_workers):
+            with output.console.status(f"{title}: {method_name}, {n} workers"):
+                found[method_name, n] = [
+                    trainer.run(method, rate, np.full(n, unit), i) for i in range(seeds)
+                ]
+        seconds = {
+            n: np.array([curve.seconds[-1] for curve in found[method_name, n]])
+            for n in sorted(options.speedup_workers)
+        }
+        factors = {n: seconds[1] / seconds[n] for n in seconds}
+        for n in seconds:
+            accuracy = 100 * np.array(
+                [c.test_accuracy[-1] for c in found[method_name, n]]
+            )
+            lines.append(
+                (
+                    f"{method_name}, {n} workers",
+                    f"{seconds[n].mean():.2f}",
+                    report.spread(factors[n], 2),
+                    f"{100 * factors[n].mean() / n:.0f} %",
+                    report.spread(accuracy, 1),
+                    report.rate(method.rates, method.rates.index(rate)),
+                )
+            )
+            rows += [
+                {
+                    "method": method_name,
+                    "workers": n,
+                    "seed": seed,
+                    "seconds": s,
+                    "speedup": f,
+                }
+                for seed, (s, f) in enumerate(zip(seconds[n], factors[n], strict=True))
+            ]
+        y = np.stack(list(factors.values()), 1)
+        report.plot_seeds(ax, list(factors), y, method_name)
+    columns = "method", "seconds", "speed-up", "of ideal", "accuracy %", "best rate"
+    output.table(name, report.Table(f"{title}, speed-up", columns, lines))
+    ax.axline((1, 1), slope=1, color="gray", lw=0.8, ls=":", label="ideal")
+    ax.set_xlabel("workers")
+    ax.set_ylabel("speed-up")
+    ax.legend(fontsize=8)
+    ax.set_title(f"{title}\n{setting(options.sleep_ms)}", fontsize=8)
+    output.figure(name, figure)
+    output.csv(name, rows)
+    return found

@@ -1,0 +1,1 @@
+"""Models and training loops, what they measure, and how results are kept."""

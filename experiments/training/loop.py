@@ -1,0 +1,223 @@
+"""The one training loop of the experiments.
+
+Trains every learning rate and every seed of an algorithm inside one compiled program:
+an outer `vmap` over runs around the workers' own axes, and a scan over iterations.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import decentral_jax as dj
+from experiments.data.images import Dataset
+
+AXIS = "workers"
+
+
+class Setting(NamedTuple):
+    """What all algorithms of a comparison share."""
+
+    dataset: Dataset
+    parts: np.ndarray  # shape=[n, m]: each worker's examples
+    model: nn.Module
+    batch_size: int  # a worker
+    iterations: int
+    evaluations: int  # evenly spread over the iterations; divides them
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    # Whether workers take their gradients one after the other. On a CPU that is faster
+    # where one worker's batch fills the caches, and for convolutions.
+    sequential: bool = False
+
+    @property
+    def num_workers(self) -> int:
+        """The number of workers n."""
+        return len(self.parts)
+
+
+class Curves(NamedTuple):
+    """What was measured at each evaluation, for each rate and seed."""
+
+    iteration: np.ndarray  # shape=[E]: iterations done, gradients a worker
+    train_loss: np.ndarray  # shape=[rates, seeds, E]: averaged model, all examples
+    test_accuracy: np.ndarray  # shape=[rates, seeds, E]: averaged model
+    consensus: np.ndarray  # shape=[rates, seeds, E]: consensus distance
+    seconds: float  # of the whole program without compilation, all runs together
+
+
+def train(
+    make: Callable[..., optax.GradientTransformation],
+    setting: Setting,
+    on_progress: Callable[[float], None] = lambda share: None,
+    levels: Mapping[str, int] | None = None,
+) -> Curves:
+    """Trains one algorithm at every rate and seed of a setting.
+
+    The initial model and the batches depend on the seed alone: all rates and all
+    algorithms see the same ones.
+
+    Args:
+      make: From a learning rate to the algorithm.
+      setting: Data, model, and how long.
+      on_progress: Called with the share of the iterations done since the last call.
+      levels: The worker axes and their sizes, if they are several.
+
+    Returns:
+      The curves.
+    """
+    rates = jnp.asarray(setting.rates, jnp.float32)
+    keys = jnp.stack([jax.random.key(seed) for seed in setting.seeds])
+    # Arguments of the program, not constants in it: XLA would try to fold them.
+    x_train, y_train, x_test, y_test = map(jnp.asarray, setting.dataset[:4])
+    data = _as_bytes(x_train), y_train, x_test, y_test
+    start, advance = _programs(make, setting, levels)
+    runs = jax.jit(start)(rates, _initial(setting.model, keys, x_train[:1]))
+    batches = _batches(setting)
+    batch = next(batches)
+    # Compiled before the clock starts.
+    step = jax.jit(advance, donate_argnums=2)
+    step = step.lower(rates, batch, runs, data).compile()
+    curves, begin = [], time.perf_counter()
+    for _ in range(setting.evaluations):
+        runs, measured = step(rates, batch, runs, data)
+        batch = next(batches)
+        curves.append(jax.block_until_ready(measured))
+        on_progress(1 / setting.evaluations)
+    seconds = time.perf_counter() - begin
+    loss, accuracy, consensus = (np.stack(x, -1) for x in zip(*curves, strict=True))
+    each = setting.iterations // setting.evaluations
+    iteration = np.arange(1, setting.evaluations + 1) * each
+    return Curves(iteration, loss, accuracy, consensus, seconds)
+
+
+def step_log(
+    make: Callable[..., optax.GradientTransformation],
+    setting: Setting,
+    levels: Mapping[str, int] | None = None,
+) -> dj.CommunicationCosts:
+    """What a worker sends in each iteration of one period of an algorithm.
+
+    Args:
+      make: From a learning rate to the algorithm.
+      setting: Model and number of workers.
+      levels: The worker axes and their sizes, if they are several.
+
+    Returns:
+      One cost per iteration.
+    """
+    example = jnp.asarray(setting.dataset.x_train[:1])
+    key = jax.random.key(0)
+    params = jax.eval_shape(setting.model.init, key, example)["params"]
+    sizes = worker_axes(levels, setting.num_workers)
+    return dj.communication_costs(make(0.1), params, axis_sizes=sizes)
+
+
+def bytes_sent(log: dj.CommunicationCosts, iterations: int) -> np.ndarray:
+    """Bytes that a worker has sent after each iteration, `[iterations + 1]`, from 0."""
+    each = np.resize(log.bytes_sent, iterations)
+    return np.concatenate([[0.0], np.cumsum(each)])
+
+
+def _as_bytes(x: jax.Array) -> tuple[jax.Array, float]:
+    """Images and what to divide them by; a byte a pixel where that is exact.
+
+    Bytes are gathered faster than floats.
+    """
+    for scale in (255.0, 16.0):
+        levels = jnp.round(x * scale)
+        if jnp.array_equal(levels / scale, x) and levels.min() >= 0:
+            return levels.astype(jnp.uint8), scale
+    return x, 1.0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initial(model: nn.Module, keys: jax.Array, example: jax.Array) -> Any:
+    """Every seed's initial model."""
+    return jax.vmap(lambda key: model.init(key, example)["params"])(keys)
+
+
+def _batches(setting: Setting) -> Iterator[jax.Array]:
+    """Examples of the iterations between evaluations: `[seeds, n, T, batch]`.
+
+    Drawn on the host: random bits inside the program would take most of its
+    compilation.
+    """
+    rngs = [np.random.default_rng(seed) for seed in setting.seeds]
+    n, m = setting.parts.shape
+    each = setting.iterations // setting.evaluations
+    shape = (n, each, setting.batch_size)
+    workers = np.arange(n)[:, None, None]
+    while True:
+        drawn = [setting.parts[workers, rng.integers(m, size=shape)] for rng in rngs]
+        yield jnp.asarray(np.stack(drawn), jnp.int32)
+
+
+def worker_axes(levels: Mapping[str, int] | None, num_workers: int) -> dict[str, int]:
+    """The worker axes and their sizes, a single one if no levels are given."""
+    return dict(levels) if levels else {AXIS: num_workers}
+
+
+def _programs(
+    make: Callable, setting: Setting, levels: Mapping[str, int] | None
+) -> tuple[Callable, Callable]:
+    """The start of all runs, and their iterations up to the next evaluation."""
+    model, n = setting.model, setting.num_workers
+    levels = worker_axes(levels, n)
+    axes, sizes = tuple(levels), tuple(levels.values())
+
+    def logits_fn(params, x) -> jax.Array:
+        return cast(jax.Array, model.apply({"params": params}, x))
+
+    def loss_fn(params, x, y):
+        logits = logits_fn(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def gradient(params, batch, x_train, scale, y_train):
+        x = x_train[batch].astype(jnp.float32) / scale
+        return jax.grad(loss_fn)(params, x, y_train[batch])
+
+    if setting.sequential:
+        gradient = jax.custom_batching.sequential_vmap(gradient)
+
+    def start(rate, params):
+        def replicate(x):
+            return jnp.broadcast_to(x, (*sizes, *jnp.shape(x)))
+
+        return jax.tree.map(replicate, (params, make(rate).init(params)))
+
+    def advance(rate, batches, run, data):
+        (x_train, scale), y_train, x_test, y_test = data
+        tx = make(rate)
+
+        def worker(batches, run):
+            def iteration(run, batch):
+                params, opt_state = run
+                grads = gradient(params, batch, x_train, scale, y_train)
+                updates, opt_state = tx.update(grads, opt_state, params)
+                return (optax.apply_updates(params, updates), opt_state), None
+
+            (params, opt_state), _ = lax.scan(iteration, run, batches)
+            averaged = dj.eval_params(opt_state, params, axes)
+            consensus = dj.consensus_distance(params, axes)
+            return (params, opt_state), (averaged, consensus)
+
+        for axis in reversed(axes):
+            worker = jax.vmap(worker, axis_name=axis, out_axes=(0, None))
+        batches = batches.reshape(*sizes, *batches.shape[1:])
+        run, (averaged, consensus) = worker(batches, run)
+        hits = logits_fn(averaged, x_test).argmax(-1) == y_test
+        loss = loss_fn(averaged, x_train.astype(jnp.float32) / scale, y_train)
+        return run, (loss, hits.mean(), consensus)
+
+    # The outer maps: over rates, and inside over seeds, which share start and batches.
+    start = jax.vmap(jax.vmap(start, (None, 0)), (0, None))
+    advance = jax.vmap(jax.vmap(advance, (None, 0, 0, None)), (0, None, 0, None))
+    return start, advance

@@ -1,0 +1,59 @@
+"""The examples that people copy run, and learn: Flax linen, nnx, the README."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("name", ["flax_linen", "flax_nnx"])
+def test_flax_example_learns(name, standard_promotion):
+    path = ROOT / "docs" / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main() > 0.9
+
+
+def test_readme_example_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 4)))
+    batch = np.random.default_rng(0).normal(size=(8, 5, 4)).astype(np.float32)
+
+    def loss_fn(params, batch):
+        return jnp.mean(jnp.square(model.apply(params, batch) - 1))
+
+    def batches():
+        for _ in range(40):
+            # Fake devices of JAX 0.10 run into each other with many steps in flight.
+            jax.block_until_ready(names.get("loss"))
+            yield batch
+
+    names = {"model": model, "params": params, "loss_fn": loss_fn}
+    names |= {"batches": batches(), "optax": optax}
+    exec(blocks[0], names)
+    names["topology"] = names["dj"].topology.ring(8)
+    exec(blocks[1], names)
+    losses = names["workers"].gather(names["loss"])
+    assert losses.shape == (8,)
+    assert losses.mean() < 0.8
+    assert "ppermute" in capsys.readouterr().out
+    assert isinstance(names["tx"], optax.GradientTransformation)
+
+
+def test_two_set_up_commands():
+    """The README has exactly two commands to set up; .ci/run takes the second."""
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^pip install.*$", text, re.M)
+    assert len(commands) == 2
+    assert commands[0].endswith("python -m experiments compare")
+    assert commands[1].endswith("python -m pytest")
