@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from decentral_jax._exchange.numbers import PyTree
 from decentral_jax.evaluation import eval_params
 from decentral_jax.mixing import average
 from decentral_jax.workers import Workers, is_key, unwrap_keys, wrap_keys
@@ -29,8 +30,8 @@ SALT = 0x64656A78
 class Parts(NamedTuple):
     """The parameters and optimizer states among all leaves of a state."""
 
-    params: Any  # a tree of leaf numbers
-    opt_state: Any  # a tree of leaf numbers
+    params: PyTree  # a tree of leaf numbers
+    opt_state: PyTree  # a tree of leaf numbers
     init: Callable[[Any], Any]  # from one worker's parameters to its optimizer state
 
 
@@ -125,7 +126,7 @@ def _nnx(state: tuple[Any, ...]) -> tuple[Any, Any]:
     return optimizers[0], model
 
 
-def _values(tree: Any) -> Any:
+def _values(tree: PyTree) -> PyTree:
     """Replaces each `nnx.Variable` in a tree by its value."""
     nnx = sys.modules["flax.nnx"]
 
@@ -139,12 +140,12 @@ def _values(tree: Any) -> Any:
     )
 
 
-def get(tree: object, name: str) -> Any:
+def get(tree: object, name: str) -> PyTree:
     """Returns the key or attribute of a state with the given name, or None."""
     return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
 
 
-def writable(x: Any) -> Any:
+def writable(x: PyTree) -> PyTree:
     """Converts an array to a dtype that can be written.
 
     PRNG keys become their key data. TensorStore supports only some dtypes of at most 8
@@ -195,7 +196,7 @@ def describe(state: Sequence[Any], axes: int) -> list[list[Any]]:
             node, is_leaf=lambda x: x is not node
         )
         # Leaves have no node data.
-        data: Any = structure.node_data()
+        data: PyTree = structure.node_data()
         if data is None:
             entries.append(
                 [path, str(jnp.result_type(node)), list(jnp.shape(node)[axes:])]
@@ -218,14 +219,14 @@ def describe(state: Sequence[Any], axes: int) -> list[list[Any]]:
     return entries
 
 
-def to_json(value: object) -> Any:
+def to_json(value: object) -> PyTree:
     """Converts NumPy arrays and scalars for `json.dumps`."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"got {value!r} of type {type(value).__name__}")
 
 
-def _static(value: object) -> Any:
+def _static(value: object) -> PyTree:
     """Converts a static field to JSON, such that it is equal in other processes.
 
     Of values that JSON cannot represent, such as functions, only the type remains.
@@ -288,7 +289,7 @@ def check_same(
         number += is_leaf
 
 
-def check_constants(step: int, saved: Any, own: Any) -> None:
+def check_constants(step: int, saved: PyTree, own: PyTree) -> None:
     """Checks the numbers of an optimizer that its state keeps.
 
     A state class lists them in `constants`, by the names of its fields.
@@ -319,7 +320,7 @@ def check_constants(step: int, saved: Any, own: Any) -> None:
                 )
 
 
-def _first(x: Any) -> float | None:
+def _first(x: PyTree) -> float | None:
     """Returns the number that all workers share; None if an array has no values."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return None

@@ -51,6 +51,7 @@ from decentral_jax._checkpoint_state import (
     to_json,
     writable,
 )
+from decentral_jax._exchange.numbers import PyTree
 from decentral_jax.validation import check_int, check_leading_axes
 from decentral_jax.workers import Workers
 
@@ -71,17 +72,17 @@ class Restored(NamedTuple):
     """
 
     step: int
-    state: Any
-    data: Any
+    state: PyTree
+    data: PyTree
     reset: bool
 
     @property
-    def params(self) -> Any:
+    def params(self) -> PyTree:
         """The `params` of a train state, or else the first of several trees."""
         return _part(self.state, "params", 0)
 
     @property
-    def opt_state(self) -> Any:
+    def opt_state(self) -> PyTree:
         """The `opt_state` of a train state, or else the second of several trees."""
         return _part(self.state, "opt_state", 1)
 
@@ -146,7 +147,7 @@ class Checkpoints:
         self._keep = None if keep is None else check_int("keep", keep, minimum=1)
         self._workers = workers
         # Orbax's CheckpointManager would also count, and delete, unrelated folders.
-        self._orbax: Any = ocp.StandardCheckpointer()
+        self._orbax: PyTree = ocp.StandardCheckpointer()
         # Identifies this run in the notes of its checkpoints. `restore` takes over the
         # identity of the run that it continues.
         self._run = uuid.uuid4().hex
@@ -167,7 +168,7 @@ class Checkpoints:
                 raise
             logger.exception("the last checkpoint was not saved")
 
-    def save(self, step: int, *state: Any, data: Any = None) -> None:
+    def save(self, step: int, *state: PyTree, data: PyTree = None) -> None:
         """Saves in the background. The arrays may be donated after this call returns.
 
         Saving a step again replaces its checkpoint after the new one is complete.
@@ -228,7 +229,7 @@ class Checkpoints:
         self._sealing.start()
 
     def restore(
-        self, *like: Any, init: Callable[[Any], Any] | None = None
+        self, *like: PyTree, init: Callable[[Any], Any] | None = None
     ) -> Restored | None:
         """Restores the latest complete checkpoint without changing the folder.
 
@@ -339,7 +340,7 @@ class Checkpoints:
         finally:
             self._orbax.close()
 
-    def _on_first(self, fn: Callable[..., Any], *args: Any) -> Any:
+    def _on_first(self, fn: Callable[..., Any], *args: Any) -> PyTree:
         """Runs `fn` in process 0, and returns its result in all processes.
 
         If `fn` raises an error, all processes raise it.
@@ -525,7 +526,7 @@ class Checkpoints:
         return [as_before(arrays[str(i)], x) for i, x in enumerate(like)]
 
 
-def _part(state: Any, name: str, position: int) -> Any:
+def _part(state: PyTree, name: str, position: int) -> PyTree:
     """Returns a part of a restored state.
 
     Args:

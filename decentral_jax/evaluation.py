@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import PyTree
 from decentral_jax.mixing import average
 from decentral_jax.validation import require_params
 
@@ -15,7 +16,7 @@ __all__ = ["consensus_distance", "eval_params"]
 
 def eval_params(
     opt_state: optax.OptState, params: optax.Params, axis_name: AxisName = "workers"
-) -> Any:
+) -> PyTree:
     r"""Returns the model to evaluate: the mean :math:`\bar x` of the workers' models.
 
     Call it inside a function that runs under the worker axis. Some algorithms compute
@@ -81,7 +82,7 @@ def _is_masked(node: object) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _of_part(hidden: Any, params: Any) -> list[Any]:
+def _of_part(hidden: PyTree, params: PyTree) -> list[Any]:
     """Returns the leaves of the model that one state holds.
 
     `optax.masked`, `partition`, and `multi_transform` pass only some leaves to a

@@ -27,6 +27,7 @@ from jax.sharding import (
 from jax.stages import Wrapped
 
 from decentral_jax._exchange.axis import DEVICES, VIRTUAL, AxisName
+from decentral_jax._exchange.numbers import PyTree
 from decentral_jax._watch import calls
 from decentral_jax.lockstep import check_lockstep
 from decentral_jax.processes import agree
@@ -171,7 +172,7 @@ class Workers:
     def __repr__(self) -> str:
         return f"Workers({self.num_workers} on {self.num_devices} devices)"
 
-    def replicate(self, tree: Any) -> Any:
+    def replicate(self, tree: PyTree) -> PyTree:
         """Gives every worker a copy of one worker's tree.
 
         Args:
@@ -191,7 +192,7 @@ class Workers:
         with self._own_mesh():
             return self._copies(tree)
 
-    def _stack_copies(self, tree: Any) -> Any:
+    def _stack_copies(self, tree: PyTree) -> PyTree:
         """Broadcasts every leaf to the leading worker axes."""
         return jax.tree.map(
             lambda x: jnp.broadcast_to(x, self.shape + jnp.shape(x)), tree
@@ -221,7 +222,7 @@ class Workers:
             for axis, size in enumerate(self.shape)
         )
 
-    def shard(self, tree: Any, local: bool = False) -> Any:
+    def shard(self, tree: PyTree, local: bool = False) -> PyTree:
         """Puts each worker's part of a tree on the worker's device.
 
         Args:
@@ -255,7 +256,7 @@ class Workers:
 
         return jax.tree.map(lambda x: wrap_keys(put(unwrap_keys(x)), x), tree)
 
-    def gather(self, tree: Any) -> Any:
+    def gather(self, tree: PyTree) -> PyTree:
         """Returns the values of all workers as NumPy arrays, in every process.
 
         Args:
@@ -387,7 +388,7 @@ def is_key(x: jax.typing.ArrayLike) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
 
 
-def unwrap_keys(x: Any) -> Any:
+def unwrap_keys(x: PyTree) -> PyTree:
     """Returns the key data of PRNG keys, and other arrays unchanged.
 
     NumPy and files cannot hold typed PRNG keys.
@@ -417,7 +418,7 @@ class _Spmd:
         single_process = workers.sharding.is_fully_addressable
         self._call = jitted if single_process else _compared(jitted)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
         try:
             with self._own_mesh():
                 return self._call(*args, **kwargs)
@@ -427,7 +428,7 @@ class _Spmd:
             check_arrays("arguments", (args, kwargs))
             raise
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyTree:
         return getattr(self._jitted, name)
 
 

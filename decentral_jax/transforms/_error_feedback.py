@@ -184,9 +184,9 @@ def error_feedback(
     detached = injected or detach > 0
     weighs = isinstance(feedback, jax.Array) or feedback < 1
     # With full feedback, a selection takes a path that touches selected entries only.
-    selection = None
-    if isinstance(compressor, Selection) and not weighs:
-        selection = compressor
+    selects = isinstance(compressor, Selection) and not weighs
+    selection = compressor if selects else None
+    rule = _Rule(compressor, selection, detach, period, feedback, seed)
 
     def init_fn(params: optax.Params) -> ResidualState | DetachedState:
         params = require_params(params, "error_feedback")
@@ -202,79 +202,6 @@ def error_feedback(
             return kind(count, copies, zeros, (), memory)
         return kind(count, copies, (), jnp.asarray(detach, float), memory)
 
-    def compressed(
-        p: optax.Updates,
-        like: optax.Params,
-        state: ResidualState | DetachedState,
-        axis: WorkerAxis,
-    ) -> tuple[optax.Updates, optax.Updates, PyTree]:
-        """Returns the new residual p - C(p), the mean of C(p), and the memory."""
-        # The residual also includes the error of the cast to the parameters' dtype.
-        leaves, structure = jax.tree.flatten(cast_like(p, like))
-        key = axis.step_key(seed, state.count)
-        own, mean, memory = compressor.average(key, leaves, state.memory, axis)
-        own, mean = (structure.unflatten(map(wide, x)) for x in (own, mean))
-        return jax.tree.map(jnp.subtract, p, own), mean, memory
-
-    def update_attached(us, state: ResidualState, like, axis: WorkerAxis):
-        """Performs a step with `detach` 0 and `period` 1."""
-        if selection is not None and not is_narrow(like):
-            moved, residual = _send_selected(
-                selection, axis.step_key(seed, state.count), us, state.residual, axis
-            )
-            memory = state.memory
-        else:
-            p = jax.tree.map(
-                lambda e, u: fitted(feedback, e) * e + u, state.residual, us
-            )
-            residual, moved, memory = compressed(p, like, state, axis)
-        return moved, ResidualState(advance(state.count), residual, memory)
-
-    def update_detached(us, state: DetachedState, params, axis: WorkerAxis):
-        """Performs a step with a shared model in the state."""
-        keeps_residual = not _is_empty(state.residual)
-
-        def alone(us, shared, residual, memory):
-            # `feedback` scales only the residual that remains after an exchange.
-            return us, shared, jax.tree.map(jnp.add, residual, us), memory
-
-        def send(us, shared, residual, memory):
-            if selection is not None and not keeps_residual:
-                key = axis.step_key(seed, state.count)
-                moved, shared = _send_detached(
-                    selection, key, us, shared, params, detach, axis
-                )
-                return moved, shared, residual, memory
-            # p = phi e + u, with the residual from the state or from the parameters.
-            if not keeps_residual:
-                residual = _between(shared, params, detach)
-            # With a period, the last exchange has already scaled the residual by phi.
-            weight = feedback if period == 1 else 1.0
-            p = jax.tree.map(lambda e, u: fitted(weight, e) * e + u, residual, us)
-            residual, mean, memory = compressed(p, params, state, axis)
-            # The parameters move to x + lambda e.
-            shared = jax.tree.map(jnp.add, shared, mean)
-            moved = jax.tree.map(
-                lambda x, e, y: (x + fitted(detach, e) * e) - wide(y),
-                shared,
-                residual,
-                params,
-            )
-            if not keeps_residual:
-                residual = ()
-            elif period > 1:
-                residual = jax.tree.map(lambda e: fitted(feedback, e) * e, residual)
-            return moved, shared, residual, memory
-
-        count = advance(state.count, period)
-        operands = us, state.shared, state.residual, state.memory
-        moved, shared, residual, memory = axis.cond_every(
-            period, count, send, alone, *operands
-        )
-        return moved, state._replace(
-            count=count, shared=shared, residual=residual, memory=memory
-        )
-
     def update_fn(
         updates: optax.Updates,
         state,
@@ -282,23 +209,128 @@ def error_feedback(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ResidualState | DetachedState]:
         check_nobody_missing(extra_args, "error_feedback")
-        attached = isinstance(state, ResidualState)
-        if not attached:
-            params = require_params(params, "error_feedback with detach or period")
         # Trees must match the copy in the state; the result has the parameters' dtypes.
-        like = state.residual if attached else state.shared
-        check_trees("updates", updates, like)
-        if params is not None:
-            check_trees("params", params, like)
-        like = updates if params is None else params
-        axis, us = WorkerAxis.bind(axis_name), jax.tree.map(wide, updates)
-        if attached:
-            moved, state = update_attached(us, state, like, axis)
+        if isinstance(state, ResidualState):
+            check_trees("updates", updates, state.residual)
+            if params is not None:
+                check_trees("params", params, state.residual)
+            like = updates if params is None else params
         else:
-            moved, state = update_detached(us, state, params, axis)
+            like = require_params(params, "error_feedback with detach or period")
+            check_trees("updates", updates, state.shared)
+            check_trees("params", like, state.shared)
+        axis, us = WorkerAxis.bind(axis_name), jax.tree.map(wide, updates)
+        if isinstance(state, ResidualState):
+            moved, state = _update_attached(rule, us, state, like, axis)
+        else:
+            moved, state = _update_detached(rule, us, state, like, axis)
         return jax.tree.map(lambda x, y: x.astype(y.dtype), moved, like), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Rule(NamedTuple):
+    """The arguments of `error_feedback`, checked."""
+
+    compressor: Compressor
+    selection: Selection | None  # the compressor, if selected entries suffice
+    detach: float | jax.Array
+    period: int
+    feedback: float | jax.Array
+    seed: int
+
+
+def _compressed(
+    rule: _Rule,
+    p: optax.Updates,
+    like: optax.Params,
+    state: ResidualState | DetachedState,
+    axis: WorkerAxis,
+) -> tuple[optax.Updates, optax.Updates, PyTree]:
+    """Returns the new residual p - C(p), the mean of C(p), and the memory."""
+    # The residual also includes the error of the cast to the parameters' dtype.
+    leaves, structure = jax.tree.flatten(cast_like(p, like))
+    key = axis.step_key(rule.seed, state.count)
+    own, mean, memory = rule.compressor.average(key, leaves, state.memory, axis)
+    own, mean = (structure.unflatten(map(wide, x)) for x in (own, mean))
+    return jax.tree.map(jnp.subtract, p, own), mean, memory
+
+
+def _update_attached(
+    rule: _Rule,
+    us: optax.Updates,
+    state: ResidualState,
+    like: optax.Params,
+    axis: WorkerAxis,
+) -> tuple[optax.Updates, ResidualState]:
+    """Performs a step with `detach` 0 and `period` 1."""
+    if rule.selection is not None and not is_narrow(like):
+        moved, residual = _send_selected(
+            rule.selection,
+            axis.step_key(rule.seed, state.count),
+            us,
+            state.residual,
+            axis,
+        )
+        memory = state.memory
+    else:
+        p = jax.tree.map(
+            lambda e, u: fitted(rule.feedback, e) * e + u, state.residual, us
+        )
+        residual, moved, memory = _compressed(rule, p, like, state, axis)
+    return moved, ResidualState(advance(state.count), residual, memory)
+
+
+def _update_detached(
+    rule: _Rule,
+    us: optax.Updates,
+    state: DetachedState,
+    params: optax.Params,
+    axis: WorkerAxis,
+) -> tuple[optax.Updates, DetachedState]:
+    """Performs a step with a shared model in the state."""
+    keeps_residual = not _is_empty(state.residual)
+
+    def alone(us, shared, residual, memory):
+        # `feedback` scales only the residual that remains after an exchange.
+        return us, shared, jax.tree.map(jnp.add, residual, us), memory
+
+    def send(us, shared, residual, memory):
+        if rule.selection is not None and not keeps_residual:
+            key = axis.step_key(rule.seed, state.count)
+            moved, shared = _send_detached(
+                rule.selection, key, us, shared, params, rule.detach, axis
+            )
+            return moved, shared, residual, memory
+        # p = phi e + u, with the residual from the state or from the parameters.
+        if not keeps_residual:
+            residual = _between(shared, params, rule.detach)
+        # With a period, the last exchange has already scaled the residual by phi.
+        weight = rule.feedback if rule.period == 1 else 1.0
+        p = jax.tree.map(lambda e, u: fitted(weight, e) * e + u, residual, us)
+        residual, mean, memory = _compressed(rule, p, params, state, axis)
+        # The parameters move to x + lambda e.
+        shared = jax.tree.map(jnp.add, shared, mean)
+        moved = jax.tree.map(
+            lambda x, e, y: (x + fitted(rule.detach, e) * e) - wide(y),
+            shared,
+            residual,
+            params,
+        )
+        if not keeps_residual:
+            residual = ()
+        elif rule.period > 1:
+            residual = jax.tree.map(lambda e: fitted(rule.feedback, e) * e, residual)
+        return moved, shared, residual, memory
+
+    count = advance(state.count, rule.period)
+    operands = us, state.shared, state.residual, state.memory
+    moved, shared, residual, memory = axis.cond_every(
+        rule.period, count, send, alone, *operands
+    )
+    return moved, state._replace(
+        count=count, shared=shared, residual=residual, memory=memory
+    )
 
 
 def _send_selected(
