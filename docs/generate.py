@@ -174,10 +174,10 @@ def draw_sent_to_agree():
         ),
     }
     figure, ax = plt.subplots(figsize=(6, 3.2))
-    for name, (make, sizes, colour) in families.items():
+    for name, (make, sizes, color) in families.items():
         made = [make(n) for n in sizes]
         sent = [sent_to_agree(t) for t in made]
-        ax.loglog(sizes, sent, "o-", color=colour, label=name, markersize=4)
+        ax.loglog(sizes, sent, "o-", color=color, label=name, markersize=4)
     ax.set_xlabel("workers")
     ax.set_ylabel("parameter copies sent")
     ax.set_xticks([4, 8, 16, 32, 64, 128], [4, 8, 16, 32, 64, 128])
@@ -286,13 +286,13 @@ def draw_contraction(n: int = 32, rounds: int = 80):
     r = np.arange(rounds + 1)
     figure, ax = plt.subplots(figsize=(6, 3))
     root = math.sqrt(momentum(ring))
-    for values, factor, name, symbol, colour in (
+    for values, factor, name, symbol, color in (
         (plain, ring.second_eigenvalue, "plain", r"$\lambda^r$", BLUE),
         (fast, root, "accelerated", r"$\eta^{r/2}$", ORANGE),
     ):
         distance = np.array([np.linalg.norm(value) for value in values])
-        ax.semilogy(r, distance / distance[0], color=colour, label=f"{name}, measured")
-        ax.semilogy(r, factor**r, ":", color=colour, label=f"{name}, {symbol}")
+        ax.semilogy(r, distance / distance[0], color=color, label=f"{name}, measured")
+        ax.semilogy(r, factor**r, ":", color=color, label=f"{name}, {symbol}")
     ax.set_xlabel("gossip rounds $r$")
     ax.set_ylabel("distance to the mean")
     ax.set_title(f"ring({n})", fontsize=9)

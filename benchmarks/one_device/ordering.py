@@ -77,7 +77,7 @@ def _training(repeats):
     for name, task, workers in (
         ("LeNet, 8x8 images", lenet(8, 1), 8),
         ("LeNet, 28x28 images", lenet(28, 1), 8),
-        ("LeNet, 32x32 images of 3 colours", lenet(32, 3), 8),
+        ("LeNet, 32x32 images of 3 colors", lenet(32, 3), 8),
         ("LSTM, 35 words of 500", lstm, 4),
     ):
         orders = ordered.methods(len(task.x) // workers, workers)

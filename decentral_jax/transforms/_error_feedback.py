@@ -184,8 +184,9 @@ def error_feedback(
     detached = injected or detach > 0
     weighs = isinstance(feedback, jax.Array) or feedback < 1
     # With full feedback, a selection takes a path that touches selected entries only.
-    selects = isinstance(compressor, Selection) and not weighs
-    selection = compressor if selects else None
+    selection = None
+    if isinstance(compressor, Selection) and not weighs:
+        selection = compressor
     rule = _Rule(compressor, selection, detach, period, feedback, seed)
 
     def init_fn(params: optax.Params) -> ResidualState | DetachedState:

@@ -1,7 +1,7 @@
 """Training while workers are missing: in every round some at random do not exchange.
 
 D-PSGD, DeTAG and CHOCO-SGD on a ring with workers whose data differ. Those missing go
-on computing, their neighbours correct their weights. How much worse do all get?
+on computing, their neighbors correct their weights. How much worse do all get?
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Faults(settings.ComparisonOptions):
     ratio: float = 8.0
     """Entries of a leaf for each that CHOCO-SGD sends."""
     consensus_rate: float = 0.2
-    """How far CHOCO-SGD moves towards the neighbours in a step."""
+    """How far CHOCO-SGD moves towards the neighbors in a step."""
     shuffled: float = 25.0
     """Percentage of the label-sorted examples that is shuffled."""
     workers: int = 16

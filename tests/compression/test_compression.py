@@ -255,7 +255,7 @@ def test_the_compiled_program_sends_the_same(compressor, elements):
 @pytest.mark.parametrize(
     "compressor", [c for c in PAYLOADS if not isinstance(c, C.LowRank)], ids=str
 )
-def test_compressed_gossip_sends_a_payload_to_each_neighbour(compressor):
+def test_compressed_gossip_sends_a_payload_to_each_neighbor(compressor):
     result = cost(dj.compressed_gossip(RING, compressor, consensus_rate=0.5))
     assert [entry.kind for entry in result.collectives] == ["ppermute"]
     assert result.bytes_sent == 2 * sum(PAYLOADS[compressor])

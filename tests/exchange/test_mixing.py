@@ -89,16 +89,16 @@ def test_equals_the_matrix_product(layout, x64):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_stays_with_the_neighbours(layout, x64):
+def test_nan_stays_with_the_neighbors(layout, x64):
     # Slots that some workers do not use point at worker 0.
     step, sick = 3, 0
     sick_data = jnp.asarray(DATA).at[sick].set(jnp.nan)
     results = mixed_by(layout)(sick_data, jnp.full(N, step))
     for name in ("ring", "directed", "varied"):
-        neighbours = CASES[name][1](step)[:, sick] != 0
-        assert 1 < neighbours.sum() < N
+        neighbors = CASES[name][1](step)[:, sick] != 0
+        assert 1 < neighbors.sum() < N
         is_nan = np.isnan(results[name]).any(1)
-        np.testing.assert_array_equal(is_nan, neighbours, err_msg=name)
+        np.testing.assert_array_equal(is_nan, neighbors, err_msg=name)
 
 
 # Relative and absolute accuracy; half precision is rounded once, to 8 bits.
@@ -135,7 +135,7 @@ def test_trees_of_several_dtypes(layout, x64):
             np.testing.assert_allclose(np.asarray(y, float), want, rtol, atol)
 
 
-def test_many_neighbours(x64):
+def test_many_neighbors(x64):
     """More than collectives.DENSE_FROM: a matrix product on one device."""
     dense = dj.topology.erdos_renyi(32, 0.95, seed=0)
     rounds = [dense, dj.topology.erdos_renyi(32, 0.9, seed=1)]

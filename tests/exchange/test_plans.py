@@ -33,7 +33,7 @@ def digraphs(draw):
     size = draw(st.integers(2, 20))
     worker = st.integers(0, size - 1)
     pairs = st.sets(st.tuples(worker, worker), min_size=1, max_size=size * size // 2)
-    # The order of the edges decides which paths the colouring swaps.
+    # The order of the edges decides which paths the coloring swaps.
     return draw(st.permutations(sorted(draw(pairs)))), size
 
 

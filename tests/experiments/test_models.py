@@ -234,7 +234,7 @@ def test_resnet20_has_the_published_size_and_shapes(norm: str):
     assert outputs == [(32, 32, 16)] * 7 + [(16, 16, 32)] * 7 + [(8, 8, 64)] * 7
 
 
-def with_other_neighbours(x: np.ndarray) -> np.ndarray:
+def with_other_neighbors(x: np.ndarray) -> np.ndarray:
     """Changes every example of a batch but the first."""
     return np.concatenate([x[:1], 2 + x[1:] ** 2])
 
@@ -244,7 +244,7 @@ def test_resnet20_group_norm_sees_one_example_and_blocks_add_their_input():
     model, x = models.ResNet20(10, width=2), images(4, 8, 8, 3)
     variables = filled(init_shapes(model, x))
     logits = model.apply(variables, x, train=True)
-    changed = model.apply(variables, with_other_neighbours(x), train=True)
+    changed = model.apply(variables, with_other_neighbors(x), train=True)
     np.testing.assert_allclose(logits[0], changed[0], rtol=1e-4, atol=1e-4)
     assert not np.allclose(logits[1], changed[1], rtol=1e-4, atol=1e-4)
 
@@ -268,7 +268,7 @@ def test_resnet20_batch_norm_keeps_running_statistics():
     ones = jax.tree.map(np.ones_like, variables["batch_stats"])
     variables = variables | {"batch_stats": ones}
     logits = model.apply(variables, x)
-    changed = model.apply(variables, with_other_neighbours(x))
+    changed = model.apply(variables, with_other_neighbors(x))
     np.testing.assert_allclose(logits[0], changed[0], rtol=1e-4, atol=1e-4)
 
     trained, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])

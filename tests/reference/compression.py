@@ -101,7 +101,7 @@ class ChocoRun(NamedTuple):
     """Trajectories of CHOCO-SGD."""
 
     params: np.ndarray  # x_i, shape=(steps + 1, n, d)
-    copies: np.ndarray  # xh_i, what the neighbours hold, shape=(steps + 1, n, d)
+    copies: np.ndarray  # xh_i, what the neighbors hold, shape=(steps + 1, n, d)
 
 
 class PowerRun(NamedTuple):

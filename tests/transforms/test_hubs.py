@@ -20,7 +20,7 @@ def test_traffic_of_hubs_and_workers():
     inside = 2 * BYTES * (n - 1) / n
     for t, sent in enumerate(found, start=1):
         if t % (q * tau) == 0:
-            # Two neighbours; each of the hub's workers carries a part of the model.
+            # Two neighbors; each of the hub's workers carries a part of the model.
             assert sent.pop(("ppermute", "hub")) == 2 * BYTES / n
             assert sum(sent.values()) == pytest.approx(inside)
             assert {axis for _, axis in sent} == {"worker"}
@@ -143,7 +143,7 @@ def test_traffic_of_complete_hub_graphs():
 
 
 def test_hubs_pack_small_leaves():
-    """Also where only hubs are devices: one message for each neighbour."""
+    """Also where only hubs are devices: one message for each neighbor."""
     tx = dj.multi_level(dj.topology.ring(4), tau=1, q=1)
 
     def worker(x):

@@ -67,7 +67,7 @@ def library(tx):
 
 
 def by_hand_ring():
-    """D-PSGD on a two-neighbour ring, written without the library."""
+    """D-PSGD on a two-neighbor ring, written without the library."""
     right = [(i, (i + 1) % SIZE) for i in range(SIZE)]
     left = [(i, (i - 1) % SIZE) for i in range(SIZE)]
 
