@@ -52,7 +52,7 @@ from decentral_jax._checkpoint_state import (
     writable,
 )
 from decentral_jax._exchange.numbers import PyTree
-from decentral_jax.validation import check_int, check_leading_axes
+from decentral_jax._validation import check_int, check_leading_axes
 from decentral_jax.workers import Workers
 
 __all__ = ["Checkpoints", "Restored"]

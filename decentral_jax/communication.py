@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from decentral_jax.validation import check_arrays, check_leading_axes
+from decentral_jax._validation import check_arrays, check_leading_axes
 
 __all__ = ["Collective", "CommunicationCost", "communication_cost"]
 

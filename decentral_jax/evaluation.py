@@ -8,8 +8,8 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import PyTree
+from decentral_jax._validation import require_params
 from decentral_jax.mixing import average
-from decentral_jax.validation import require_params
 
 __all__ = ["consensus_distance", "eval_params"]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
-from decentral_jax.validation import check_int
+from decentral_jax._validation import check_int
 
 __all__ = ["ZeroNonfiniteState", "sample_active", "zero_nonfinite_updates"]
 

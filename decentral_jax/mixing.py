@@ -14,13 +14,13 @@ from decentral_jax._exchange.gossip import (
     mix_present,
 )
 from decentral_jax._exchange.numbers import cast_like, wide
+from decentral_jax._validation import check_arrays, check_dtypes, check_int
 from decentral_jax.topology import (
     AnyTopology,
     Topology,
     check_topology,
     exact_factors,
 )
-from decentral_jax.validation import check_arrays, check_dtypes, check_int
 
 Tree = TypeVar("Tree")
 

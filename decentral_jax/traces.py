@@ -12,7 +12,7 @@ import os
 import numpy as np
 from numpy.typing import ArrayLike
 
-from decentral_jax.validation import check_int
+from decentral_jax._validation import check_int
 
 __all__ = ["Trace", "from_speeds", "load", "round_robin", "uniform_delay"]
 

@@ -11,13 +11,15 @@ import numpy as np
 import optax
 
 from decentral_jax._periods import CONSTANT, UNKNOWN, Branches, Repeats, Scalar
+from decentral_jax._validation import check_arrays, check_int
 from decentral_jax.communication import (
     CommunicationCost,
     cost_of_program,
     on_abstract_devices,
     trace,
 )
-from decentral_jax.validation import check_arrays, check_int
+
+__all__ = ["CommunicationCosts", "communication_costs"]
 
 # The longest period to look for, in steps.
 LONGEST = 2**16

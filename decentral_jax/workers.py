@@ -28,15 +28,15 @@ from jax.stages import Wrapped
 
 from decentral_jax._exchange.axis import DEVICES, VIRTUAL, AxisName
 from decentral_jax._exchange.numbers import PyTree
-from decentral_jax._watch import calls
-from decentral_jax.lockstep import check_lockstep
-from decentral_jax.processes import agree
-from decentral_jax.validation import (
+from decentral_jax._lockstep import check_lockstep
+from decentral_jax._validation import (
     check_arrays,
     check_axis_name,
     check_int,
     check_leading_axes,
 )
+from decentral_jax._watch import calls
+from decentral_jax.processes import agree
 
 __all__ = ["Workers"]
 

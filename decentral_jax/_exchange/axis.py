@@ -42,7 +42,7 @@ from decentral_jax._exchange.weighing import (
     stacked,
     weighted_sum,
 )
-from decentral_jax.validation import check_axis_name
+from decentral_jax._validation import check_axis_name
 
 AxisName = str | tuple[str, ...]
 Tree = TypeVar("Tree")
@@ -143,7 +143,7 @@ class WorkerAxis:
         A step counter in a worker's state is batched under `vmap`, and a `cond` on it
         would run both branches. Its maximum over the `vmap` axis is the same number,
         unbatched, and needs no communication. On mesh axes the value is used as it is;
-        `decentral_jax.lockstep` checks that it is equal there.
+        `decentral_jax._lockstep` checks that it is equal there.
         """
         if self.virtual:
             return lax.pmax(x, self.virtual)

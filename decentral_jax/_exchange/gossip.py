@@ -22,8 +22,8 @@ from decentral_jax._exchange.packing import (
     packed,
 )
 from decentral_jax._exchange.weighing import DENSE_FROM
+from decentral_jax._validation import check_dtypes
 from decentral_jax.topology import AnyTopology, Topology, check_topology, reweighted
-from decentral_jax.validation import check_dtypes
 
 
 def mix_all(

@@ -94,7 +94,7 @@ def advance(count: jax.typing.ArrayLike, period: int = 1) -> jax.Array:
 def equal_on_all_workers(x: jax.Array) -> jax.Array:
     """Marks a value that must be equal on all workers.
 
-    `decentral_jax.lockstep` finds the mark by this function's name in the jaxpr.
+    `decentral_jax._lockstep` finds the mark by this function's name in the jaxpr.
     """
     return lax.optimization_barrier(x)
 
@@ -103,6 +103,6 @@ def equal_on_all_workers(x: jax.Array) -> jax.Array:
 def value_equal_on_all_workers(x: jax.Array) -> jax.Array:
     """Marks a loss that an optimizer reads, and that must be equal on all workers.
 
-    `decentral_jax.lockstep` finds the mark by this function's name in the jaxpr.
+    `decentral_jax._lockstep` finds the mark by this function's name in the jaxpr.
     """
     return lax.optimization_barrier(x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.numbers import value_equal_on_all_workers
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_arrays,
     check_learning_rate,
     check_not_multi_steps,

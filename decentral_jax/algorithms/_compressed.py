@@ -6,6 +6,7 @@ import jax
 import optax
 
 from decentral_jax._exchange.axis import AxisName
+from decentral_jax._validation import check_interval
 from decentral_jax.algorithms._base import Optimizer, OptimizerLike, local_optimizer
 from decentral_jax.compression import Codec, Compressor, low_rank
 from decentral_jax.topology import Topology
@@ -14,7 +15,6 @@ from decentral_jax.transforms._compressed_gossip import compressed_gossip
 from decentral_jax.transforms._error_feedback import Evaluate, error_feedback
 from decentral_jax.transforms._error_reset import error_reset
 from decentral_jax.transforms._iterate_averaging import iterate_averaging
-from decentral_jax.validation import check_interval
 
 __all__ = [
     "choco_sgd",

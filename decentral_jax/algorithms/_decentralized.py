@@ -3,6 +3,7 @@
 import optax
 
 from decentral_jax._exchange.axis import AxisName
+from decentral_jax._validation import check_int
 from decentral_jax.algorithms._base import Optimizer, OptimizerLike, local_optimizer
 from decentral_jax.topology import (
     AnyTopology,
@@ -18,7 +19,6 @@ from decentral_jax.transforms._tracking import (
     exact_phases,
     track_gradients,
 )
-from decentral_jax.validation import check_int
 
 __all__ = ["all_reduce_sgd", "d2", "d_psgd", "defacto", "detag", "dsgt"]
 

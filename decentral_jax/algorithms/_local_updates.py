@@ -10,6 +10,7 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName
 from decentral_jax._exchange.numbers import fitted, wide
+from decentral_jax._validation import check_int, check_interval, check_learning_rate
 from decentral_jax.algorithms._base import (
     Optimizer,
     OptimizerLike,
@@ -22,7 +23,6 @@ from decentral_jax.transforms._multi_level import multi_level
 from decentral_jax.transforms._operating import operating_rates
 from decentral_jax.transforms._push_sum import push_sum
 from decentral_jax.transforms._quasi_global import quasi_global_momentum
-from decentral_jax.validation import check_int, check_interval, check_learning_rate
 
 __all__ = ["diloco", "hl_sgd", "local_sgd", "mll_sgd", "qg_dsgdm", "sgp", "slowmo"]
 

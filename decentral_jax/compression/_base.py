@@ -17,7 +17,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from decentral_jax._exchange.numbers import PyTree, widened
-from decentral_jax.validation import check_interval
+from decentral_jax._validation import check_interval
 
 Tree = TypeVar("Tree")
 

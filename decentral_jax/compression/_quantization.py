@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from decentral_jax._exchange.numbers import widened
+from decentral_jax._validation import check_int
 from decentral_jax.compression._base import Codec
-from decentral_jax.validation import check_int
 
 
 @dataclasses.dataclass(frozen=True)

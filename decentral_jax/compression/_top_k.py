@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from decentral_jax._validation import check_int
 from decentral_jax.compression._base import Codec, check_ratio, share
-from decentral_jax.validation import check_int
 
 
 @dataclasses.dataclass(frozen=True)

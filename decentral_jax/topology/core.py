@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
-from decentral_jax.validation import check_interval
+from decentral_jax._validation import check_interval
 
 if TYPE_CHECKING:
     import networkx as nx

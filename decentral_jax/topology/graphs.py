@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
+from decentral_jax._validation import check_choice, check_int, check_interval
 from decentral_jax.topology.core import Topology, check_topology
-from decentral_jax.validation import check_choice, check_int, check_interval
 
 if TYPE_CHECKING:
     import networkx as nx

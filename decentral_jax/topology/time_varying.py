@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from decentral_jax._validation import check_int
 from decentral_jax.topology.core import Topology, TopologySchedule
-from decentral_jax.validation import check_int
 
 # Disjoint groups of workers; in one round, each group averages its own values.
 Groups = list[list[int]]

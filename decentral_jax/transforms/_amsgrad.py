@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from decentral_jax._exchange.numbers import fitted, wide, wide_zeros
-from decentral_jax.validation import check_interval, check_learning_rate, require_params
+from decentral_jax._validation import (
+    check_interval,
+    check_learning_rate,
+    require_params,
+)
 
 __all__ = ["ScaleByAmsgradState", "amsgrad", "project"]
 

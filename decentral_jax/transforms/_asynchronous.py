@@ -15,8 +15,7 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import advance, fitted, wide, wide_copy
-from decentral_jax.traces import Trace
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_interval,
     check_nobody_missing,
@@ -25,6 +24,7 @@ from decentral_jax.validation import (
     check_trees,
     require_params,
 )
+from decentral_jax.traces import Trace
 
 __all__ = [
     "AsynchronousState",

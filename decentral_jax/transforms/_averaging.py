@@ -14,8 +14,7 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import advance, wide, wide_copy
-from decentral_jax.mixing import average
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_arrays,
     check_axis_name,
     check_dtypes,
@@ -25,6 +24,7 @@ from decentral_jax.validation import (
     check_trees,
     require_params,
 )
+from decentral_jax.mixing import average
 
 __all__ = ["PeriodicAveragingState", "average_gradients", "average_parameters"]
 

@@ -18,17 +18,17 @@ from decentral_jax._exchange.numbers import (
     wide,
     wide_zeros,
 )
-from decentral_jax.compression import Codec
-from decentral_jax.compression._base import check_codec
-from decentral_jax.mixing import mix
-from decentral_jax.topology import Topology, check_topology
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_int,
     check_interval,
     check_trees,
     require_params,
 )
+from decentral_jax.compression import Codec
+from decentral_jax.compression._base import check_codec
+from decentral_jax.mixing import mix
+from decentral_jax.topology import Topology, check_topology
 
 __all__ = ["CompressedGossipState", "compressed_gossip"]
 

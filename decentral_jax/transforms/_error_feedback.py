@@ -23,9 +23,7 @@ from decentral_jax._exchange.numbers import (
     wide_copy,
     wide_zeros,
 )
-from decentral_jax.compression import Compressor, Selection
-from decentral_jax.compression._base import check_compressor
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_choice,
     check_int,
@@ -34,6 +32,8 @@ from decentral_jax.validation import (
     check_trees,
     require_params,
 )
+from decentral_jax.compression import Compressor, Selection
+from decentral_jax.compression._base import check_compressor
 
 __all__ = ["AveragedState", "DetachedState", "ResidualState", "error_feedback"]
 

@@ -21,15 +21,15 @@ from decentral_jax._exchange.numbers import (
     wide_copy,
     wide_zeros,
 )
-from decentral_jax.compression import Compressor
-from decentral_jax.compression._base import check_compressor
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_int,
     check_nobody_missing,
     check_trees,
     require_params,
 )
+from decentral_jax.compression import Compressor
+from decentral_jax.compression._base import check_compressor
 
 __all__ = ["ErrorResetState", "error_reset"]
 

@@ -14,9 +14,7 @@ import optax
 from decentral_jax._exchange.axis import AxisName
 from decentral_jax._exchange.gossip import mix_differences
 from decentral_jax._exchange.numbers import advance, wide, wide_zeros
-from decentral_jax.mixing import mix
-from decentral_jax.topology import AnyTopology, Topology, check_topology
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_arrays,
     check_axis_name,
     check_choice,
@@ -24,6 +22,8 @@ from decentral_jax.validation import (
     check_nobody_missing,
     require_params,
 )
+from decentral_jax.mixing import mix
+from decentral_jax.topology import AnyTopology, Topology, check_topology
 
 __all__ = ["ExactDiffusionState", "GossipState", "exact_diffusion", "gossip"]
 

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._validation import check_int, check_nobody_missing
 from decentral_jax.transforms._balancing import (
     Leaves,
     balance,
@@ -24,7 +25,6 @@ from decentral_jax.transforms._balancing import (
     zeros_like_wide,
 )
 from decentral_jax.transforms._ordering import Step, ordering
-from decentral_jax.validation import check_int, check_nobody_missing
 
 __all__ = ["d_grab", "grab", "pair_balance"]
 

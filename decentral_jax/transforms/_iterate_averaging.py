@@ -6,7 +6,7 @@ import jax
 import optax
 
 from decentral_jax._exchange.numbers import fitted, wide, wide_copy
-from decentral_jax.validation import check_interval, check_trees, require_params
+from decentral_jax._validation import check_interval, check_trees, require_params
 
 __all__ = ["IterateAveragingState", "iterate_averaging"]
 

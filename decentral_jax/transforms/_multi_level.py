@@ -11,9 +11,7 @@ import optax
 from decentral_jax._exchange.axis import WorkerAxis
 from decentral_jax._exchange.gossip import hub_average
 from decentral_jax._exchange.numbers import advance
-from decentral_jax.topology import AnyTopology, check_topology
-from decentral_jax.transforms._gossip import difference
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     as_table,
     check_axis_name,
     check_int,
@@ -21,6 +19,8 @@ from decentral_jax.validation import (
     check_trees,
     require_params,
 )
+from decentral_jax.topology import AnyTopology, check_topology
+from decentral_jax.transforms._gossip import difference
 
 __all__ = ["MultiLevelState", "multi_level"]
 

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import advance
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     as_table,
     check_axis_name,
     check_int,

@@ -15,13 +15,13 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import PyTree
-from decentral_jax.transforms._balancing import Leaves, mean_of
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_int,
     check_trees,
     require_params,
 )
+from decentral_jax.transforms._balancing import Leaves, mean_of
 
 __all__ = ["OrderingState", "next_examples", "random_reshuffling"]
 

@@ -8,14 +8,14 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName
 from decentral_jax._exchange.numbers import advance, weighted, widened
-from decentral_jax.mixing import mix
-from decentral_jax.topology import AnyTopology, check_topology
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_nobody_missing,
     check_trees,
     require_params,
 )
+from decentral_jax.mixing import mix
+from decentral_jax.topology import AnyTopology, check_topology
 
 __all__ = ["PushSumState", "push_sum"]
 

@@ -13,8 +13,7 @@ import optax
 from decentral_jax._exchange.axis import AxisName
 from decentral_jax._exchange.gossip import mix_differences
 from decentral_jax._exchange.numbers import advance, fitted, wide, wide_zeros
-from decentral_jax.topology import AnyTopology, check_topology
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_axis_name,
     check_interval,
     check_learning_rate,
@@ -22,6 +21,7 @@ from decentral_jax.validation import (
     check_trees,
     require_params,
 )
+from decentral_jax.topology import AnyTopology, check_topology
 
 __all__ = ["QuasiGlobalState", "quasi_global_momentum"]
 

@@ -24,15 +24,7 @@ from decentral_jax._exchange.numbers import (
     wide,
     wide_zeros,
 )
-from decentral_jax.topology import (
-    AnyTopology,
-    Topology,
-    check_topology,
-    exact_factors,
-    from_graph,
-)
-from decentral_jax.transforms._gossip import Order
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_arrays,
     check_axis_name,
     check_choice,
@@ -42,6 +34,14 @@ from decentral_jax.validation import (
     check_optimizer,
     require_params,
 )
+from decentral_jax.topology import (
+    AnyTopology,
+    Topology,
+    check_topology,
+    exact_factors,
+    from_graph,
+)
+from decentral_jax.transforms._gossip import Order
 
 __all__ = [
     "AcceleratedTrackingState",

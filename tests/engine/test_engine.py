@@ -17,8 +17,8 @@ import pytest
 
 import decentral_jax as dj
 from decentral_jax import engine
-from decentral_jax.engine.master import Master
-from decentral_jax.engine.programs import Gradients
+from decentral_jax.engine._master import Master
+from decentral_jax.engine._programs import Gradients
 from tests.support.layouts import compilations
 
 RATE = 0.125

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import optax
 
-from decentral_jax.engine.programs import step_of
-from decentral_jax.engine.progress import Progress
-from decentral_jax.engine.worker import Backend, Ended, Failed, Gradient, Ready, Report
+from decentral_jax.engine._programs import step_of
+from decentral_jax.engine._progress import Progress
+from decentral_jax.engine._worker import Backend, Ended, Failed, Gradient, Ready, Report
 from decentral_jax.traces import Trace
 
 logger = logging.getLogger(__name__)

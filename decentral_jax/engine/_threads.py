@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import optax
 
-from decentral_jax.engine.programs import Device, Gradients
-from decentral_jax.engine.worker import Failed, Report, Worker
+from decentral_jax.engine._programs import Device, Gradients
+from decentral_jax.engine._worker import Failed, Report, Worker
 
 logger = logging.getLogger(__name__)
 

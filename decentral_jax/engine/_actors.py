@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from decentral_jax.engine.programs import Device, Gradients, shapes
-from decentral_jax.engine.worker import Ended, Failed, Gradient, Report, Worker
+from decentral_jax.engine._programs import Device, Gradients, shapes
+from decentral_jax.engine._worker import Ended, Failed, Gradient, Report, Worker
 
 LOOPBACK = "127.0.0.1"
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import optax
 
-from decentral_jax.engine.programs import Device
+from decentral_jax.engine._programs import Device
 
 
 class Ready(NamedTuple):

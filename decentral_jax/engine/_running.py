@@ -7,17 +7,17 @@ from typing import Any
 import jax
 import optax
 
-from decentral_jax.engine.actors import Actors
-from decentral_jax.engine.master import Master, Options, Run
-from decentral_jax.engine.programs import Device, shapes
-from decentral_jax.engine.progress import Progress
-from decentral_jax.engine.threads import Threads
-from decentral_jax.validation import (
+from decentral_jax._validation import (
     check_int,
     check_interval,
     check_optimizer,
     check_trees,
 )
+from decentral_jax.engine._actors import Actors
+from decentral_jax.engine._master import Master, Options, Run
+from decentral_jax.engine._programs import Device, shapes
+from decentral_jax.engine._progress import Progress
+from decentral_jax.engine._threads import Threads
 
 
 def run(
