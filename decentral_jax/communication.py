@@ -1,9 +1,10 @@
-"""Bytes on the wire, read off the traced program.
+"""Bytes that one call of a function sends, read off the traced program.
 
-The convention, a worker and a call, for an array of `b` bytes among `n` workers:
-an all-reduce (`psum`, `pmax`, ...) sends `2 b (n - 1) / n`, as a ring all-reduce does;
-`ppermute` sends `b`; `all_gather` of `b` a worker, `b (n - 1)`; `all_to_all` and
-`psum_scatter`, `b (n - 1) / n`. Nothing travels along a `vmap` axis.
+Costs are per worker and per call. For an array of `b` bytes and `n` workers, an
+all-reduce (`psum`, `pmax`, ...) sends `2 b (n - 1) / n`, as a ring all-reduce does;
+`ppermute` sends `b`; `all_gather` of `b` bytes per worker sends `b (n - 1)`;
+`all_to_all` and `psum_scatter` send `b (n - 1) / n`. Nothing travels along a `vmap`
+axis.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ from decentral_jax._validation import check_arrays, check_leading_axes
 
 __all__ = ["Collective", "CommunicationCost", "communication_cost"]
 
-# Bytes sent by a worker for an operand of b bytes among n workers.
+# Sizes of mesh axes by name.
+Sizes = Mapping[str, int]
+
+# Bytes sent per worker for an operand of b bytes and n workers.
 SENT: dict[str, Callable[[float, int], float]] = {
     "all-reduce": lambda b, n: 2 * b * (n - 1) / n,
     "ppermute": lambda b, n: b,
@@ -30,8 +34,8 @@ SENT: dict[str, Callable[[float, int], float]] = {
     "reduce-scatter": lambda b, n: b * (n - 1) / n,
 }
 
-# What JAX calls them; "invariant" and "2" are variants that shard_map(check_vma=True)
-# chooses.
+# JAX's names of the primitives. shard_map(check_vma=True) chooses the variants with
+# "invariant" and "2".
 KINDS = {
     "psum": "all-reduce",
     "psum2": "all-reduce",
@@ -47,18 +51,17 @@ KINDS = {
     "unreduced_reduce_scatter": "reduce-scatter",
 }
 
-# What leaves a number as it is on which all workers agree, such as a step counter.
+# Primitives that do not change a number that is equal on all workers, such as a counter.
 UNCHANGED = ("pmax", "pmin", "pvary", "optimization_barrier")
 
 
-# Name an axis, but send nothing along it.
+# Primitives that name an axis, but send nothing along it.
 SENDS_NOTHING = (
     "axis_index",
     "pvary",
     "pcast",
     "reshard",
     "core_call",
-    "xla_pmap",
     "vary_unreduced_cast",
     "reduced_vary_cast",
 )
@@ -73,11 +76,11 @@ class Collective:
 
     Attributes:
       kind: "ppermute", "all-reduce", "all-gather", "all-to-all" or "reduce-scatter".
-      axis: The axis, several joined by commas.
-      count: How many are executed a call.
-      bytes_sent: Bytes that a worker sends for all of them together.
-      pairs: Of `ppermute`, who sends to whom, as numbers along the axis; all take part
-        in the others.
+      axis: Name of the axis; several names are joined by commas.
+      count: Number of executions per call.
+      bytes_sent: Bytes sent per worker per call, for all of them together.
+      pairs: For `ppermute`, pairs (sender, receiver) of numbers along the axis. Empty
+        for the other kinds, in which all workers take part.
     """
 
     kind: str
@@ -89,7 +92,7 @@ class Collective:
     )
 
     def plus(self, other: "Collective") -> "Collective":
-        """Both together, of one kind and axis."""
+        """Adds another entry of the same kind and axis."""
         return dataclasses.replace(
             self,
             count=self.count + other.count,
@@ -100,14 +103,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class CommunicationCost:
-    """What a worker sends in one call of a function; `print` shows a table.
+    """Traffic of one worker in one call of a function; `print` shows a table.
 
     Attributes:
-      collectives: One entry a kind and axis.
+      collectives: One entry per kind and axis.
       is_exact: False if a `while` loop or a branch depends on values that are not known
-        before running; then a loop is counted once and the heavier branch is taken.
-        Also False if there are collectives in `unlisted`.
-      unlisted: Names of collectives whose cost is not known. They count as 0 bytes.
+        before the program runs. A loop is then counted once, and the most expensive
+        branch counts. Also False if `unlisted` is not empty.
+      unlisted: Names of collectives with unknown cost. They count as 0 bytes.
     """
 
     collectives: tuple[Collective, ...]
@@ -116,12 +119,12 @@ class CommunicationCost:
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that a worker sends a call."""
+        """Bytes sent per worker per call."""
         return float(sum(entry.bytes_sent for entry in self.collectives))
 
     @property
     def count(self) -> int:
-        """Collectives executed a call."""
+        """Number of collectives executed per call."""
         return sum(entry.count for entry in self.collectives)
 
     def __str__(self) -> str:
@@ -140,21 +143,23 @@ class CommunicationCost:
 def communication_cost(
     fn: Callable, *args: Any, axis_sizes: Mapping[str, int] | None = None
 ) -> CommunicationCost:
-    """Counts the collectives and bytes that a worker sends in one call.
+    """Counts the collectives that a worker executes in one call, and their bytes.
 
     The function is traced, not run. A function from `dj.Workers.spmd` is traced as if
-    every worker had a device of its own, so that the answer belongs to the algorithm
-    and not to the machine at hand. Branches whose condition follows from integers in
-    `args`, such as a step counter in an optimizer's state, are taken as they would be.
+    every worker had a device of its own, so the result describes the algorithm and not
+    the current machine. If the condition of a branch follows from integers in `args`,
+    such as a step counter in an optimizer's state, the result counts that branch.
 
     Args:
-      fn: A function from `dj.Workers.spmd`; or one that contains `jax.shard_map` or
-        `jax.pmap`; or, with `axis_sizes`, a step for one worker.
-      *args: Its arguments, arrays or `jax.ShapeDtypeStruct`.
-      axis_sizes: Sizes of the worker axes that a step for one worker uses.
+      fn: A function from `dj.Workers.spmd`, a function that contains `jax.shard_map` or
+        `jax.pmap`, or, with `axis_sizes`, a step for one worker.
+      *args: Arguments of `fn`: arrays or `jax.ShapeDtypeStruct`.
+      axis_sizes: Number of workers along each worker axis of a step for one worker, by
+        the name of the axis.
 
     Returns:
-      The cost, with `.bytes_sent`, `.count`, `.collectives`, and a table when printed.
+      The cost, with the attributes `.bytes_sent`, `.count` and `.collectives`. `print`
+      shows a table.
 
     Raises:
       TypeError: If `fn` is not a function, or any leaf of an argument is not an array.
@@ -178,7 +183,7 @@ def communication_cost(
         assert axis_sizes
         dims = len(axis_sizes)
         check_leading_axes("arguments", args, tuple(axis_sizes.values()))
-        # All workers are in the same phase: the first one's integers stand for all.
+        # All workers are in the same phase, so the integers of the first one are used.
         args = jax.tree.map(lambda x: _first(x, dims), args)
     if axis_sizes:
         fn = on_abstract_devices(fn, axis_sizes)
@@ -188,13 +193,13 @@ def communication_cost(
 
 
 def trace(fn: Callable, *args: Any) -> Any:
-    """The closed jaxpr of a function, which is not run."""
-    # As types that JAX has: it would warn of int64 arrays, which a call takes silently.
+    """Returns the closed jaxpr of a function."""
+    # Convert to dtypes that JAX has. Tracing warns of int64 arrays; a call does not.
     return jax.make_jaxpr(fn)(*jax.tree.map(_canonical, args))
 
 
 def cost_of_program(jaxpr: Any, known: Sequence[Any]) -> tuple[CommunicationCost, list]:
-    """The cost of one call of a traced program, and the integers that it returns.
+    """Returns the cost of one call of a traced program, and the integers it returns.
 
     Args:
       jaxpr: A closed jaxpr.
@@ -203,20 +208,21 @@ def cost_of_program(jaxpr: Any, known: Sequence[Any]) -> tuple[CommunicationCost
     Returns:
       The cost, and one entry per output: the value of a scalar, or None.
     """
-    walk = _Walk()
-    found, results = collect(walk(jaxpr.jaxpr, jaxpr.consts, list(known), {}))
+    interpreter = _JaxprInterpreter()
+    found, results = collect(interpreter(jaxpr.jaxpr, jaxpr.consts, list(known), {}))
+    # Merge collectives of the same kind and axis.
     merged: dict[tuple[str, str], Collective] = {}
     for new in found:
         key = new.kind, new.axis
         merged[key] = merged[key].plus(new) if key in merged else new
     entries = tuple(entry for _, entry in sorted(merged.items()))
-    unlisted = tuple(sorted(walk.unlisted))
-    exact = walk.is_exact and not unlisted
+    unlisted = tuple(sorted(interpreter.unlisted))
+    exact = interpreter.is_exact and not unlisted
     return CommunicationCost(entries, exact, unlisted), results
 
 
 def collect(walked: "Walked") -> tuple[list[Collective], list]:
-    """All that a walk yields, and what it returns."""
+    """Returns everything that a generator yields, and its return value."""
     found = []
     while True:
         try:
@@ -226,7 +232,7 @@ def collect(walked: "Walked") -> tuple[list[Collective], list]:
 
 
 def _first(x: Any, dims: int) -> Any:
-    """One worker's part of a leaf, or only its shape where the value is of no use."""
+    """Returns one worker's part of a leaf: an integer, or only a shape and dtype."""
     shape = np.shape(x)[dims:]
     concrete = isinstance(x, np.ndarray) or (
         isinstance(x, jax.Array) and x.is_fully_addressable
@@ -237,7 +243,7 @@ def _first(x: Any, dims: int) -> Any:
 
 
 def _canonical(x: Any) -> Any:
-    """A leaf in the dtype that JAX gives it, without a warning."""
+    """Converts a leaf to the dtype that JAX gives it, without a warning."""
     if not isinstance(x, (np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         return x
     dtype = x.dtype
@@ -252,7 +258,7 @@ def _canonical(x: Any) -> Any:
 
 
 def on_abstract_devices(fn: Callable, axis_sizes: Mapping[str, int]) -> Callable:
-    """`fn` with every worker on a device of its own, none of which need exist."""
+    """Maps `fn` over an abstract mesh with one device per worker."""
     names, sizes = tuple(axis_sizes), tuple(axis_sizes.values())
     mesh = AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
     return jax.shard_map(
@@ -265,7 +271,7 @@ def on_abstract_devices(fn: Callable, axis_sizes: Mapping[str, int]) -> Callable
 
 
 def known_integer(leaf: Any) -> Any:
-    """The value of an integer or boolean scalar that is at hand, else None."""
+    """Returns the value of an integer or boolean scalar if it is known, else None."""
     if isinstance(leaf, jax.ShapeDtypeStruct) or np.ndim(leaf):
         return None
     return np.asarray(leaf) if _is_discrete(jnp.result_type(leaf)) else None
@@ -275,16 +281,21 @@ def _is_discrete(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, np.integer) or jnp.issubdtype(dtype, np.bool_)
 
 
-# Yields collectives; returns the results that are known, None for the others.
+# Yields collectives; returns one entry per result: a known value, or None.
 Walked = Generator[Collective, None, list]
 
 
-class _Walk:
-    """Walks a jaxpr, following integer scalars whose values are known."""
+class _JaxprInterpreter:
+    """Interprets a jaxpr, propagating integer scalars whose values are known.
+
+    Attributes:
+      is_exact: Whether no cost so far depends on unknown values.
+      unlisted: Names of collectives with unknown cost.
+    """
 
     def __init__(self):
         self.is_exact = True
-        self.unlisted: set[str] = set()  # collectives of unknown cost
+        self.unlisted: set[str] = set()
 
     def __call__(self, jaxpr, consts, args, sizes) -> Walked:
         known = dict(zip(jaxpr.constvars, map(known_integer, consts), strict=True))
@@ -304,6 +315,7 @@ class _Walk:
                 results = yield from self.cond(eqn, values, sizes)
                 known |= dict(zip(eqn.outvars, results, strict=True))
             elif name == "scan":
+                # The body runs `length` times, with unknown carries.
                 inner = eqn.params["jaxpr"]
                 unknown = [None] * len(inner.jaxpr.invars)
                 length = eqn.params["length"]
@@ -314,6 +326,7 @@ class _Walk:
                         bytes_sent=entry.bytes_sent * length,
                     )
             elif name == "while":
+                # The number of iterations is unknown: count the loop once.
                 found = []
                 for inner in (eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]):
                     unknown = [None] * len(inner.jaxpr.invars)
@@ -321,20 +334,18 @@ class _Walk:
                 self.is_exact = self.is_exact and not found
                 yield from found
             elif name not in KINDS:
+                # A call of other programs, an unlisted collective, or local arithmetic.
                 if is_unlisted(eqn, sizes):
                     self.unlisted.add(name)
                 inner_sizes = sizes
                 if "mesh" in eqn.params:
                     inner_sizes = {**sizes, **eqn.params["mesh"].shape}
-                elif name == "xla_pmap":
-                    axis_size = eqn.params["axis_size"]
-                    inner_sizes = {**sizes, eqn.params["axis_name"]: axis_size}
                 inner_jaxprs = list(inner_programs(eqn))
                 for inner, inner_consts in inner_jaxprs:
                     same = len(inner.invars) == len(values)
                     passed = values if same else [None] * len(inner.invars)
                     results = yield from self(inner, inner_consts, passed, inner_sizes)
-                    # A jitted helper, such as the remainder of a counter.
+                    # Propagate results of jitted helpers, such as a remainder.
                     if len(inner_jaxprs) == 1 and len(results) == len(eqn.outvars):
                         known |= dict(zip(eqn.outvars, results, strict=True))
                 if not inner_jaxprs:
@@ -343,6 +354,7 @@ class _Walk:
 
     def cond(self, eqn, values, sizes) -> Walked:
         index, *operands = values
+        # With a known index that branch counts, otherwise the most expensive one.
         branches = eqn.params["branches"]
         if index is not None:
             branch = branches[int(np.clip(int(index), 0, len(branches) - 1))]
@@ -358,10 +370,11 @@ class _Walk:
         return [None] * len(eqn.outvars)
 
 
-def _sent(eqn, sizes) -> Iterator[Collective]:
+def _sent(eqn: Any, sizes: Sizes) -> Iterator[Collective]:
+    """Yields the cost of a listed collective, one entry per operand."""
     axes = eqn.params.get("axes", eqn.params.get("axis_name"))
     axes = axes if isinstance(axes, tuple) else (axes,)
-    axes = tuple(axis for axis in axes if axis in sizes)  # the rest are vmap axes
+    axes = tuple(axis for axis in axes if axis in sizes)  # others are vmap axes
     n = math.prod(sizes[axis] for axis in axes)
     if n == 1:
         return
@@ -372,12 +385,12 @@ def _sent(eqn, sizes) -> Iterator[Collective]:
         yield Collective(kind, ",".join(axes), 1, sent, pairs)
 
 
-def is_unlisted(eqn, sizes) -> bool:
-    """Whether an equation that is not listed uses a mesh axis by name, and sends."""
+def is_unlisted(eqn: Any, sizes: Sizes) -> bool:
+    """Returns whether an equation is a collective over a mesh axis, but not listed."""
     if eqn.primitive.name in SENDS_NOTHING or "mesh" in eqn.params:
         return False
     if any(True for _ in inner_programs(eqn)):
-        return False  # what it calls is walked
+        return False  # the interpreter visits what it calls
     named = {
         axis
         for key in AXIS_PARAMS
@@ -385,15 +398,15 @@ def is_unlisted(eqn, sizes) -> bool:
         for axis in (value if isinstance(value, (tuple, list)) else (value,))
         if isinstance(axis, str)
     }
-    # Primitives that name their axis otherwise tell it by their effects.
+    # Other primitives name their axes in their effects.
     for effect in eqn.effects:
         if isinstance(name := getattr(effect, "name", None), str):
             named.add(name)
     return any(sizes.get(axis, 1) > 1 for axis in named)
 
 
-def inner_programs(eqn) -> Iterator[tuple[Any, Any]]:
-    """The jaxprs that an equation calls, with their constants."""
+def inner_programs(eqn: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields the jaxprs that an equation calls, with their constants."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(item, "jaxpr") and hasattr(item, "consts"):
@@ -402,8 +415,8 @@ def inner_programs(eqn) -> Iterator[tuple[Any, Any]]:
                 yield item, ()
 
 
-def evaluate(eqn, values) -> dict:
-    """Results of an equation on known scalars, if it is one."""
+def evaluate(eqn: Any, values: Sequence[Any]) -> dict[Any, np.ndarray]:
+    """Returns the results of an equation if all its inputs are known scalars."""
     if any(value is None for value in values) or not values:
         return {}
     if eqn.effects or not all(_is_number(atom.aval) for atom in eqn.outvars):
@@ -416,6 +429,6 @@ def evaluate(eqn, values) -> dict:
 
 
 def _is_number(aval: Any) -> bool:
-    """Whether a value is a plain scalar, and no typed PRNG key for example."""
+    """Returns whether a value is a plain scalar, and not, say, a typed PRNG key."""
     number = jnp.issubdtype(aval.dtype, np.number)
     return not aval.shape and (number or jnp.issubdtype(aval.dtype, np.bool_))
