@@ -51,7 +51,7 @@ KINDS = {
     "unreduced_reduce_scatter": "reduce-scatter",
 }
 
-# Primitives that do not change a number that is equal on all workers, such as a counter.
+# Primitives that do not change a number that is equal on all workers.
 UNCHANGED = ("pmax", "pmin", "pvary", "optimization_barrier")
 
 
