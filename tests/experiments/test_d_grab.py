@@ -66,7 +66,7 @@ def test_herding(run):
         (["--source", "a9a"], "source='a9a' requires a single task"),
         (["--tasks", "lenet", "--source", "a9a"], "source='a9a' of lenet must be one"),
         (["--tasks", "forecast"], "m4, which is read from files: pass data_dir"),
-        (["--examples", "7"], "workers=16 for the 7 examples of logistic, digits"),
+        (["--examples", "7"], "workers=16 is too many for the 7 examples of"),
     ],
 )
 def test_bad_options(fails, arguments, message):
