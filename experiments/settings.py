@@ -78,8 +78,7 @@ class RunOptions:
     out: Path = Path("results")
     """Folder for the figures (.png) and the numbers (.csv)."""
     resume: bool = False
-    """Continue an interrupted run with the same options. Its finished parts are in the
-    folder "finished" next to the figures."""
+    """Continue an interrupted run with these options, from its folder "finished"."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
@@ -93,8 +92,7 @@ class ComparisonOptions(RunOptions):
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     """Data set; "mnist" and "cifar10" are read from --data-dir."""
     data_dir: Path | None = None
-    """Folder with the files of MNIST (idx, optionally .gz) or CIFAR-10 (.npz, or
-    batches)."""
+    """Folder with the files of MNIST (idx or .gz) or CIFAR-10 (.npz or batches)."""
     examples: int | None = None
     """Number of training examples to use, from the first on; all if not given."""
     model: str = "small_mlp"

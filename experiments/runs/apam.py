@@ -19,7 +19,7 @@ from experiments.training import models, resuming
 
 @dataclasses.dataclass
 class Apam(RunOptions):
-    """Asynchronous AMSGrad: accuracy against delay, and against wall-clock time."""
+    """Measures the accuracy of asynchronous AMSGrad against delay and against time."""
 
     parts: tuple[Literal["delay", "time", "speedup"], ...] = (
         "delay",

@@ -15,8 +15,7 @@ class Compare(settings.ComparisonOptions):
     """Compares every algorithm on a ring of workers whose data differ."""
 
     shuffled: float = 0.0
-    """Percentage of the label-sorted examples to shuffle. With 0, each worker has other
-    classes."""
+    """Percentage of the label-sorted examples to shuffle; with 0, classes differ."""
     kappa: float = 0.05
     """Sparsity of the ring: kappa W + (1 - kappa) I, with weights 1/3 in W."""
     rounds: int = 4

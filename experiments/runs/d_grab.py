@@ -22,7 +22,7 @@ from experiments.training.tasks import Source, Task, load
 
 @dataclasses.dataclass
 class DGraB(RunOptions):
-    """Example orders: the herding test, and training losses against random orders."""
+    """Compares example orders, by the herding test and by training losses."""
 
     parts: tuple[Literal["herding", "training"], ...] = ("herding", "training")
     """Parts of the experiment to run."""
@@ -92,7 +92,7 @@ def _load(name: str, options: DGraB) -> Task:
     if len(task.x) < 2 * max(options.workers):
         raise UsageError(
             f"workers={max(options.workers)} is too many for the {len(task.x)} "
-            f"examples of {task.name}: pass --workers so that each has at least two."
+            f"examples of {task.name}: pass fewer, so that each has at least two."
         )
     return task._replace(
         epochs=options.epochs or task.epochs, rates=options.rates or task.rates

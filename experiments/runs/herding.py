@@ -37,8 +37,7 @@ class Herding:
     dimension: int = 16
     """Number of entries per vector."""
     shared_by: tuple[int, ...] = QUOTED_WORKERS
-    """Numbers of workers that share the vectors; each worker must get an even number of
-    vectors."""
+    """Numbers of workers that share the vectors; each gets an even number of them."""
     rounds: int = 15
     """Number of rounds over all vectors; results average the last five rounds."""
     draws: int = 1

@@ -156,8 +156,7 @@ class Tables:
     write: Path | None = None
     """Documentation folder, such as "docs", to write tables and pictures into."""
     data_dir: Path | None = None
-    """Folder with the files of the data sets. If not given, commands that need it are
-    skipped."""
+    """Folder with the data sets; without it, commands that need it are skipped."""
     out: Path = Path("results/tables")
     """Folder for the results, with one subfolder per run."""
 
