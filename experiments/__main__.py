@@ -1,4 +1,4 @@
-"""Command line of the experiments: `python -m experiments compare --help`."""
+"""Command line of the experiments. See `python -m experiments compare --help`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ from experiments.runs import (
 )
 from experiments.settings import RunOptions
 
-# From the name on the command line to the options and what runs with them and, where
-# they are `RunOptions`, with the output that the command line opens and closes.
+# Maps each command name to its options class and its function. If the options are
+# `RunOptions`, the function also receives an output that the command line closes.
 COMMANDS: dict[str, tuple[type, Callable[..., Any]]] = {
     "apam": (apam.Apam, apam.run),
     "compare": (compare.Compare, compare.run),
@@ -37,10 +37,10 @@ COMMANDS: dict[str, tuple[type, Callable[..., Any]]] = {
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
-    """The options that a command line names, without running anything.
+    """Parses a command line into the options of a command, without running it.
 
     Args:
-      arguments: What follows `python -m experiments`; this process's if None.
+      arguments: Arguments after `python -m experiments`, by default of this process.
     """
     return tyro.extras.subcommand_cli_from_dict(
         {name: options for name, (options, _) in COMMANDS.items()},
@@ -52,10 +52,10 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
 
 
 def run(options: Any) -> Any:
-    """Runs the command to which the options belong, and returns its results.
+    """Runs the command that the options belong to, and returns its results.
 
     Raises:
-      UsageError: If an option, or a file that one names, cannot be used.
+      UsageError: If an option, or a file that an option names, cannot be used.
     """
     command = dict(COMMANDS.values())[type(options)]
     if not isinstance(options, RunOptions):
@@ -68,7 +68,7 @@ def run(options: Any) -> Any:
 
 
 def main() -> None:
-    """Runs the command line; exits with 2 if its options or files cannot be used."""
+    """Runs the command line; exits with status 2 if options or files cannot be used."""
     options = parse()
     try:
         run(options)

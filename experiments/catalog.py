@@ -1,4 +1,4 @@
-"""The algorithms that experiments compare, by their names in tables and figures."""
+"""The algorithms that the experiments compare, by their names in tables and figures."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,18 +11,19 @@ import decentral_jax as dj
 
 
 class Entry(NamedTuple):
-    """An algorithm as an experiment runs it."""
+    """An algorithm with the settings that an experiment uses."""
 
     make: Callable[[Any], optax.GradientTransformation]  # from a learning rate
-    levels: Mapping[str, int] | None = None  # worker axes, if they are several
-    waits: bool = True  # for slow workers; else they skip iterations
+    levels: Mapping[str, int] | None = None  # worker axes, if there are several
+    waits: bool = True  # whether it waits for slow workers; otherwise they skip steps
 
 
 def phase_length(topology: dj.topology.Topology) -> int:
-    r"""DeTAG's rounds a phase, :math:`\lceil \log(n) / (4\sqrt{1-\lambda}) \rceil`.
+    r"""DeTAG's rounds per phase, :math:`\lceil \log(n) / (4\sqrt{1-\lambda}) \rceil`.
 
-    The paper's choice grows like twice that; tuned on digits, half of it and less were
-    better: what a phase gains in consensus, it loses in steps.
+    The paper's choice grows like twice this number. In tuning runs on digits, half of
+    the paper's choice and less performed better: a longer phase improves consensus, but
+    leaves fewer optimizer steps.
     """
     rounds = math.log(topology.num_workers) / (4 * math.sqrt(topology.spectral_gap))
     return max(1, math.ceil(rounds))
@@ -38,7 +39,7 @@ def decentralized(topology: dj.topology.Topology, rounds: int) -> dict[str, Entr
     }
 
 
-# CSER's steps from one reset to the next.
+# Number of steps between two resets of CSER.
 RESET_PERIOD = 8
 
 
@@ -47,7 +48,7 @@ def compressed(
 ) -> dict[str, Entry]:
     """The algorithms that send one entry in `ratio`, and SGD-IA, which sends all.
 
-    CSER sends as much as the others: half of it in its steps, half in its resets.
+    CSER sends as much as the others: half in its steps, and half in its resets.
     """
     block = dj.compression.random_block
     return {
@@ -80,17 +81,17 @@ def compressed(
     }
 
 
-# Local SGD's steps from one average to the next, and those of its relatives.
+# Number of steps between two averages in Local SGD and related algorithms.
 PERIOD = 8
 
 
 def local_updates(
     topology: dj.topology.Topology, slow: float = 1.0
 ) -> dict[str, Entry]:
-    """The algorithms that average now and then, and those with other momentum.
+    """The algorithms that average periodically, and those with modified momentum.
 
-    Hubs are pairs of workers on a ring; in MLL-SGD the first worker takes a step in one
-    of `slow` iterations only, which is how it keeps up with the others.
+    Hubs are pairs of workers on a ring. In MLL-SGD, the first worker takes a step in
+    only one of `slow` iterations, so that it keeps up with the other workers.
     """
     n = topology.num_workers
     hubs = {"hub": n // 2, "worker": 2} if n % 2 == 0 else {"hub": n, "worker": 1}
@@ -124,11 +125,11 @@ def local_updates(
 def everything(
     topology: dj.topology.Topology, rounds: int, slow: float = 1.0
 ) -> dict[str, Entry]:
-    """All synchronous algorithms of the library, the centralized one first.
+    """All synchronous algorithms of the library, starting with the centralized one.
 
-    Asynchronous ones apply one worker's gradient per iteration, where these apply one
-    of every worker: `experiments.runs.apam` compares them by gradients
-    and by the clock.
+    Asynchronous algorithms apply the gradient of a single worker per iteration, whereas
+    synchronous algorithms apply one gradient of every worker. `experiments.runs.apam`
+    compares the two kinds by gradients and by wall-clock time.
     """
     n = topology.num_workers
     one_peer = dj.topology.one_peer_exponential(n)

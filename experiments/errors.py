@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 
 class UsageError(ValueError):
-    """An option, or a file that one names, cannot be used.
+    """An option, or a file that an option names, cannot be used.
 
-    The message names the option or file and says what to do. The command line prints it
-    as one line and exits with status 2.
+    The message names the option or file and the remedy. The command line prints the
+    message as one line and exits with status 2.
     """
 
 
@@ -18,10 +18,10 @@ class MissingFileError(UsageError, FileNotFoundError):
 
 @contextlib.contextmanager
 def from_options() -> Iterator[None]:
-    """Turns a ValueError, raised on values that come from options, into a UsageError.
+    """Converts a ValueError about values from options into a UsageError.
 
-    Meant for short calls that only construct something: elsewhere a ValueError may be a
-    mistake in the code, which a traceback should show.
+    Use it only around short calls that construct an object. Elsewhere, a ValueError can
+    be a mistake in the code, which a traceback should show.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the experiments show: tables as Markdown, curves as PNG, numbers as CSV."""
+"""Reports of the experiments: tables as Markdown, curves as PNG, and numbers as CSV."""
 
 import csv
 import time
@@ -31,7 +31,7 @@ EDGE = "* the best rate is at the edge of the grid of rates."
 
 
 class Table(NamedTuple):
-    """A table as text, the same in the terminal, in files and in the documentation."""
+    """A text table, identical in the terminal, in files, and in the documentation."""
 
     title: str
     columns: Sequence[str]
@@ -40,12 +40,12 @@ class Table(NamedTuple):
 
     @property
     def all_notes(self) -> list[str]:
-        """The notes, and what a star at a rate means if there is one."""
+        """The notes, with an explanation of the star if any rate has one."""
         marked = any("*" in cell for row in self.rows for cell in row)
         return [*self.notes, *([EDGE] if marked else [])]
 
     def markdown(self) -> str:
-        """The table in Markdown, its title before it and the notes after it."""
+        """Returns the table as Markdown, with the title above and the notes below."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         parts = [f"{self.title}:", text, "\n".join(self.all_notes)]
@@ -53,12 +53,12 @@ class Table(NamedTuple):
 
 
 class Output:
-    """Where an experiment shows what it found: the terminal and the files of a folder.
+    """The output of an experiment: the terminal, and the files of a folder.
 
-    Every file says which command, options and code made it.
+    Every file records the command, options, and code that created it.
 
     Args:
-      options: The experiment's options, a dataclass with the folder `out`.
+      options: Options of the experiment, a dataclass with the folder `out`.
     """
 
     def __init__(self, options: Any):
@@ -90,10 +90,10 @@ class Output:
         plt.close(figure)
 
     def csv(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        """Writes dictionaries with the same keys as `name.csv`.
+        """Writes dictionaries with the same keys to `name.csv`.
 
-        Lines that begin with "#" say how the file was made: `pandas.read_csv` skips
-        them with `comment="#"`.
+        Lines that begin with "#" record how the file was created. To skip these lines,
+        pass `comment="#"` to `pandas.read_csv`.
         """
         rows = list(rows)
         with self._path(name, ".csv").open("w", newline="", encoding="utf-8") as file:
@@ -104,11 +104,11 @@ class Output:
             writer.writerows(rows)
 
     def close(self) -> None:
-        """Prints which files were written."""
+        """Prints the names of the written files."""
         self.console.print(f"Wrote {', '.join(self._written)} to {self.folder}.")
 
     def _seconds(self) -> float:
-        """What computing took, in interrupted runs too where they are resumed."""
+        """Returns the seconds of computing, including interrupted runs if resumed."""
         if hasattr(self._options, "resume"):
             return resuming.memory(self._options).seconds()
         return time.perf_counter() - self._begin
@@ -120,29 +120,29 @@ class Output:
 
 
 def described(origin: Mapping[str, str]) -> str:
-    """Where a result comes from, one line per entry."""
+    """Formats the origin of a result, one line per entry."""
     return "\n".join(f"{name}: {text}" for name, text in origin.items())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows that `Output.csv` wrote."""
+    """Reads the rows that `Output.csv` wrote."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """Mean and standard deviation."""
+    """Formats the mean and the standard deviation."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
 def rate(rates: Sequence[float], best: int) -> str:
-    """The best of a grid of rates, with a star if it is the smallest or largest one."""
+    """Formats the best learning rate, with a star if it is at an edge of the grid."""
     ends = min(rates), max(rates)
     return f"{rates[best]:g}" + ("*" if len(rates) > 1 and rates[best] in ends else "")
 
 
 def comparison(results: Sequence[Result], title: str) -> Table:
-    """Numbers of algorithms, early and at the end, mean and deviation over seeds."""
+    """Tabulates early and final results, with mean and deviation over seeds."""
     first, last = (results[0].curves.iteration[e] for e in (0, -1))
     return Table(
         title,
@@ -170,7 +170,7 @@ def comparison(results: Sequence[Result], title: str) -> Table:
 
 
 def summary(settings: Mapping[str, Sequence[Result]], title: str) -> Table:
-    """The same algorithms in several settings; the fewer of the two are columns."""
+    """Tabulates algorithms against settings; whichever are fewer become the columns."""
     names = [result.name for result in next(iter(settings.values()))]
     cells = np.array([[_short(r) for r in results] for results in settings.values()])
     rows, columns, corner = list(settings), names, ""
@@ -191,13 +191,13 @@ def _short(result: Result) -> str:
 
 
 def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> None:
-    """Draws a measurement at the best rate: mean and one standard deviation.
+    """Plots the curves at the best rate: the mean and one standard deviation.
 
     Args:
       ax: The matplotlib axes.
-      results: The algorithms.
-      against: A key of `AGAINST`.
-      name: "train_loss" or "test_accuracy".
+      results: Results of the algorithms, one curve per result.
+      against: Quantity on the horizontal axis, a key of `AGAINST`.
+      name: Measurement to plot, "train_loss" or "test_accuracy".
     """
     for index, result in enumerate(results):
         y = result.at_best(name)
@@ -205,7 +205,7 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
         x = {"megabytes": result.megabytes, "seconds": result.seconds}.get(against, x)
         style = {"color": f"C{index % 10}", "linestyle": STYLES[index % len(STYLES)]}
         ax.plot(x, y.mean(0), label=result.name, lw=1.6, **style)
-        # Not below what was seen: that would be nothing on a logarithmic axis.
+        # Not below the lowest seed, because the band must stay positive on a log axis.
         low = np.maximum(y.mean(0) - y.std(0), y.min(0))
         high = y.mean(0) + y.std(0)
         ax.fill_between(x, low, high, alpha=0.15, lw=0, color=style["color"])
@@ -219,7 +219,7 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
 
 
 def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str) -> None:
-    """Draws the mean over seeds, `[seeds, E]`, and the span from lowest to highest."""
+    """Plots the mean over seeds, `[seeds, E]`, and the range from lowest to highest."""
     (line,) = ax.plot(x, y.mean(0), label=label)
     ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
     ax.grid(alpha=0.25)

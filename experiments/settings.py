@@ -1,4 +1,4 @@
-"""Options of the command line that experiments share, and what they make of them."""
+"""Command-line options that the experiments share, with their validation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from experiments.training.loop import Setting, worker_axes
 
 @dataclasses.dataclass
 class Network:
-    """The machines that a run is imagined on; see `experiments.training.wall_clock`."""
+    """Simulated machines and links of a run; see `experiments.training.wall_clock`."""
 
     step_ms: float = 10.0
-    """Milliseconds that a gradient takes a worker."""
+    """Compute time per gradient, in milliseconds."""
     slow: float = 2.0
-    """How many times as long the first worker takes."""
+    """Slowdown of the first worker: its compute time relative to the other workers."""
     latency_ms: float = 1.0
-    """Milliseconds that an exchange takes beside its bytes."""
+    """Latency per exchange, in milliseconds."""
     bandwidth: float = 10.0
-    """Megabytes a second that a worker sends."""
+    """Megabytes that each worker sends per second."""
 
     def seconds(
         self,
@@ -35,7 +35,7 @@ class Network:
         num_workers: int,
         iterations: int,
     ) -> np.ndarray:
-        """When the last worker has finished each iteration, `[iterations + 1]`."""
+        """Returns when the last worker finishes each iteration, `[iterations + 1]`."""
         compute = np.full((iterations, num_workers), self.step_ms / 1e3)
         if entry.waits:
             compute[:, 0] *= self.slow
@@ -46,7 +46,7 @@ class Network:
 
 
 def check_positive(options: Any, *names: str) -> None:
-    """Raises UsageError if an option, or one of its values, is not positive."""
+    """Raises UsageError if any option, or any of its values, is not positive."""
     for name in names:
         value = getattr(options, name)
         if value is not None and (not np.size(value) or np.less_equal(value, 0).any()):
@@ -54,14 +54,14 @@ def check_positive(options: Any, *names: str) -> None:
 
 
 def check_at_least_one(options: Any, *names: str) -> None:
-    """Raises UsageError if an option is less than 1."""
+    """Raises UsageError if any option is less than 1."""
     for name in names:
         if (value := getattr(options, name)) < 1:
             raise UsageError(f"{name} must be at least 1, got {value}.")
 
 
 def check_evaluations(options: Any) -> None:
-    """Raises UsageError if the evaluations do not divide the iterations."""
+    """Raises UsageError if `evaluations` does not divide `iterations`."""
     if options.iterations % options.evaluations:
         raise UsageError(
             f"evaluations={options.evaluations} must divide "
@@ -71,62 +71,61 @@ def check_evaluations(options: Any) -> None:
 
 @dataclasses.dataclass
 class RunOptions:
-    """Options that all commands which train share."""
+    """Options of all commands that train."""
 
     seeds: int = 5
-    """Number of seeds: initial model and order of the data."""
+    """Number of seeds; each seed sets the initial model and the order of the data."""
     out: Path = Path("results")
     """Folder for the figures (.png) and the numbers (.csv)."""
     resume: bool = False
-    """Go on after what an interrupted run with these options has finished; it is kept
-    in the folder "finished" beside the figures."""
+    """Continue an interrupted run with these options, from its folder "finished"."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         check_at_least_one(self, "seeds")
 
 
 @dataclasses.dataclass
 class ComparisonOptions(RunOptions):
-    """Options that all commands share which tune and compare synchronous algorithms."""
+    """Options of all commands that tune and compare synchronous algorithms."""
 
     dataset: Literal["digits", "mnist", "cifar10"] = "digits"
     """Data set; "mnist" and "cifar10" are read from --data-dir."""
     data_dir: Path | None = None
-    """Folder with the files of MNIST (idx, .gz or not) or CIFAR-10 (.npz, batches)."""
+    """Folder with the files of MNIST (idx or .gz) or CIFAR-10 (.npz or batches)."""
     examples: int | None = None
-    """Use only so many training examples, the first ones; all if not given."""
+    """Number of training examples to use, from the first on; all if not given."""
     model: str = "small_mlp"
-    """Model: small_mlp, mlp, logistic, small_cnn, emnist_cnn, resnet20."""
+    """Model: small_mlp, mlp, logistic, small_cnn, emnist_cnn, or resnet20."""
     workers: int = 8
-    """Number of workers, on a ring."""
+    """Number of workers on the ring."""
     batch_size: int = 1
-    """Examples a worker and iteration."""
+    """Number of examples per worker per iteration."""
     iterations: int = 4000
-    """Gradients a worker."""
+    """Number of gradients per worker."""
     evaluations: int = 10
-    """Points on each curve; divides the iterations."""
+    """Number of points on each curve; must divide the iterations."""
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-    """Learning rates to tune over; each algorithm is shown at its best."""
+    """Learning rates to tune over; results show the best rate of each algorithm."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         super().check()
         check_at_least_one(self, "workers", "batch_size", "iterations", "evaluations")
         check_evaluations(self)
         check_positive(self, "rates")
 
     def setting(self, shuffled: float) -> Setting:
-        """Loads the data and deals them to the workers.
+        """Loads the data and partitions it among the workers.
 
         Args:
-          shuffled: Percentage of the label-sorted examples that is shuffled.
+          shuffled: Percentage of the label-sorted examples to shuffle.
 
         Returns:
           The setting of a training run.
 
         Raises:
-          UsageError: If an option is out of range, or a file is missing or broken.
+          UsageError: If any option is out of range, or a file is missing or broken.
         """
         dataset = images.load(self.dataset, self.data_dir)
         if self.examples is not None:

@@ -1,7 +1,8 @@
-"""Asynchronous AMSGrad (APAM, Math. Prog. Comp. 2023): what staleness costs and buys.
+"""Asynchronous AMSGrad (APAM, Math. Prog. Comp. 2023): cost and benefit of staleness.
 
-It costs accuracy for a while (`experiments.runs.delays`), and buys time where workers
-differ or are many (`experiments.runs.real_time`).
+Staleness reduces the accuracy early in training (`experiments.runs.delays`). In return,
+asynchrony saves time if workers differ in speed or are numerous
+(`experiments.runs.real_time`).
 """
 
 import dataclasses
@@ -18,39 +19,39 @@ from experiments.training import models, resuming
 
 @dataclasses.dataclass
 class Apam(RunOptions):
-    """Asynchronous AMSGrad: accuracy against delay, and by the clock."""
+    """Measures the accuracy of asynchronous AMSGrad against delay and against time."""
 
     parts: tuple[Literal["delay", "time", "speedup"], ...] = (
         "delay",
         "time",
         "speedup",
     )
-    """What to run."""
+    """Parts of the experiment to run."""
     models: tuple[Literal["logistic", "lenet"], ...] = ("logistic", "lenet")
-    """What to train."""
+    """Models to train."""
     dataset: Literal["digits", "mnist", "a9a"] = "digits"
     """Data set; "mnist" and "a9a" are read from --data-dir."""
     data_dir: Path | None = None
     """Folder with the files of MNIST or a9a."""
     batch_size: int = 32
-    """Examples of a gradient."""
+    """Number of examples per gradient."""
     seeds: int = 5
-    """Number of seeds: initial model, batches and delays."""
+    """Number of seeds; each seed sets the initial model, batches, and delays."""
     delays: tuple[int, ...] = (0, 1, 10, 100, 400)
-    """Largest delays D; each gradient's is uniform from 0 to D."""
+    """Largest delays D; the delay of each gradient is uniform from 0 to D."""
     iterations: int = 2000
-    """Gradients applied in the part "delay"."""
+    """Number of gradients applied in the part "delay"."""
     evaluations: int = 20
-    """Points on each of its curves; divides the iterations."""
+    """Number of points on each curve of "delay"; must divide the iterations."""
     rate: float = 1e-3
-    """Its learning rate, the same for all delays."""
+    """Learning rate in the part "delay", the same for all delays."""
     timing: real_time.Timing = dataclasses.field(default_factory=real_time.Timing)
-    """What the parts "time" and "speedup" take."""
+    """Options of the parts "time" and "speedup"."""
     out: Path = Path("results/apam")
     """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         super().check()
         check_positive(self, "batch_size", "iterations", "evaluations", "rate")
         check_evaluations(self)
@@ -60,7 +61,7 @@ class Apam(RunOptions):
 
 
 def run(options: Apam, output: report.Output) -> None:
-    """Prints tables, writes one figure and `.csv` a part and model."""
+    """Prints tables; writes one figure and one `.csv` per part and model."""
     dataset = _load(options)
     for model in options.models:
         _run(model, dataset, options, output)
@@ -75,7 +76,9 @@ def _load(options: Apam) -> images.Dataset:
             "logistic, or another data set."
         )
     if options.data_dir is None:
-        raise UsageError("dataset=a9a is read from files: pass data_dir with them.")
+        raise UsageError(
+            "dataset=a9a is read from files: pass --data-dir with their folder."
+        )
     return images.Dataset(*tabular.load_a9a(options.data_dir), num_classes=2)
 
 

@@ -1,4 +1,4 @@
-"""Every algorithm on the same data, model, network and seeds: the main job."""
+"""The main comparison: every algorithm on the same data, model, network, and seeds."""
 
 import dataclasses
 
@@ -12,22 +12,22 @@ from experiments.training import results, resuming
 
 @dataclasses.dataclass
 class Compare(settings.ComparisonOptions):
-    """Compares every algorithm on one ring of workers with differing data."""
+    """Compares every algorithm on a ring of workers whose data differ."""
 
     shuffled: float = 0.0
-    """Percentage of the label-sorted examples that is shuffled; 0: classes differ."""
+    """Percentage of the label-sorted examples to shuffle; with 0, classes differ."""
     kappa: float = 0.05
-    """The ring's sparsity: kappa W + (1 - kappa) I, with weights 1/3 in W."""
+    """Sparsity of the ring: kappa W + (1 - kappa) I, with weights 1/3 in W."""
     rounds: int = 4
-    """DeTAG's rounds a phase; 4 was best of 4, 6 and 11 in the default setting."""
+    """DeTAG's rounds per phase; 4 was best of 4, 6, and 11 in the default setting."""
     algorithms: tuple[str, ...] = ()
-    """Only these, by their names in the table; all if not given."""
+    """Names of the algorithms to run, as in the table; all if not given."""
     network: settings.Network = dataclasses.field(default_factory=settings.Network)
-    """The machines of the simulated seconds."""
+    """Machines and links that determine the simulated seconds."""
 
 
 def run(options: Compare, output: report.Output) -> None:
-    """Trains, prints the table, writes `compare.png`, `.csv` and `.md`."""
+    """Trains, prints the table, and writes `compare.png`, `.csv`, and `.md`."""
     setting = options.setting(options.shuffled)
     with from_options():
         topology = dj.topology.ring(options.workers).lazy(options.kappa)
@@ -44,7 +44,7 @@ def run(options: Compare, output: report.Output) -> None:
     output.console.print(
         f"{options.dataset}, {options.shuffled:g}% shuffled, {options.model}, "
         f"{topology}, DeTAG R={options.rounds}; {len(options.rates)} rates x "
-        f"{options.seeds} seeds in one program an algorithm"
+        f"{options.seeds} seeds in one program per algorithm"
     )
     found = results.run_all(
         entries, setting, output.console, "compare", resuming.memory(options), network

@@ -1,7 +1,7 @@
-"""Orders of D-GraB (CD-GraB, NeurIPS 2023): the herding test, and training with them.
+"""Example orders of D-GraB (CD-GraB, NeurIPS 2023): the herding test, and training.
 
-Training compares losses seed by seed: a seed fixes the initial model and who holds
-which examples, so that only the order differs between methods.
+Training compares losses seed by seed. A seed determines the initial model and the
+examples of each worker, so that only the order differs between methods.
 """
 
 import dataclasses
@@ -22,39 +22,39 @@ from experiments.training.tasks import Source, Task, load
 
 @dataclasses.dataclass
 class DGraB(RunOptions):
-    """Example orders: the herding test, and training losses against random orders."""
+    """Compares example orders, by the herding test and by training losses."""
 
     parts: tuple[Literal["herding", "training"], ...] = ("herding", "training")
-    """What to run."""
+    """Parts of the experiment to run."""
     herding: herding_test.Herding = dataclasses.field(
         default_factory=herding_test.Herding
     )
-    """What the herding test takes."""
+    """Options of the herding test."""
     tasks: tuple[Literal["logistic", "lenet", "lstm", "forecast"], ...] = (
         "logistic",
         "lenet",
         "lstm",
     )
-    """What to train; "forecast" needs --data-dir."""
+    """Tasks to train; "forecast" needs --data-dir."""
     source: Source | None = None
-    """Data set, if not digits and the text "python"; one task at a time then."""
+    """Data set instead of digits or the text "python"; requires a single task."""
     data_dir: Path | None = None
-    """Folder with the files of a9a, MNIST, CIFAR-10, WikiText-2, M4 weekly."""
+    """Folder with the files of a9a, MNIST, CIFAR-10, WikiText-2, or M4 weekly."""
     examples: int | None = None
-    """Use only so many training examples, the first ones; all if not given."""
+    """Number of training examples to use, from the first on; all if not given."""
     workers: tuple[int, ...] = (4, 16)
     """Numbers of workers in training."""
     epochs: int | None = None
-    """Epochs; the task's own number if not given."""
+    """Number of epochs; the default of the task if not given."""
     rates: tuple[float, ...] | None = None
-    """Learning rates to tune over; the task's own if not given."""
+    """Learning rates to tune over; the defaults of the task if not given."""
     seeds: int = 5
     """Number of seeds in training."""
     out: Path = Path("results/d_grab")
     """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         super().check()
         self.herding.check()
         check_positive(self, "workers", "epochs", "examples", "rates")
@@ -62,19 +62,19 @@ class DGraB(RunOptions):
             return
         if len(self.tasks) != 1:
             raise UsageError(
-                f"source={self.source!r} is for one task, got {self.tasks}: pass "
-                "--tasks with the one meant."
+                f"source={self.source!r} requires a single task, got {self.tasks}: "
+                "pass --tasks with that task."
             )
 
 
 def run(
     options: DGraB, output: report.Output
 ) -> dict[tuple[str, int, str], np.ndarray]:
-    """Prints tables, writes `herding`, and one figure and `.csv` a task.
+    """Prints tables; writes `herding`, and one figure and one `.csv` per task.
 
     Returns:
-      For task, workers, method: the losses at each method's best rate, shape
-      `[seeds, epochs + 1]`.
+      A dictionary from (task, number of workers, method) to the losses at the method's
+      best rate, shape `[seeds, epochs + 1]`.
     """
     found, chosen = {}, []
     if "training" in options.parts:
@@ -91,8 +91,8 @@ def _load(name: str, options: DGraB) -> Task:
     task = load(name, options.data_dir, options.source, options.examples)
     if len(task.x) < 2 * max(options.workers):
         raise UsageError(
-            f"workers={max(options.workers)} for the {len(task.x)} examples of "
-            f"{task.name}: each worker needs two or more."
+            f"workers={max(options.workers)} is too many for the {len(task.x)} "
+            f"examples of {task.name}: pass fewer, so that each has at least two."
         )
     return task._replace(
         epochs=options.epochs or task.epochs, rates=options.rates or task.rates
@@ -102,7 +102,7 @@ def _load(name: str, options: DGraB) -> Task:
 def _train(
     task: Task, options: DGraB, output: report.Output
 ) -> dict[tuple[str, int, str], np.ndarray]:
-    """All methods, with each number of workers, at the rate that is best on seed 0."""
+    """Trains all methods with each number of workers, at the best rate on seed 0."""
     seeds = tuple(range(options.seeds))
     memory = resuming.memory(options)
     found, rates = {}, {}

@@ -1,7 +1,8 @@
-"""Accuracy against artificial delay: one worker whose gradients are of old iterates.
+"""Accuracy against artificial delay: one worker computes gradients at old iterates.
 
-As in the APAM paper's study: each gradient is taken at one of the last D iterates. How
-far does the accuracy fall behind, and does it catch up?
+The setup follows the study in the APAM paper: each gradient is evaluated at one of the
+last D iterates. The experiment measures how far the accuracy falls behind, and whether
+it catches up.
 """
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ def accuracies(
     evaluations: int,
     batch_size: int,
 ) -> np.ndarray:
-    """Trains once a seed with delays uniform from 0 to `delay`.
+    """Trains once per seed with delays uniform from 0 to `delay`.
 
     Returns:
       The master's test accuracy at each evaluation, shape `[seeds, evaluations]`.
@@ -75,14 +76,14 @@ def show(
     name: str,
     output: report.Output,
 ) -> None:
-    """Prints a table, writes a figure and numbers.
+    """Prints a table, and writes a figure and the numbers.
 
     Args:
-      found: From a delay to what `accuracies` returns.
+      found: The return value of `accuracies` for each largest delay.
       iterations: Number of iterations of each run.
-      title: What was trained.
-      name: Name of the files, without their ending.
-      output: Where to show it.
+      title: Model and data set, for titles.
+      name: Name of the files, without the suffix.
+      output: Output of the experiment.
     """
     evaluations = next(iter(found.values())).shape[1]
     early, each = max(1, evaluations // 10), iterations // evaluations

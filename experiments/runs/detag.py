@@ -1,7 +1,8 @@
 """The experiments of "Optimal Complexity in Decentralized Training" (ICML 2021).
 
-Two figures: how the algorithms bear workers whose data differ (a fraction of the
-label-sorted examples is shuffled), and how they bear sparse networks (lazier rings).
+One figure varies how much the data of the workers differ, by shuffling a fraction of
+the label-sorted examples. The other varies the sparsity of the network, with lazier
+rings.
 """
 
 import dataclasses
@@ -17,20 +18,20 @@ from experiments.training import results, resuming
 
 @dataclasses.dataclass
 class DeTAG(settings.ComparisonOptions):
-    """DeTAG against D-PSGD, D2 and DSGT: shuffled fractions, and sparser rings."""
+    """Compares DeTAG with D-PSGD, D2, and DSGT on shuffled data and sparser rings."""
 
     fractions: tuple[float, ...] = (0.0, 50.0, 100.0)
     """Percentages of shuffled examples, at the first kappa."""
     kappas: tuple[float, ...] = (0.05, 1.0, 0.1, 0.01)
     """Sparsities of the ring with weights (1/4, 1/2, 1/4), at the first fraction."""
     rounds: int | None = None
-    """DeTAG's rounds a phase; from the spectral gap if not given."""
+    """DeTAG's rounds per phase; computed from the spectral gap if not given."""
     out: Path = Path("results/detag")
     """Folder for the figures (.png) and the numbers (.csv)."""
 
 
 def run(options: DeTAG, output: report.Output) -> None:
-    """Trains, prints tables, writes `fractions.png`, `kappas.png` and CSV files."""
+    """Trains, prints tables, and writes `fractions.png`, `kappas.png`, and CSVs."""
     figures = {
         "fractions": [(options.kappas[0], f) for f in options.fractions],
         "kappas": [(kappa, options.fractions[0]) for kappa in options.kappas],

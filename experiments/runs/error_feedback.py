@@ -1,8 +1,9 @@
 """The experiment of "Detached Error Feedback for Distributed SGD" (ICML 2022).
 
-Does training with one entry in 16, 64 or 256 sent reach what dense SGD reaches?
-Shuffled data, momentum 0.9, one figure a ratio: against iterations, against bytes, and
-the first epochs closer.
+The experiment tests whether training that sends one entry in 16, 64, or 256 reaches the
+accuracy of dense SGD. The data are shuffled, and the momentum is 0.9. Each ratio has
+one figure: accuracy against iterations, accuracy against bytes, and the loss in the
+first epochs.
 """
 
 import dataclasses
@@ -19,28 +20,28 @@ from experiments.training import results, resuming
 
 @dataclasses.dataclass
 class ErrorFeedback(settings.ComparisonOptions):
-    """DEF, DEF-A, EF-SGD, CSER and SGD-IA against dense SGD."""
+    """Compares DEF, DEF-A, EF-SGD, CSER, and SGD-IA with dense SGD."""
 
     ratios: tuple[float, ...] = (16.0, 64.0, 256.0)
-    """Entries of a leaf for each entry that is sent."""
+    """Compression ratios: number of entries in a leaf per entry sent."""
     detach: float = 0.3
-    """The detach coefficient of DEF, DEF-A and SGD-IA."""
+    """Detach coefficient of DEF, DEF-A, and SGD-IA."""
     early: float = 0.15
-    """Share of the iterations that the panel of first epochs shows."""
+    """Fraction of the iterations that the panel of the first epochs shows."""
     batch_size: int = 16
-    """Examples a worker and iteration."""
+    """Number of examples per worker per iteration."""
     iterations: int = 1200
-    """Gradients a worker."""
+    """Number of gradients per worker."""
     evaluations: int = 60
-    """Points on each curve; divides the iterations."""
+    """Number of points on each curve; must divide the iterations."""
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-    """Learning rates to tune over; each algorithm is shown at its best."""
+    """Learning rates to tune over; results show the best rate of each algorithm."""
     out: Path = Path("results/def")
     """Folder for the figures (.png) and the numbers (.csv)."""
 
 
 def dense() -> dict[str, Entry]:
-    """The baseline that sends everything."""
+    """Returns the baseline, which sends all entries."""
 
     def make(rate):
         return dj.all_reduce_sgd(optax.sgd(rate, momentum=0.9))
@@ -49,7 +50,7 @@ def dense() -> dict[str, Entry]:
 
 
 def run(options: ErrorFeedback, output: report.Output) -> None:
-    """Trains, prints a table and writes a figure a ratio, and `def.csv`."""
+    """Trains, prints tables, and writes one figure per ratio, and `def.csv`."""
     setting = options.setting(shuffled=100.0)
     examples = setting.parts.size
     memory = resuming.memory(options)

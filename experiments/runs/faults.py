@@ -1,7 +1,8 @@
-"""Training while workers are missing: in every round some at random do not exchange.
+"""Training with missing workers: in every round, random workers do not exchange.
 
-D-PSGD, DeTAG and CHOCO-SGD on a ring with workers whose data differ. Those missing go
-on computing, their neighbors correct their weights. How much worse do all get?
+D-PSGD, DeTAG, and CHOCO-SGD train on a ring of workers whose data differ. Missing
+workers continue to compute, and their neighbors correct the mixing weights. The
+experiment measures how much worse the results become.
 """
 
 import dataclasses
@@ -22,41 +23,41 @@ from experiments.training import results, resuming
 
 @dataclasses.dataclass
 class Faults(settings.ComparisonOptions):
-    """D-PSGD, DeTAG and CHOCO-SGD with workers missing in every round."""
+    """Compares D-PSGD, DeTAG, and CHOCO-SGD with workers missing in every round."""
 
     missing: tuple[int, ...] = (0, 2, 4)
-    """Numbers of workers that are missing in every round, at random."""
+    """Numbers of missing workers, which are chosen at random in every round."""
     ratio: float = 8.0
-    """Entries of a leaf for each that CHOCO-SGD sends."""
+    """Compression ratio of CHOCO-SGD: number of entries in a leaf per entry sent."""
     consensus_rate: float = 0.2
-    """How far CHOCO-SGD moves towards the neighbors in a step."""
+    """Step size of CHOCO-SGD toward the neighbors."""
     shuffled: float = 25.0
-    """Percentage of the label-sorted examples that is shuffled."""
+    """Percentage of the label-sorted examples to shuffle."""
     workers: int = 16
-    """Number of workers, on a ring."""
+    """Number of workers on the ring."""
     iterations: int = 2000
-    """Gradients a worker."""
+    """Number of gradients per worker."""
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-    """Learning rates to tune over; each algorithm is shown at its best."""
+    """Learning rates to tune over; results show the best rate of each algorithm."""
     out: Path = Path("results/faults")
     """Folder for the figure (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         super().check()
         inside = [0 <= missing < self.workers for missing in self.missing]
         if not inside or not all(inside):
             raise UsageError(
-                f"missing={self.missing} must be at least 0, and fewer than the "
-                f"{self.workers} workers."
+                f"missing={self.missing} must be at least 0 and less than "
+                f"workers={self.workers}."
             )
 
 
 def run(options: Faults, output: report.Output) -> dict[int, list[results.Result]]:
-    """Prints a table for each number of missing workers, writes a figure and `.csv`.
+    """Prints one table per number of missing workers; writes a figure and a `.csv`.
 
     Returns:
-      From the number of missing workers to the results.
+      The results for each number of missing workers.
     """
     setting = options.setting(options.shuffled)
     ring = dj.topology.ring(options.workers)
@@ -111,7 +112,7 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
 def without(
     tx: optax.GradientTransformation, missing: int
 ) -> optax.GradientTransformationExtraArgs:
-    """An algorithm in whose rounds so many workers are missing."""
+    """Wraps an algorithm so that `missing` random workers are missing in each round."""
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

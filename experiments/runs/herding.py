@@ -1,8 +1,9 @@
-"""The herding test of CD-GraB (NeurIPS 2023): orders alone, without training.
+"""The herding test of CD-GraB (NeurIPS 2023): example orders without training.
 
-Workers share a million vectors, drawn uniformly, centred and scaled to norm one. Every
-round visits all of them in each worker's order and makes the orders of the next round.
-How far does the sum over all workers stray from zero along the way?
+Workers share a million vectors that are drawn uniformly, centered, and scaled to norm
+one. Every round visits all vectors in each worker's order and determines the orders of
+the next round. The test measures how far the prefix sums over all workers deviate from
+zero.
 """
 
 import dataclasses
@@ -32,35 +33,38 @@ class Herding:
     """Options of the herding test."""
 
     vectors: int = 1_000_000
-    """Vectors of all workers together."""
+    """Number of vectors of all workers together."""
     dimension: int = 16
-    """Entries of a vector."""
+    """Number of entries per vector."""
     shared_by: tuple[int, ...] = QUOTED_WORKERS
-    """Numbers of workers that share them; an even number of vectors each."""
+    """Numbers of workers that share the vectors; each gets an even number of them."""
     rounds: int = 15
-    """Rounds over all vectors; the last five are averaged."""
+    """Number of rounds over all vectors; results average the last five rounds."""
     draws: int = 1
-    """Number of draws of the vectors."""
+    """Number of random draws of the vectors."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         for m in self.shared_by:
             if m < 1 or self.vectors % (2 * m):
                 raise UsageError(
-                    f"vectors={self.vectors} must divide into an even number for each "
-                    f"of shared_by={m}."
+                    f"vectors={self.vectors} must divide into an even number of "
+                    f"vectors for each of shared_by={m} workers."
                 )
         if self.rounds < 1 or self.draws < 1:
-            raise UsageError("rounds and draws must be at least 1.")
+            raise UsageError(
+                f"rounds and draws must be at least 1, got {self.rounds} and "
+                f"{self.draws}."
+            )
 
 
 def run(
     options: Herding, output: report.Output, memory: Memory
 ) -> dict[str, np.ndarray]:
-    """Prints a table, writes `herding.png` and `.csv`.
+    """Prints a table, and writes `herding.png` and `.csv`.
 
     Returns:
-      For each method the bounds, shape `[workers, draws]`.
+      The bounds of each method, shape `[len(options.shared_by), draws]`.
     """
     methods = {
         "D-GraB": lambda n, m: dj.d_grab(n, m),
@@ -89,10 +93,11 @@ def run(
 
 
 def unit_vectors(count: int, dimension: int, seed: int) -> np.ndarray:
-    """Uniform vectors, centred, scaled to norm one, float32.
+    """Draws uniform float32 vectors that are centered and scaled to norm one.
 
-    Scaling moves their mean, which would add up over all of them: they are centred once
-    more, which changes their norms by less than a thousandth.
+    Scaling shifts the mean of the vectors, and the shift would accumulate over all of
+    them. Therefore, the vectors are centered again, which changes their norms by less
+    than a thousandth.
     """
     rng = np.random.default_rng(seed)
     x = rng.uniform(size=(count, dimension))
@@ -102,14 +107,14 @@ def unit_vectors(count: int, dimension: int, seed: int) -> np.ndarray:
 
 
 def herding(tx, vectors: jax.Array, rounds: int) -> np.ndarray:
-    r"""The herding bound of each round's orders.
+    r"""Computes the herding bound of the orders in each round.
 
     .. math:: \max_t \Bigl\| \sum_{s \le t} \sum_i x_{i, \pi_i(s)} \Bigr\|_\infty
 
     Args:
-      tx: An ordering transformation.
-      vectors: Each worker's, shape `[m, N, d]`.
-      rounds: The number of rounds.
+      tx: Ordering transformation.
+      vectors: Vectors of all workers, shape `[m, N, d]`.
+      rounds: Number of rounds.
 
     Returns:
       The bounds, shape `[rounds]`.
@@ -164,7 +169,7 @@ def _report(
 
 
 def _cell(bounds: np.ndarray, quoted: float | None) -> str:
-    """One method's bounds with one number of workers, beside what was published."""
+    """Formats the bounds for one number of workers, next to the published value."""
     text = report.spread(bounds, 2)
     if len(bounds) > 1:
         text += f", {bounds.min():.2f} to {bounds.max():.2f}"

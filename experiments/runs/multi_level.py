@@ -1,8 +1,12 @@
 """The experiments of "Multi-Level Local SGD" (ICLR 2021).
 
-100 workers in hubs tell digits 0-4 from 5-9, or all classes apart with a CNN. Does a
-hierarchy come close to distributed SGD; does only the mean of the workers' rates
-matter; what do hubs cost; and who is ahead in time when some workers are slow?
+100 workers in hubs learn to distinguish digits 0-4 from 5-9, or all classes with a CNN.
+The four parts answer the following questions:
+
+- hierarchy: How close does a hierarchy come to distributed SGD?
+- rates: Does the result depend only on the mean of the workers' operating rates?
+- shapes: What is the cost of more hubs?
+- slots: Which algorithm is fastest if some workers are slow?
 """
 
 import dataclasses
@@ -32,8 +36,8 @@ from experiments.training.loop import (
 
 PARTS = ("hierarchy", "rates", "shapes", "slots")
 
-# Train losses that the paper's authors published for MNIST, after 1, 11, 100 and 200
-# rounds (the first one after its first average inside hubs).
+# Train losses that the authors of the paper published for MNIST, after 1, 11, 100, and
+# 200 rounds (the first loss is after the first average inside hubs of round 1).
 QUOTED = {
     "distributed SGD": (0.62473, 0.36443, 0.33186, 0.32772),
     "MLL-SGD": (0.49555, 0.36435, 0.33203, 0.32786),
@@ -44,41 +48,41 @@ QUOTED = {
 
 @dataclasses.dataclass
 class MultiLevel(RunOptions):
-    """Multi-Level Local SGD against Local SGD, HL-SGD and distributed SGD."""
+    """Compares Multi-Level Local SGD with Local SGD, HL-SGD, and distributed SGD."""
 
     dataset: Literal["digits", "mnist"] = "digits"
     """Data set; "mnist" is read from --data-dir."""
     data_dir: Path | None = None
-    """Folder with the files of MNIST (idx, .gz or not)."""
+    """Folder with the files of MNIST (idx, optionally .gz)."""
     model: Literal["logistic", "cnn"] = "logistic"
-    """Logistic regression of digits 0-4 against 5-9, or a CNN of all ten."""
+    """Logistic regression of digits 0-4 against 5-9, or a CNN for all ten digits."""
     parts: tuple[Literal["hierarchy", "rates", "shapes", "slots"], ...] = PARTS
     """Which of the four experiments to run."""
     hubs: int = 10
-    """Hubs, on a path."""
+    """Number of hubs on the path."""
     workers: int = 10
-    """Workers a hub."""
+    """Number of workers per hub."""
     tau: int = 8
-    """Ticks from one average inside hubs to the next."""
+    """Number of ticks between two averages inside hubs."""
     q: int = 4
-    """Averages inside hubs from one exchange between hubs to the next."""
+    """Number of averages inside hubs between two exchanges among hubs."""
     steps_per_tick: int = 1
-    """Gradient steps in a tick; 2 is what the authors' program does on MNIST."""
+    """Number of gradient steps per tick; the authors' program takes 2 on MNIST."""
     rounds: int = 200
-    """Exchanges between hubs; q * tau ticks each."""
+    """Number of exchanges among hubs, one per q * tau ticks."""
     evaluations: int = 100
-    """Points on each curve; divides the rounds."""
+    """Number of points on each curve; must divide the rounds."""
     batch_size: int = 10
-    """Examples a worker and gradient step."""
+    """Number of examples per worker per gradient step."""
     learning_rate: float | None = None
-    """Step size; .2 for logistic regression and .01 for the CNN if not given."""
+    """Learning rate; 0.2 for logistic regression and 0.01 for the CNN if not given."""
     seeds: int = 3
-    """Number of seeds: initial model and batches."""
+    """Number of seeds; each seed sets the initial model and the batches."""
     out: Path = Path("results/mll_sgd")
     """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         super().check()
         check_at_least_one(self, "hubs", "workers", "tau", "q", "steps_per_tick")
         check_at_least_one(self, "rounds", "evaluations", "batch_size")
@@ -89,7 +93,7 @@ class MultiLevel(RunOptions):
             )
 
     def setting(self) -> Setting:
-        """Loads the data and deals them to the workers.
+        """Loads the data and partitions it among the workers.
 
         Raises:
           UsageError: If a folder or file is missing or broken.
@@ -121,7 +125,7 @@ class MultiLevel(RunOptions):
 
 
 def distributions(num_workers: int) -> dict[str, np.ndarray]:
-    """The paper's operating rates; all but the first have the mean .55."""
+    """The operating rates of the paper; all but the first have the mean 0.55."""
     tenth = num_workers // 10
     ones = np.ones(num_workers)
     few_slow, few_fast = 0.6 * ones, 0.5 * ones
@@ -133,13 +137,13 @@ def distributions(num_workers: int) -> dict[str, np.ndarray]:
         "10% .1, rest .6": few_slow,
         "10% 1, rest .5": few_fast,
     }
-    # Over the hubs, so that no hub has all the slow ones.
+    # Spread workers over the hubs, so that no hub has all slow workers.
     order = np.random.default_rng(0).permutation(num_workers)
     return {name: values[order] for name, values in rates.items()}
 
 
 class Runs:
-    """Trains algorithms of one setting and remembers what came of them."""
+    """Trains algorithms in one setting and stores the results."""
 
     def __init__(self, options: MultiLevel, console: Console):
         self.options, self.console = options, console
@@ -149,13 +153,13 @@ class Runs:
         self.rates = distributions(self.setting.num_workers)
 
     def __call__(self, name: str, entry: Entry, slots: np.ndarray | None = None):
-        """The result of a name; trained the first time.
+        """Returns the result of an algorithm, and trains it if there is none yet.
 
         Args:
-          name: The algorithm.
-          entry: How to make it.
-          slots: Time slots that each worker takes for each step, `[steps, n]`; one if
-            None.
+          name: Name of the algorithm.
+          entry: The algorithm.
+          slots: Number of time slots per step and worker, `[steps, n]`. If None, each
+            step takes one slot.
         """
         setting = self.setting
 
@@ -214,7 +218,7 @@ class Runs:
 
 
 def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Result]]:
-    """Trains, prints a table and writes a figure a part, and `mll_sgd.csv`."""
+    """Trains, prints one table and writes one figure per part, and `mll_sgd.csv`."""
     runs = Runs(options, output.console)
     round_ticks = options.q * options.tau
     ones = runs.rates["all 1"]
@@ -264,10 +268,11 @@ def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Re
 
 
 def _slots(runs: Runs, round_ticks: int) -> list[results.Result]:
-    """In time slots, with 10% of the workers at .1 and the rest at .6.
+    """Runs the part "slots": 10% of the workers have the rate 0.1, the rest 0.6.
 
-    In MLL-SGD a tick is a slot, and slow workers skip steps. In the others every worker
-    takes every step, and who averages waits for the slowest.
+    In MLL-SGD, a tick is a time slot, and slow workers skip steps. In the other
+    algorithms, every worker takes every step, and each average waits for the slowest
+    worker.
     """
     rates = runs.rates["10% .1, rest .6"]
     slots = wall_clock.slots_a_step(rates, runs.setting.iterations)
@@ -280,12 +285,12 @@ def _slots(runs: Runs, round_ticks: int) -> list[results.Result]:
 
 
 def _table(part: str, found: list[results.Result], options: MultiLevel):
-    """Train loss along the way, and the final accuracy."""
+    """Tabulates the train loss during training and the final accuracy."""
     marks = [m for m in (1, 11, 100, 200, 1000) if m <= options.rounds]
     every = options.rounds // options.evaluations
     last = len(found[0].curves.iteration)
     at = list(dict.fromkeys(min(last, math.ceil(m / every)) for m in marks))
-    # In time slots: the slots that the first one, MLL-SGD, took up to there.
+    # For the part "slots": time slots that the first algorithm, MLL-SGD, has taken.
     slots = [found[0].seconds[index - 1] for index in at]
     columns = ["algorithm", *(f"round {index * every}" for index in at), "accuracy %"]
     if part == "slots":

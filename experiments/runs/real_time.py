@@ -1,8 +1,8 @@
-"""Asynchronous against synchronous workers by the clock, with the real engine.
+"""Asynchronous against synchronous workers in wall-clock time, with the real engine.
 
-Threads, queues, gradients and the master's steps are real. What a gradient costs beside
-its computing here is a sleep, since workers share this machine's cores: the figures say
-so.
+Threads, queues, gradients, and steps of the master are real. A sleep before each
+gradient emulates additional compute time, because the workers share the cores of this
+machine. The titles of the figures state the sleep.
 """
 
 import dataclasses
@@ -32,26 +32,26 @@ class Timing:
     """Options of the parts "time" and "speedup"."""
 
     workers: int = 4
-    """Workers of the part "time"."""
+    """Number of workers in the part "time"."""
     slow: float = 3.0
-    """How many times as long the last of them takes, where speeds are unequal."""
+    """Slowdown of the last worker in the runs with unequal speeds."""
     sleep_ms: float = 20.0
-    """Milliseconds that each gradient sleeps before it is computed."""
+    """Milliseconds of sleep before each gradient."""
     gradients: int = 600
-    """Gradients applied in a run; synchronous runs take one of each worker a step."""
+    """Number of gradients per run; synchronous steps take one from every worker."""
     points: int = 20
-    """Points on each curve; divides the gradients."""
+    """Number of points on each curve; must divide the gradients."""
     adaptive_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     """Learning rates of AMSGrad to tune over."""
     sgd_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
     """Learning rates of SGD to tune over."""
     goal: float = 90.0
-    """Test accuracy % whose time is given."""
+    """Target test accuracy in percent; tables give the time to reach it."""
     speedup_workers: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of workers of the part "speedup"; one must be 1."""
+    """Numbers of workers in the part "speedup"; must contain 1."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         check_positive(self, *(field.name for field in dataclasses.fields(self)))
         if self.gradients % self.points:
             raise UsageError(
@@ -59,13 +59,13 @@ class Timing:
             )
         if 1 not in self.speedup_workers:
             raise UsageError(
-                f"speedup_workers must hold 1, to compare with, got "
+                "speedup_workers must contain 1, which is the baseline, got "
                 f"{self.speedup_workers}."
             )
 
 
 class Method(NamedTuple):
-    """An optimizer, and whether its workers wait for each other."""
+    """An optimizer with its mode of synchronization and its grid of learning rates."""
 
     make: Callable[[float], optax.GradientTransformation]
     synchronous: bool
@@ -73,7 +73,7 @@ class Method(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A run's master along the way."""
+    """Measurements of the master during a run."""
 
     seconds: np.ndarray  # shape=[points]
     test_accuracy: np.ndarray  # shape=[points]
@@ -81,7 +81,7 @@ class Curve(NamedTuple):
 
 
 def methods(options: Timing) -> dict[str, Method]:
-    """What is compared."""
+    """Returns the methods to compare."""
     adaptive, plain = options.adaptive_rates, options.sgd_rates
     return {
         "asynchronous AMSGrad": Method(dj.amsgrad, False, adaptive),
@@ -91,14 +91,14 @@ def methods(options: Timing) -> dict[str, Method]:
 
 
 class Trainer:
-    """Runs of one model and data set.
+    """Trains one model on one data set.
 
     Args:
-      model: What is trained.
-      dataset: On what; every worker draws from all of it.
-      batch_size: Examples of a gradient.
+      model: Model to train.
+      dataset: Data set. Every worker draws from all of its examples.
+      batch_size: Number of examples per gradient.
       options: Numbers of gradients and points.
-      memory: Of finished runs.
+      memory: Storage of finished runs.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Trainer:
         self._init = jax.jit(lambda key: model.init(key, x_train[:1])["params"])
 
     def run(self, method: Method, rate: float, sleeps: np.ndarray, seed: int) -> Curve:
-        """Trains with one worker for each sleep, in seconds; each run once only."""
+        """Trains with one worker per sleep in seconds; runs equal calls only once."""
         key = method.make.__name__, method.synchronous, rate, *sleeps, seed
         if key not in self._curves:
             recalled = self._memory.recall(
@@ -175,7 +175,7 @@ class Trainer:
         return Curve(np.array(seconds), accuracy, float(self._loss(last)))
 
     def best_rate(self, method: Method, sleeps: np.ndarray) -> float:
-        """The rate with the lowest train loss in the end, on seed 0."""
+        """Returns the learning rate with the lowest final train loss on seed 0."""
         if len(method.rates) == 1:
             return method.rates[0]
         losses = [self.run(method, rate, sleeps, 0).train_loss for rate in method.rates]
@@ -183,7 +183,7 @@ class Trainer:
 
 
 def setting(sleep_ms: float) -> str:
-    """What was emulated, for a figure's title."""
+    """Describes the emulation, for the title of a figure."""
     return f"compute emulated: {sleep_ms:g} ms sleep a gradient, {os.cpu_count()} cores"
 
 
@@ -195,10 +195,10 @@ def compare(
     name: str,
     output: report.Output,
 ) -> dict[tuple[str, str], list[Curve]]:
-    """Accuracy against time with equal and with unequal workers.
+    """Compares accuracy against time, for workers of equal and of unequal speed.
 
     Returns:
-      For speeds and method, the curves of all seeds.
+      A dictionary from (speeds, method) to the curves of all seeds.
     """
     unit = options.sleep_ms / 1e3
     equal = np.full(options.workers, unit)
@@ -251,7 +251,7 @@ def compare(
 
 
 def _first_time(seconds: np.ndarray, reached: np.ndarray) -> str:
-    """Mean and deviation of when each run, `[seeds, points]`, was there first."""
+    """Formats when runs, `[seeds, points]`, first reach the target: mean, deviation."""
     if not reached.any(1).all():
         return f"{reached.any(1).sum()} of {len(reached)} runs"
     first = seconds[np.arange(len(reached)), reached.argmax(1)]
@@ -266,12 +266,12 @@ def speedup(
     name: str,
     output: report.Output,
 ) -> dict[tuple[str, int], list[Curve]]:
-    """How much sooner the same number of gradients is applied with more workers.
+    """Measures how much faster more workers apply the same number of gradients.
 
-    The rate is the best one with `options.workers` workers.
+    The learning rate is the best one with `options.workers` workers.
 
     Returns:
-      For method and number of workers, the curves of all seeds.
+      A dictionary from (method, number of workers) to the curves of all seeds.
     """
     unit = options.sleep_ms / 1e3
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")

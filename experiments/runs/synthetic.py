@@ -1,8 +1,9 @@
-"""Heterogeneous quadratics on a sparse ring: where the algorithms differ most.
+"""Heterogeneous quadratics on a sparse ring, where the algorithms differ most.
 
-Eight workers with `f_i(x) = ||A_i x - b_i||^2 / 2`, A_i `[d, d]` of N(0, 1/d), b_i of
-N(0, I), and gradients with N(0, I) noise, on a ring with weights 1/3 made lazier by
-kappa. The error is the mean over workers of `||x_i - x*||^2 / ||x_0 - x*||^2`.
+Eight workers minimize the sum of `f_i(x) = ||A_i x - b_i||^2 / 2`. The entries of A_i,
+shape `[d, d]`, are drawn from N(0, 1/d), b_i is drawn from N(0, I), and gradients have
+N(0, I) noise. The ring has weights 1/3 and is made lazier by kappa. The error is the
+mean over workers of `||x_i - x*||^2 / ||x_0 - x*||^2`.
 """
 
 import dataclasses
@@ -22,36 +23,36 @@ from experiments.training import resuming
 
 NUM_WORKERS, DIMENSION = 8, 20
 
-# One run of a trial by hand, given with the design of this experiment.
+# Errors of a single trial run, given with the design of this experiment.
 QUOTED = {"D-PSGD": 2.1e-1, "D2": 9.5e-3, "DSGT": 8.4e-3, "DeTAG": 4.7e-3}
 
 
 @dataclasses.dataclass
 class Synthetic(RunOptions):
-    """Relative error on heterogeneous quadratics, each algorithm at its best rate."""
+    """Compares errors on heterogeneous quadratics, with the best rate per algorithm."""
 
     kappa: float = 0.1
-    """The ring's sparsity: kappa W + (1 - kappa) I, with weights 1/3 in W."""
+    """Sparsity of the ring: kappa W + (1 - kappa) I, with weights 1/3 in W."""
     rounds: int = 16
-    """DeTAG's rounds a phase."""
+    """DeTAG's rounds per phase."""
     iterations: int = 2000
-    """Gradients a worker."""
+    """Number of gradients per worker."""
     rates: tuple[float, ...] = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1)
     """Learning rates to tune over."""
     seeds: int = 6
-    """Number of problems, each with noise of its own."""
+    """Number of random problems, each with its own noise."""
     out: Path = Path("results")
     """Folder for the table (.md) and the numbers (.csv)."""
 
     def check(self) -> None:
-        """Raises UsageError if an option is out of range."""
+        """Raises UsageError if any option is out of range."""
         super().check()
         check_at_least_one(self, "rounds", "iterations")
         check_positive(self, "rates")
 
 
 def run(options: Synthetic, output: report.Output) -> dict[str, np.ndarray]:
-    """Prints a table, writes `synthetic.csv`; returns errors `[rates, seeds]`."""
+    """Prints a table, writes `synthetic.csv`, and returns errors `[rates, seeds]`."""
     with from_options():
         topology = dj.topology.ring(NUM_WORKERS).lazy(options.kappa)
     entries = {
@@ -91,7 +92,7 @@ def run(options: Synthetic, output: report.Output) -> dict[str, np.ndarray]:
 
 
 def _problems(options: Synthetic) -> tuple[np.ndarray, ...]:
-    """Matrices, right sides, noise and optima, each with a leading axis of seeds."""
+    """Draws matrices, right-hand sides, noise, and optima, with a leading seed axis."""
     n, d = NUM_WORKERS, DIMENSION
     drawn = []
     for seed in range(options.seeds):
@@ -109,7 +110,7 @@ def _problems(options: Synthetic) -> tuple[np.ndarray, ...]:
 
 
 def _errors(make, options: Synthetic, problems) -> np.ndarray:
-    """Final relative error of every rate and seed."""
+    """Computes the final relative error of every rate and seed, `[rates, seeds]`."""
 
     def run(rate, matrix, right, noise, optimum):
         tx = make(rate)

@@ -1,13 +1,14 @@
-"""The tables and pictures of the documentation: which command makes each, and do it.
+"""Generates the tables and pictures of the documentation.
 
-On a page of the documentation a generated table stands between two comments,
+On a page of the documentation, each generated table is between two comments,
 
     <!-- table: faults/summary -->
     <!-- end of table -->
 
-which name a run in `RUNS` and a table that it writes. `python -m experiments tables`
-runs what is missing or stale, one command after the other, and with `--write docs` puts
-the tables and their pictures into the pages. Interrupted, it goes on where it was.
+which name a run in `RUNS` and a table that the run writes. `python -m experiments
+tables` executes the runs with missing or stale tables, one after the other. With
+`--write docs`, it also writes the tables and their pictures into the pages. After an
+interruption, the same command continues where it stopped.
 """
 
 import dataclasses
@@ -26,21 +27,21 @@ from rich.console import Console
 from experiments.errors import UsageError
 from experiments.training.provenance import ROOT, code
 
-# What stands for --data-dir's folder in the commands below.
+# Placeholder for the folder of --data-dir in the commands below.
 FOLDER = "FOLDER"
 
 
 class Run(NamedTuple):
-    """A command, and what the documentation shows of its results."""
+    """A command, with the tables and pictures that the documentation shows."""
 
     page: str
-    command: str  # what follows `python -m experiments`
+    command: str  # arguments after `python -m experiments`
     tables: tuple[str, ...]
-    pictures: tuple[tuple[str, str], ...] = ()  # in docs/images, and as it is written
+    pictures: tuple[tuple[str, str], ...] = ()  # file in docs/images, file of the run
 
     @property
     def shown_command(self) -> str:
-        """The command as readers type it."""
+        """The complete command, as shown to readers."""
         return f"python -m experiments {self.command}"
 
 
@@ -127,8 +128,9 @@ RUNS = {
 
 _QUIET = "times steps: needs a machine without other load"
 
-# Benchmarks whose numbers stand in the documentation between the comments "by hand:
-# NAME" and "end of by hand", with date and commit written by hand; and why.
+# Benchmarks whose numbers are copied into the documentation by hand, with date and
+# commit, between the comments "by hand: NAME" and "end of by hand". The values are the
+# reasons.
 BY_HAND = {
     "benchmarks.one_device.asynchronous": _QUIET,
     "benchmarks.one_device.compression": _QUIET,
@@ -145,22 +147,22 @@ BY_HAND = {
 
 @dataclasses.dataclass
 class Tables:
-    """Run the commands whose tables in the documentation are missing or stale."""
+    """Runs the commands whose tables in the documentation are missing or stale."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Only these, by the names that --list gives; all if not given."""
+    """Names of the runs to execute, as shown by --list; all if not given."""
     list: bool = False
-    """Only list them: which are up to date, and the commands."""
+    """Only list the runs: which are up to date, and their commands."""
     write: Path | None = None
-    """Folder of the documentation to write tables and pictures into: "docs"."""
+    """Documentation folder, such as "docs", to write tables and pictures into."""
     data_dir: Path | None = None
-    """Folder with the files of data sets; commands that need it are skipped without."""
+    """Folder with the data sets; without it, commands that need it are skipped."""
     out: Path = Path("results/tables")
-    """Folder for the results, one folder for each run."""
+    """Folder for the results, with one subfolder per run."""
 
 
 def run(options: Tables) -> None:
-    """Runs what is stale; exits with 1 if a command failed."""
+    """Executes the stale runs; exits with status 1 if any command fails."""
     unknown = set(options.names) - set(RUNS)
     if unknown:
         raise UsageError(f"names must be among {', '.join(RUNS)}, got {unknown}.")
@@ -199,20 +201,20 @@ def _argv(run: Run, folder: Path, options: Tables) -> list[str]:
 
 
 def block(name: str, table: str) -> re.Pattern:
-    """What matches a table of a run on its page; its group 2 is what is generated."""
+    """Returns a pattern for a table on its page; group 2 is the generated text."""
     marker = re.escape(f"<!-- table: {name}/{table} -->")
     return re.compile(rf"({marker}\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
 def fresh(name: str, docs: Path) -> bool:
-    """Whether a run's tables come from its command and the present code."""
+    """Returns whether a run's tables come from its command and the current code."""
     run = RUNS[name]
     text = (docs / run.page).read_text(encoding="utf-8")
     for table in run.tables:
         found = block(name, table).search(text)
         if found is None:
             raise UsageError(
-                f"{run.page} has no comments for the table {name}/{table}."
+                f"{run.page} has no comments for the table {name}/{table}: add them."
             )
         says = f"`{run.shown_command}`" in found[2] and f"code {code()}," in found[2]
         if not says:
@@ -221,12 +223,12 @@ def fresh(name: str, docs: Path) -> bool:
 
 
 def write(name: str, folder: Path, docs: Path) -> None:
-    """Puts a run's tables and pictures into the documentation.
+    """Writes a run's tables and pictures into the documentation.
 
     Args:
-      name: The run.
-      folder: With what it wrote.
-      docs: The folder of the documentation.
+      name: Name of the run.
+      folder: Folder with the results of the run.
+      docs: Folder of the documentation.
     """
     run = RUNS[name]
     page = docs / run.page
@@ -239,14 +241,17 @@ def write(name: str, folder: Path, docs: Path) -> None:
             lambda m, new=new: m[1] + new + m[3], text
         )
         if count != 1:
-            raise UsageError(f"{run.page} has {count} places for {name}/{table}.")
+            raise UsageError(
+                f"{run.page} has {count} places for the table {name}/{table}: keep "
+                "exactly one."
+            )
     page.write_text(text, encoding="utf-8")
     for picture, file in run.pictures:
         shutil.copyfile(folder / file, docs / "images" / picture)
 
 
 def _small_print(run: Run, origin: str) -> str:
-    """Where a table comes from, in one line."""
+    """Formats the origin of a table as one line."""
     lines = origin.removesuffix("\n-->\n").splitlines()
     found = dict(line.split(": ", 1) for line in lines)
     minutes, seconds = divmod(int(found["seconds"]), 60)

@@ -101,7 +101,7 @@ def test_first_time():
         (["--dataset", "a9a", "--models", "logistic"], "a9a is read from files: pass"),
         (["--points", "7"], "points=7 must divide gradients=600"),
         (["--sleep-ms", "0"], "sleep_ms must be positive"),
-        (["--speedup-workers", "2"], "speedup_workers must hold 1"),
+        (["--speedup-workers", "2"], "speedup_workers must contain 1"),
     ],
 )
 def test_bad_options(fails, arguments, message):

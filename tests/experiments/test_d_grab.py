@@ -63,10 +63,10 @@ def test_herding(run):
         (["--vectors", "100", "--shared-by", "3"], "vectors=100 must divide"),
         (["--rounds", "0"], "rounds and draws must be at least 1"),
         (["--epochs", "0"], "epochs must be positive, got 0"),
-        (["--source", "a9a"], "source='a9a' is for one task"),
+        (["--source", "a9a"], "source='a9a' requires a single task"),
         (["--tasks", "lenet", "--source", "a9a"], "source='a9a' of lenet must be one"),
         (["--tasks", "forecast"], "m4, which is read from files: pass data_dir"),
-        (["--examples", "7"], "workers=16 for the 7 examples of logistic, digits"),
+        (["--examples", "7"], "workers=16 is too many for the 7 examples of"),
     ],
 )
 def test_bad_options(fails, arguments, message):

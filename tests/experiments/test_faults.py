@@ -26,7 +26,7 @@ def test_missing_workers(run):
 @pytest.mark.parametrize("missing", ["8", "-1"])
 def test_bad_options(fails, missing):
     arguments = "faults", "--workers", "8", "--missing", missing
-    fails(r"missing=.* fewer than the 8 workers", *arguments)
+    fails(r"missing=.* less than workers=8", *arguments)
 
 
 def test_bad_ratio(fails):
