@@ -66,7 +66,7 @@ def write_all(folder: Path) -> None:
         _save(schedule.plot()[0].figure, folder / f"{name}.svg")
     (folder / "topologies.md").write_text(topology_table())
     (folder / "algorithms.md").write_text(algorithm_table())
-    for package in (dj.algorithms, dj.compression, dj.transforms):
+    for package in (dj.algorithms, dj.compression, dj.topology, dj.transforms):
         name = package.__name__.rpartition(".")[2]
         (folder / f"api_{name}.md").write_text(api_page(package))
     _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
@@ -77,9 +77,12 @@ def write_all(folder: Path) -> None:
 
 def api_page(package: ModuleType) -> str:
     """The public functions and classes of a package, by the module they are in."""
-    shown_as = package if package is dj.compression else dj
+    # Algorithms and transformations are shown as `dj` has them.
+    shown_as = dj if package in (dj.algorithms, dj.transforms) else package
     modules: dict[str, list[str]] = {}
     for name in package.__all__:
+        if not callable(getattr(package, name)) or name == "AnyTopology":
+            continue
         modules.setdefault(getattr(package, name).__module__, []).append(name)
     lines = ["```{eval-rst}", f".. automodule:: {package.__name__}", "   :no-members:"]
     lines += ["```", ""]

@@ -35,7 +35,7 @@ from decentral_jax._exchange.numbers import (
     widened,
 )
 from decentral_jax._exchange.packing import ALL_REDUCE_BUCKET_BYTES, mapped_packed
-from decentral_jax._exchange.plans import Plan, cached_plan
+from decentral_jax._exchange.plans import Plan, Round, cached_plan
 from decentral_jax._exchange.weighing import (
     DENSE_FROM,
     dense_row,
@@ -337,7 +337,7 @@ class WorkerAxis:
             return ()
         block = jax.tree.map(self.of_device, tree)
         if len(plans) == 1:
-            return tuple(self._receive(each, block) for each in plans[0].rounds)
+            return tuple(self.deliver(each, block) for each in plans[0].rounds)
 
         # All branches of a switch must return the same shapes: pad every message to
         # the largest one in the same slot, and every plan to the most messages.
@@ -348,7 +348,7 @@ class WorkerAxis:
         ]
 
         def receive(plan, block):
-            parts = [self._receive(each, block) for each in plan.rounds]
+            parts = [self.deliver(each, block) for each in plan.rounds]
             empty = jax.tree.map(lambda b: b[:0], block)
             parts += [empty] * (len(slots) - len(parts))
             return tuple(map(_padded, parts, rows))
@@ -356,8 +356,19 @@ class WorkerAxis:
         branches = [functools.partial(receive, plan) for plan in plans]
         return lax.switch(self._round(plans, step), branches, block)
 
-    def _receive(self, message, block):
-        """Performs one `ppermute` of the rows that the receiving device needs."""
+    def deliver(self, message: Round, block: PyTree) -> PyTree:
+        """Delivers one message of a plan: the rows that the receiving device needs.
+
+        Another transport overrides this method.
+
+        Args:
+          message: Round of a plan: who sends which rows to whom.
+          block: Arrays of this device's workers, leaves `[num_virtual, ...]`.
+
+        Returns:
+          The rows from the sender in `message.pairs`, leaves `[k, ...]`. What a device
+          without a sender returns is not used.
+        """
         if self.num_virtual > 1:
             mine = jnp.asarray(message.rows)[lax.axis_index(self.mesh)]
             block = jax.tree.map(lambda b: b[mine], block)

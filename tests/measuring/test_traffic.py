@@ -52,6 +52,7 @@ PER_STEP = {
     # Signs in 2 bytes and a scale of 4 to all others.
     "ef_sgd_sign": ((N - 1) * 6,),
     "def_sgd_block": (all_reduce(4 * 4),),
+    "def_a_sgd": (all_reduce(BYTES / 2),),
     # Five values and five places to all others.
     "def_sgd_top_k_period": (0, 0, (N - 1) * 5 * 8),
     "step_ahead_whole": ((N - 1) * 4 * 8,),
@@ -87,7 +88,9 @@ PER_STEP["diloco_fragments"] = (0, all_reduce(24), 0, 0, all_reduce(16))
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_period_of_every_algorithm(name):
-    algorithm, expected = ALGORITHMS[name], PER_STEP[name]
+    algorithm = ALGORITHMS[name]
+    expected = PER_STEP.get(name, algorithm.sent)
+    assert expected is not None, f"give {name} in the registry the bytes it sends"
     costs = dj.communication_costs(
         algorithm.make(0.1), TREES.get(name, X), axis_sizes=named(algorithm.shape)
     )
@@ -222,7 +225,7 @@ COMPOSED = {
         3,
     ),
     "injected": (
-        optax.inject_hyperparams(dj.local_sgd, static_args="period")(0.1, period=3),
+        optax.inject_hyperparams(dj.local_sgd, static_args=("period", "fragments"))(0.1, period=3),
         AXES,
         3,
     ),

@@ -54,6 +54,9 @@ class Algorithm(NamedTuple):
     local: Callable[..., optax.GradientTransformation] | None = None
     # Whether all workers take the same step, and nothing else moves the parameters
     alone: bool = False
+    # Bytes that a worker sends in each step of one period, for ten float32 parameters;
+    # tests/measuring/test_traffic.py has those of most settings
+    sent: tuple[float, ...] | None = None
     # Calls of update for each step of the optimizer, whose schedules count steps
     calls: int = 1
 
@@ -96,6 +99,7 @@ def _algorithm(
     local=None,
     alone=False,
     calls=1,
+    sent=None,
     **arguments,
 ):
     def make(learning_rate, **axes):
@@ -111,6 +115,7 @@ def _algorithm(
         local=local,
         alone=alone,
         calls=calls,
+        sent=sent,
     )
     return algorithm
 

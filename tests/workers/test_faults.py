@@ -255,12 +255,12 @@ BAD = {
     "all workers' mask": (
         lambda x: dj.mix(x, RING, active=jnp.ones(8, bool)),
         TypeError,
-        r"active must be one boolean a worker, got shape \(8,\)",
+        r"active must be one boolean per worker, got shape \(8,\)",
     ),
     "a number": (
         lambda x: dj.mix(x, RING, active=1.0),
         TypeError,
-        "active must be one boolean a worker, got .* float32",
+        "active must be one boolean per worker, got .* float32",
     ),
     "all missing": (
         lambda x: dj.sample_active(0, 8),
