@@ -225,7 +225,9 @@ COMPOSED = {
         3,
     ),
     "injected": (
-        optax.inject_hyperparams(dj.local_sgd, static_args=("period", "fragments"))(0.1, period=3),
+        optax.inject_hyperparams(dj.local_sgd, static_args=("period", "fragments"))(
+            0.1, period=3
+        ),
         AXES,
         3,
     ),
