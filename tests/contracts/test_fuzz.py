@@ -82,12 +82,21 @@ def setting(case, shapes):
     return Setting(case.n, case.hubs, topology, tuple(shapes), case.seed)
 
 
-def expected(case):
-    """The path, leaves [n, STEPS + 1, ...]."""
+def expected(case, rng=None):
+    """The path, leaves [n, STEPS + 1, ...].
+
+    With `rng`, every number of the problem moves by up to one unit in the last place.
+    """
     curvature, optimum, noise = (
         np.concatenate([x.reshape(*x.shape[:axes], -1) for x in part], -1).astype(float)
         for part, axes in zip(problem(case), (1, 1, 2), strict=True)
     )
+    if rng is not None:
+        unit = np.finfo(float).eps
+        curvature, optimum, noise = (
+            x * (1 + unit * rng.choice([-1, 0, 1], x.shape))
+            for x in (curvature, optimum, noise)
+        )
     cuts = ends(case.shapes)
 
     def run(reference, first, last):
@@ -237,8 +246,27 @@ def errors(case):
         yield error / size / float(jnp.finfo(dtype).eps), allowed
 
 
+def sensitivity(case):
+    """How far one unit in the last place of the problem moves the reference, in units.
+
+    A power iteration may start almost orthogonal to the matrix's largest direction, and
+    then magnifies rounding. The largest of eight random moves.
+    """
+    rng, wanted = np.random.default_rng(0), expected(case)
+    unit = np.finfo(float).eps
+    return max(
+        np.abs(moved - want).max(initial=0.0)
+        / max(1.0, np.abs(want).max(initial=0.0))
+        / unit
+        for _ in range(8)
+        for moved, want in zip(expected(case, rng), wanted, strict=True)
+    )
+
+
 def check(case):
     for error, allowed in errors(case):
+        if error > allowed and case.dtype == "float64":
+            allowed = max(allowed, sensitivity(case))
         assert error <= allowed
 
 
