@@ -9,7 +9,8 @@ workers of one device.
 
 Sending and weighing are separate: `send` moves arrays between devices, and `weigh` sums
 the arrays that have arrived. Independent computation between the two calls may overlap
-with the exchange, and another transport only has to replace `send`.
+with the exchange. Another transport only has to replace `deliver`, which `send` calls
+once per message.
 
 Results of reductions are marked as varying over the mesh axes, so that the branches of
 a `cond` and the carry of a `scan` have one type under `shard_map(check_vma=True)`.
@@ -398,19 +399,18 @@ class WorkerAxis:
         """
         # Rows of the workers on this device, leaves [num_virtual, ...].
         block = jax.tree.map(self.of_device, tree)
-        t, worker = self._round(plans, step), self.index
         degree = max(plan.local.index.shape[1] for plan in plans)
 
         # Many neighbors on one device: one matrix product instead of a sum of rows.
         if self.num_devices == 1 and decode is None and degree > DENSE_FROM:
-            matrices = np.stack([plan.matrix for plan in plans])
 
             def dense(x, rows):
-                weights = jnp.asarray(matrices, widened(x.dtype))[t, worker]
+                weights = self._weights(plans, step, widened(x.dtype))
                 return dense_row(weights, wide(rows)).astype(x.dtype)
 
             return self.varying(jax.tree.map(dense, tree, block))
 
+        t, worker = self._round(plans, step), self.index
         decode = decode or (lambda x: x)
         like = jax.eval_shape(decode, tree)
 
@@ -451,10 +451,18 @@ class WorkerAxis:
         """
         rows = self.of_device(x)
         rows = rows - rows.mean(0)
-        worker = self.index
-        matrices = np.stack([plan.matrix for plan in plans])
-        weights = jnp.asarray(matrices, x.dtype)[self._round(plans, step), worker]
-        return self.varying(dense_row(weights, rows) - rows[worker])
+        weights = self._weights(plans, step, x.dtype)
+        return self.varying(dense_row(weights, rows) - rows[self.index])
+
+    def _weights(
+        self,
+        plans: tuple[Plan, ...],
+        step: jax.typing.ArrayLike | None,
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        """Returns this worker's row of the mixing matrix of a step, `[n]`."""
+        matrices = jnp.asarray(np.stack([plan.matrix for plan in plans]), dtype)
+        return matrices[self._round(plans, step), self.index]
 
     def _round(
         self, plans: tuple[Plan, ...], step: jax.typing.ArrayLike | None

@@ -153,7 +153,9 @@ def mix_differences(
 
         return jax.tree.map(subtract, others, sent, tree)
 
-    change = mix_decoded((sent, share), subtract_own, topology, axis_name, step)
+    change = gossip_round(
+        (sent, share), matrices_of(topology), axis, step, subtract_own
+    )
     if active is None:
         return change
     # A missing worker keeps its own values.
@@ -338,34 +340,30 @@ def hub_average(
             )
         table = jnp.asarray(shares / shares.sum(1, keepdims=True))
         weight = table[hubs.index, workers.index]
-    both = WorkerAxis.bind((hub_axis, worker_axis))
 
-    # Without a topology, the average stays inside the hub.
     if topology is None:
+        # The average stays inside the hub.
         if weight is None:
             return workers.mean(tree)
-        return mapped_packed(
-            lambda x: workers.total(weighted(x, weight)),
-            tree,
-            both,
-            ALL_REDUCE_BUCKET_BYTES,
-        )
 
-    # With shares, the hubs' matrix must preserve the mean weighted by their data.
-    _check_size(hubs, topology)
-    rounds = topologies_of(topology)
-    if shares is not None:
-        rounds = [reweighted(one, shares.sum(1)) for one in rounds]
+        def average(x):
+            return workers.total(weighted(x, weight))
 
-    def between(z):
-        if len(rounds) == 1 and rounds[0].averages_exactly:
-            return hubs.mean(z)
-        return gossip_round(z, [one.matrix for one in rounds], hubs, step)
+    else:
+        # With shares, the hubs' matrix must preserve the mean weighted by their data.
+        _check_size(hubs, topology)
+        rounds = topologies_of(topology)
+        if shares is not None:
+            rounds = [reweighted(one, shares.sum(1)) for one in rounds]
 
-    # Each device of a hub sends a different part of z_d to the other hubs.
-    return mapped_packed(
-        lambda x: workers.mean_in_parts(x, between, weight),
-        tree,
-        both,
-        ALL_REDUCE_BUCKET_BYTES,
-    )
+        def between(z):
+            if len(rounds) == 1 and rounds[0].averages_exactly:
+                return hubs.mean(z)
+            return gossip_round(z, [one.matrix for one in rounds], hubs, step)
+
+        # Each device of a hub sends a different part of z_d to the other hubs.
+        def average(x):
+            return workers.mean_in_parts(x, between, weight)
+
+    both = WorkerAxis.bind((hub_axis, worker_axis))
+    return mapped_packed(average, tree, both, ALL_REDUCE_BUCKET_BYTES)

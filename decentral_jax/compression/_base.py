@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from decentral_jax._exchange.numbers import PyTree, widened
+from decentral_jax._exchange.numbers import PyTree, wide_zeros
 from decentral_jax._validation import check_interval
 
 Tree = TypeVar("Tree")
@@ -213,7 +213,7 @@ def _mean_of_gathered(
     It decompresses one worker's payloads at a time, so that only one dense copy of the
     leaves exists besides the sum.
     """
-    zeros = [jnp.zeros(x.shape, widened(x.dtype)) for x in leaves]
+    zeros = [wide_zeros(x) for x in leaves]
 
     def add(j, sums):
         arrived = decode(jax.tree.map(lambda p: p[j], payloads))

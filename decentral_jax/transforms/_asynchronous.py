@@ -47,7 +47,7 @@ class AsynchronousState(NamedTuple):
 
     def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the master's iterate."""
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), self.master, params)
+        return optax.tree.cast_like(self.master, params)
 
 
 def asynchronous(

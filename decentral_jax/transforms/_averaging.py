@@ -206,7 +206,7 @@ def average_parameters(
 
     def wait(updates, params, start, state, count):
         del count
-        updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+        updates = optax.tree.cast_like(updates, params)
         return updates, start, state
 
     def update_fn(

@@ -23,11 +23,6 @@ SMALL = 1 << 18
 Leaves = list[jax.Array]
 
 
-def zeros_like_wide(leaves: Leaves) -> Leaves:
-    """Returns zeros of the shapes of the leaves, in at least float32."""
-    return [jnp.zeros(x.shape, widened(x.dtype)) for x in leaves]
-
-
 def size_and_dtype(leaves: Leaves) -> tuple[int, jnp.dtype]:
     """Returns size and dtype, at least float32, of a vector of all entries."""
     dtypes = [widened(x.dtype) for x in leaves]

@@ -69,7 +69,7 @@ class DetachedState(NamedTuple):
 
     def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the model to evaluate, before averaging over workers."""
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), self.shared, params)
+        return optax.tree.cast_like(self.shared, params)
 
 
 class AveragedState(DetachedState):
@@ -225,7 +225,7 @@ def error_feedback(
             moved, state = _update_attached(rule, us, state, like, axis)
         else:
             moved, state = _update_detached(rule, us, state, like, axis)
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), moved, like), state
+        return optax.tree.cast_like(moved, like), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -105,7 +105,7 @@ def gossip(
         if order == "adapt_then_combine":
             adapted = optax.apply_updates(params, updates)
             mixed = mix(adapted, topology, axis_name, step=state.count, active=active)
-            updates = difference(mixed, params)
+            updates = optax.tree.sub(mixed, params)
         else:
             mixed = mix(params, topology, axis_name, step=state.count, active=active)
             updates = jax.tree.map(
@@ -210,8 +210,3 @@ def exact_diffusion(
         return updates, ExactDiffusionState(correction)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def difference(target: optax.Params, params: optax.Params) -> optax.Updates:
-    """Returns the update that takes `params` to `target`."""
-    return jax.tree.map(lambda t, p: t - p, target, params)

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
+from decentral_jax._exchange.numbers import wide_zeros
 from decentral_jax._validation import check_int, check_nobody_missing
 from decentral_jax.transforms._balancing import (
     Leaves,
@@ -22,7 +23,6 @@ from decentral_jax.transforms._balancing import (
     flat,
     mean_of,
     size_and_dtype,
-    zeros_like_wide,
 )
 from decentral_jax.transforms._ordering import Step, ordering
 
@@ -74,7 +74,7 @@ def grab(
     n = check_int("num_examples", num_examples, minimum=2)
 
     def start(leaves):
-        zeros = zeros_like_wide(leaves)
+        zeros = jax.tree.map(wide_zeros, leaves)
         running = jnp.zeros(*size_and_dtype(leaves))
         return MeanBalance(running, zeros, zeros, jnp.zeros([], jnp.int32))
 
@@ -162,7 +162,7 @@ def pair_balance(
     n = check_int("num_examples", num_examples, minimum=2)
 
     def start(leaves):
-        pending = zeros_like_wide(leaves) if odd_batches else []
+        pending = jax.tree.map(wide_zeros, leaves) if odd_batches else []
         return PairBalance(jnp.zeros(*size_and_dtype(leaves)), pending)
 
     def place(step, following, sums):
@@ -247,7 +247,7 @@ def d_grab(
         if not gathered:
             size = -(-size // n)
         running = jnp.zeros(sketch or size, dtype)
-        pending = zeros_like_wide(leaves) if odd_batches else []
+        pending = jax.tree.map(wide_zeros, leaves) if odd_batches else []
         return PairBalance(running, pending)
 
     def place(step, following, sums):

@@ -19,7 +19,7 @@ class IterateAveragingState(NamedTuple):
 
     def evaluation_params(self, params: optax.Params) -> optax.Params:
         """Returns the average x."""
-        return jax.tree.map(lambda x, p: x.astype(p.dtype), self.average, params)
+        return optax.tree.cast_like(self.average, params)
 
 
 def iterate_averaging(

@@ -20,7 +20,6 @@ from decentral_jax._validation import (
     require_params,
 )
 from decentral_jax.topology import AnyTopology, check_topology
-from decentral_jax.transforms._gossip import difference
 
 __all__ = ["MultiLevelState", "multi_level"]
 
@@ -133,7 +132,7 @@ def multi_level(
                 adapted = optax.apply_updates(params, updates)
                 round_number = tick // (q * tau) - 1
                 mean = hub_average(adapted, topology, table, round_number, *axes)
-                return difference(mean, params)
+                return optax.tree.sub(mean, params)
 
             return run
 
@@ -143,7 +142,7 @@ def multi_level(
             return axis.cond_every(q, tick // tau, *both, updates, params)
 
         def wait(updates, params):
-            return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+            return optax.tree.cast_like(updates, params)
 
         updates = axis.cond_every(tau, tick, exchange, wait, updates, params)
         return updates, MultiLevelState(count)

@@ -148,7 +148,7 @@ def track_gradients(
             tracker = optax.tree.where(state.count == 0, gradient, mixed(corrected))
         count = advance(state.count, topology.period)
         state = TrackGradientsState(count, tracker, gradient)
-        return _like(tracker, updates), state
+        return optax.tree.cast_like(tracker, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -286,7 +286,12 @@ def accelerated_tracking(
             moved = jax.tree.map(lambda m, x, u: m - x + wide(u), mixed, start[0], step)
             tracker = _correct(tracked, total, state.previous)
             zeros = optax.tree.zeros_like(total)
-            return _like(moved, params), (zeros, total, tracker, inner_state)
+            return optax.tree.cast_like(moved, params), (
+                zeros,
+                total,
+                tracker,
+                inner_state,
+            )
 
         def go_on(now, inner_state):
             del now
@@ -384,7 +389,7 @@ def exact_phases(
         )
         for i, c in zip(half, change, strict=True):
             moved[i] = wide(moved[i]) + c
-        return _like(structure.unflatten(moved), params)
+        return optax.tree.cast_like(structure.unflatten(moved), params)
 
     def init_fn(params: optax.Params) -> ExactPhasesState:
         params = require_params(params, "exact_phases")
@@ -441,11 +446,6 @@ def _wide_zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(wide_zeros, tree)
 
 
-def _like(updates: PyTree, reference: PyTree) -> PyTree:
-    """Casts updates to the dtypes of another tree."""
-    return jax.tree.map(lambda u, r: u.astype(jnp.result_type(r)), updates, reference)
-
-
 def _step(
     inner: optax.GradientTransformationExtraArgs,
     updates: PyTree,
@@ -458,7 +458,9 @@ def _step(
     Hyperparameters injected in a wider dtype would widen the state. Both branches of a
     `cond` must return the same dtypes, and the branch without a step keeps the state.
     """
-    step, new = inner.update(_like(updates, params), state, params, **extra_args)
+    step, new = inner.update(
+        optax.tree.cast_like(updates, params), state, params, **extra_args
+    )
 
     def as_it_was(new, old):
         dtype = jnp.result_type(old)
