@@ -5,6 +5,7 @@ state classes are public, too.
 """
 
 from decentral_jax.transforms import (
+    _accumulation,
     _amsgrad,
     _asynchronous,
     _averaging,
@@ -21,6 +22,7 @@ from decentral_jax.transforms import (
     _quasi_global,
     _tracking,
 )
+from decentral_jax.transforms._accumulation import *
 from decentral_jax.transforms._amsgrad import *
 from decentral_jax.transforms._asynchronous import *
 from decentral_jax.transforms._averaging import *
@@ -38,6 +40,7 @@ from decentral_jax.transforms._quasi_global import *
 from decentral_jax.transforms._tracking import *
 
 __all__: list[str] = []
+__all__ += _accumulation.__all__
 __all__ += _amsgrad.__all__
 __all__ += _asynchronous.__all__
 __all__ += _averaging.__all__
