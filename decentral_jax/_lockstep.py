@@ -96,20 +96,21 @@ def _longer(outside: list[Any], inside: list[Any]) -> int:
 def check_lockstep(
     fn: Callable[..., Any],
     sizes: Mapping[str, int],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    own: Any,
+    shared: Any,
 ) -> None:
     """Checks that no worker's own data decides which collectives it runs.
 
-    The check assumes that integer and boolean arguments, such as step counters, are
-    equal on all workers. Floating-point arguments, PRNG keys, and `dj.worker_index`
-    belong to one worker until they are reduced over all workers.
+    The check assumes that shared arguments, and integer and boolean arguments such as
+    step counters, are equal on all workers. Other floating-point arguments and PRNG
+    keys, and `dj.worker_index`, belong to one worker until they are reduced over all
+    workers.
 
     Args:
-      fn: Function of one worker.
+      fn: Function of one worker's own arguments and of shared arguments.
       sizes: Mapping from the names of the worker axes to their sizes.
-      args: Positional arguments of `fn`, with leading worker axes.
-      kwargs: Keyword arguments of `fn`, with leading worker axes.
+      own: First argument of `fn`, with leading worker axes.
+      shared: Second argument of `fn`, without worker axes.
 
     Raises:
       ValueError: If any of the following depends on one worker's own data: the
@@ -118,17 +119,19 @@ def check_lockstep(
         models must stay equal.
     """
     # Abstract leaves of one worker, without the worker axes.
-    leaves, structure = jax.tree.flatten((args, kwargs))
+    leaves, structure = jax.tree.flatten((own, shared))
+    num_own = len(jax.tree.leaves(own))
     leaves = [
-        jax.ShapeDtypeStruct(jnp.shape(leaf)[len(sizes) :], jnp.result_type(leaf))
-        for leaf in leaves
+        jax.ShapeDtypeStruct(
+            jnp.shape(leaf)[len(sizes) if i < num_own else 0 :], jnp.result_type(leaf)
+        )
+        for i, leaf in enumerate(leaves)
     ]
     # `names` receives the path of each result, for messages.
     names = []
 
     def one_worker(*leaves):
-        args, kwargs = structure.unflatten(leaves)
-        results, tree = jax.tree.flatten(fn(*args, **kwargs))
+        results, tree = jax.tree.flatten(fn(*structure.unflatten(leaves)))
         paths = jax.tree_util.tree_flatten_with_path(tree.unflatten(results))[0]
         names.extend(jax.tree_util.keystr(path) for path, _ in paths)
         return results
@@ -144,7 +147,7 @@ def check_lockstep(
     origins = [
         _Origin(False, *[frozenset([] if leaf.shape else [i])] * 2)
         if jnp.issubdtype(leaf.dtype, jnp.integer) or leaf.dtype == bool
-        else _Origin(True)
+        else _Origin(i < num_own)
         for i, leaf in enumerate(leaves)
     ]
     results = interpreter(program.jaxpr, origins)

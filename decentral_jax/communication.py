@@ -141,7 +141,10 @@ class CommunicationCost:
 
 
 def communication_cost(
-    fn: Callable, *args: Any, axis_sizes: Mapping[str, int] | None = None
+    fn: Callable,
+    *args: Any,
+    axis_sizes: Mapping[str, int] | None = None,
+    **kwargs: Any,
 ) -> CommunicationCost:
     """Counts the collectives that a worker executes in one call, and their bytes.
 
@@ -156,6 +159,7 @@ def communication_cost(
       *args: Arguments of `fn`: arrays or `jax.ShapeDtypeStruct`.
       axis_sizes: Number of workers along each worker axis of a step for one worker, by
         the name of the axis.
+      **kwargs: Keyword arguments of `fn`.
 
     Returns:
       The cost, with the attributes `.bytes_sent`, `.count` and `.collectives`. `print`
@@ -176,18 +180,21 @@ def communication_cost(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function, got {fn!r}.")
-    check_arrays("arguments", args)
     one_worker = getattr(fn, "one_worker", None)
     if one_worker is not None:
-        fn, axis_sizes = one_worker
+        own, shared, call, axis_sizes = one_worker(*args, **kwargs)
         assert axis_sizes
         dims = len(axis_sizes)
-        check_leading_axes("arguments", args, tuple(axis_sizes.values()))
+        check_leading_axes("arguments", own, tuple(axis_sizes.values()))
+        check_arrays("shared arguments", shared)
         # All workers are in the same phase, so the integers of the first one are used.
-        args = jax.tree.map(lambda x: _first(x, dims), args)
+        args = jax.tree.map(lambda x: _first(x, dims), own), shared
+    else:
+        check_arrays("arguments", (args, kwargs))
+        args, call = (args, kwargs), lambda args, kwargs: fn(*args, **kwargs)
     if axis_sizes:
-        fn = on_abstract_devices(fn, axis_sizes)
-    jaxpr = trace(fn, *args)
+        call = on_abstract_devices(call, axis_sizes)
+    jaxpr = trace(call, *args)
     known = [known_integer(leaf) for leaf in jax.tree.leaves(args)]
     return cost_of_program(jaxpr, known)[0]
 

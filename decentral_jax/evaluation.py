@@ -97,21 +97,35 @@ def _of_part(hidden: PyTree, params: PyTree) -> list[Any]:
       One entry per leaf of `params`: the model's leaf, or `optax.MaskedNode` if the
       state does not cover it.
     """
-    leaves, structure = jax.tree.flatten(params)
-    # Find a field of the state with the structure of params. Its masked nodes show
-    # which leaves the transformation has not received.
-    masked = [False] * len(leaves)
+    # Find a field of the state with the structure of params, where a masked node may
+    # stand for a whole subtree of params. If there is none, nothing is masked.
+    structure, parts = jax.tree.structure(params), jax.tree.leaves(params)
+    masked = [False] * len(parts)
     for field in jax.tree.leaves(hidden, is_leaf=lambda node: node is not hidden):
         nodes, tree = jax.tree.flatten(field, is_leaf=_is_masked)
-        if tree == structure:
-            masked = [_is_masked(node) for node in nodes]
+        try:
+            subtrees = tree.flatten_up_to(params)
+        except ValueError:  # another structure
+            continue
+        out = [_is_masked(node) for node in nodes]
+        if all(
+            o or jax.tree_util.all_leaves([p])
+            for o, p in zip(out, subtrees, strict=True)
+        ):
+            structure, parts, masked = tree, subtrees, out
     # Call the method with what the transformation itself receives.
     shown = [
-        optax.MaskedNode() if out else leaf
-        for out, leaf in zip(masked, leaves, strict=True)
+        optax.MaskedNode() if out else part
+        for out, part in zip(masked, parts, strict=True)
     ]
     model = hidden.evaluation_params(structure.unflatten(shown))
-    return jax.tree.leaves(model, is_leaf=_is_masked)
+    nodes = jax.tree.leaves(model, is_leaf=_is_masked)
+    # A masked node stands for all leaves of its subtree.
+    return [
+        node
+        for node, part in zip(nodes, parts, strict=True)
+        for _ in jax.tree.leaves(part)
+    ]
 
 
 def consensus_distance(

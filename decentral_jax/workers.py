@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import (
     AxisType,
@@ -24,11 +23,11 @@ from jax.sharding import (
     PartitionSpec,
     SingleDeviceSharding,
 )
-from jax.stages import Wrapped
 
 from decentral_jax._exchange.axis import DEVICES, VIRTUAL, AxisName
 from decentral_jax._exchange.numbers import PyTree
 from decentral_jax._lockstep import check_lockstep
+from decentral_jax._spmd import Arguments, P, R, Spmd
 from decentral_jax._validation import (
     check_arrays,
     check_axis_name,
@@ -294,8 +293,13 @@ class Workers:
             return jax.tree.map(fetch, tree)
 
     def spmd(
-        self, fn: Callable[..., Any], donate_argnums: int | Sequence[int] = ()
-    ) -> Callable[..., Any]:
+        self,
+        fn: Callable[P, R],
+        donate_argnums: int | Sequence[int] = (),
+        *,
+        shared_argnames: str | Sequence[str] = (),
+        static_argnames: str | Sequence[str] = (),
+    ) -> Spmd[P, R]:
         """Compiles a function of one worker to run on all workers.
 
         Where a worker communicates, its control flow must not depend on its own data.
@@ -309,53 +313,82 @@ class Workers:
             other workers through collectives over `axis_name`.
           donate_argnums: Positions of arguments to donate: their memory may be reused
             for the results. Use it for the training state.
+          shared_argnames: Names of parameters of `fn` that all workers share, such as
+            frozen weights, a PRNG key, or a step number. They have no worker axes and
+            are held once per device. A call may pass them by position or by name, and
+            in several processes they must be equal in all of them. Place a large one
+            beforehand: `jax.device_put(x, workers.replicated)`.
+          static_argnames: Names of parameters of `fn` that are not arrays, such as a
+            string or `train=True`. They must be hashable; `fn` is compiled once per
+            value.
 
         Returns:
-          A jitted function of trees with leading worker axes, which accepts positional
-          and keyword arguments. Calls with the same `fn` share one compiled program.
+          A jitted function of trees with leading worker axes, except for shared and
+          static arguments. It accepts positional and keyword arguments. Calls with the
+          same `fn` share one compiled program.
 
         Raises:
-          TypeError: If `fn` is not callable. The returned function raises it if any
-            leaf is not an array.
-          ValueError: The returned function raises it if any leaf lacks the leading
-            worker axes; if a branch with a collective, or a step counter, depends on
-            one worker's own data; or if another process would run a different program.
+          TypeError: If `fn` is not callable, or names are not strings. The returned
+            function raises it if any leaf is not an array.
+          ValueError: If `fn` has no parameter of a given name, or one is named twice.
+            The returned function raises it if any leaf lacks the leading worker axes;
+            if a branch with a collective, or a step counter, depends on one worker's
+            own data; or if another process would run a different program.
           TimeoutError: The returned function raises it if another process does not
             reach this program in time.
+
+        Example:
+          >>> import decentral_jax as dj, jax.numpy as jnp
+          >>> workers = dj.Workers(4)
+          >>> def scaled_sum(x, scale, mean):
+          ...     return scale * (dj.average(x) if mean else 4 * dj.average(x))
+          >>> step = workers.spmd(
+          ...     scaled_sum, shared_argnames="scale", static_argnames="mean")
+          >>> workers.gather(step(jnp.arange(4.0), 10.0, mean=False))
+          array([60., 60., 60., 60.], dtype=float32)
         """
         if not callable(fn):
             raise TypeError(f"fn must be a function of one worker's trees, got {fn!r}.")
+        arguments = Arguments.of(fn, shared_argnames, static_argnames)
         donated = (
             (donate_argnums,)
             if isinstance(donate_argnums, int)
             else tuple(donate_argnums)
         )
         try:
-            return self._functions(fn, donated)
+            return self._functions(fn, donated, arguments)
         except TypeError:  # Not hashable, so not cacheable.
-            return self._compiled(fn, donated)
+            return self._compiled(fn, donated, arguments)
 
     def _compiled(
-        self, fn: Callable[..., Any], donate_argnums: tuple[int, ...]
-    ) -> "_Spmd":
+        self, fn: Callable[P, R], donate_argnums: tuple[int, ...], arguments: Arguments
+    ) -> Spmd[P, R]:
         """Returns `spmd(fn)`, not cached."""
 
         @functools.wraps(fn)
         def all_workers(*args, **kwargs):
+            own, shared, call = arguments.separate(fn, args, kwargs)
             # These checks run only while the function is traced.
-            check_leading_axes("arguments", (args, kwargs), self.shape)
-            check_lockstep(fn, self.sizes, args, kwargs)
-            # Pass the keyword arguments by position: shard_map accepts no keywords.
-            run = self._on_devices(lambda args, kwargs: fn(*args, **kwargs))
-            return run(args, kwargs)
+            check_leading_axes("arguments", own, self.shape)
+            check_arrays("shared arguments", shared)
+            check_lockstep(call, self.sizes, own, shared)
+            return self._on_devices(call)(own, shared)
 
-        jitted = jax.jit(all_workers, donate_argnums=donate_argnums)
-        return _Spmd(fn, jitted, self)
+        jitted = jax.jit(
+            all_workers,
+            donate_argnums=donate_argnums,
+            static_argnames=arguments.static or None,
+        )
+        single_process = self.sharding.is_fully_addressable
+        return Spmd(fn, jitted, arguments, self.sizes, self._own_mesh, single_process)
 
     def _on_devices(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Maps `fn` over the workers of one device, then over the devices."""
+        """Maps `fn(own, shared)` over the workers of a device, then over the devices.
+
+        Only the trees in `own` have worker axes.
+        """
         for name, size in reversed(self._virtual.values()):
-            fn = jax.vmap(fn, axis_name=name, axis_size=size)
+            fn = jax.vmap(fn, in_axes=(0, None), axis_name=name, axis_size=size)
         if not isinstance(self.sharding, NamedSharding):
             return fn
         # Axes that lie entirely on the mesh have size 1 within a device: remove them
@@ -366,15 +399,16 @@ class Workers:
 
         # The barriers keep XLA from fusing the reshapes into the computation. Fused
         # reshapes would prevent in-place updates of donated arrays.
-        def one_device(*args):
-            args = jax.tree.map(lambda x: jnp.squeeze(x, unit_axes), args)
-            results = lax.optimization_barrier(fn(*lax.optimization_barrier(args)))
+        def one_device(own, shared):
+            own = jax.tree.map(lambda x: jnp.squeeze(x, unit_axes), own)
+            own = lax.optimization_barrier(own)
+            results = lax.optimization_barrier(fn(own, shared))
             return jax.tree.map(lambda x: jnp.expand_dims(x, unit_axes), results)
 
         return jax.shard_map(
             one_device,
             mesh=self.sharding.mesh,
-            in_specs=self.sharding.spec,
+            in_specs=(self.sharding.spec, PartitionSpec()),
             out_specs=self.sharding.spec,
             # With check_vma=True, the gradient with respect to a value that is equal on
             # all workers is summed over the workers, and a `scan` that starts from a
@@ -401,62 +435,3 @@ def wrap_keys(data: jax.Array, like: jax.typing.ArrayLike) -> jax.Array:
     if not is_key(like):
         return data
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
-
-
-class _Spmd:
-    """A compiled function of all workers, as `Workers.spmd` returns it.
-
-    Attributes that this class does not define are those of the jitted function.
-    """
-
-    def __init__(self, fn: Callable[..., Any], jitted: Wrapped, workers: Workers):
-        functools.update_wrapper(self, fn)
-        # `communication_cost` traces this function in every layout.
-        self.one_worker = fn, workers.sizes
-        self._jitted = jitted
-        self._own_mesh = workers._own_mesh
-        single_process = workers.sharding.is_fully_addressable
-        self._call = jitted if single_process else _compared(jitted)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> PyTree:
-        try:
-            with self._own_mesh():
-                return self._call(*args, **kwargs)
-        except TypeError:
-            # Check only after an error: in every step, the check of a large tree would
-            # take too long.
-            check_arrays("arguments", (args, kwargs))
-            raise
-
-    def __getattr__(self, name: str) -> PyTree:
-        return getattr(self._jitted, name)
-
-
-def _compared(jitted: Wrapped) -> Callable[..., Any]:
-    """Wraps a jitted function to compare its programs between processes.
-
-    The first call with arguments of new types compares the lowered program with those
-    of the other processes. A different topology, option, or version in one process
-    would result in another program, whose collectives would hang.
-    """
-    seen = set()
-    name = getattr(jitted, "__name__", "function")
-
-    @functools.wraps(jitted)
-    def run(*args, **kwargs):
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        # One comparison per combination of structure, shapes, and dtypes.
-        key = structure, *(jax.typeof(leaf) for leaf in leaves)
-        if key not in seen:
-            program = jitted.lower(*args, **kwargs).as_text().encode()
-            agree(f"the program of {name}", hashlib.sha256(program).hexdigest())
-            seen.add(key)
-        # While being traced, the function does not run.
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return jitted(*args, **kwargs)
-        with calls(name):
-            results = jitted(*args, **kwargs)
-        calls.returned(results)
-        return results
-
-    return run
