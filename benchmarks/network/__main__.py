@@ -6,9 +6,9 @@ the benchmark
 
 1. trains a model with one million parameters on digits to a target test accuracy, with
    the best learning rate of each algorithm, and compares the seconds with those of
-   all-reduce SGD in JAX (column "speedup"). It also runs PyTorch DDP and Decent-DP, if `--torch-python`
-   names an interpreter with these packages; they use the learning rate and the number
-   of steps of the corresponding algorithm in JAX.
+   all-reduce SGD in JAX (column "speedup"). It also runs PyTorch DDP and Decent-DP, if
+   `--torch-python` names an interpreter with these packages; they use the learning rate
+   and the number of steps of the corresponding algorithm in JAX.
 2. compares the kernel's counters with `communication_cost`. The printed bytes include
    all headers. The "payload" excludes 66 bytes of headers per packet, but includes the
    data that gloo and the coordinator add.

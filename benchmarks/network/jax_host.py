@@ -1,4 +1,4 @@
-"""JAX process of one host of the network benchmark: trains and exchanges on command."""
+"""JAX process of one host of the network benchmark: trains or exchanges messages."""
 
 import time
 

@@ -99,6 +99,7 @@ def _run(model, data, num_hubs, batch, ticks, evaluate):
             updates, state = tx.update(gradient(params, batch, x, y), state, params)
             return (optax.apply_updates(params, updates), state), None
 
+        # A round is q * tau ticks, followed by an optional evaluation.
         def one_round(carry, batches):
             carry, _ = lax.scan(tick, carry, batches)
             params, state = carry

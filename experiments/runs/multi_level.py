@@ -125,7 +125,7 @@ class MultiLevel(RunOptions):
 
 
 def distributions(num_workers: int) -> dict[str, np.ndarray]:
-    """The operating rates of the paper; all but the first have the mean 0.55."""
+    """Returns the operating rates in the paper; all except "all 1" have mean 0.55."""
     tenth = num_workers // 10
     ones = np.ones(num_workers)
     few_slow, few_fast = 0.6 * ones, 0.5 * ones
