@@ -1,1 +1,1 @@
-"""Side-by-side measurements: run one by one as `python -m benchmarks.FOLDER.NAME`."""
+"""Side-by-side measurements: run each as `python -m benchmarks.FOLDER.NAME`."""

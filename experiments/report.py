@@ -20,11 +20,12 @@ from experiments.training import resuming
 from experiments.training.provenance import provenance
 from experiments.training.results import Result
 
-# One color and line style per algorithm, in every figure.
+# Line styles in the order of the algorithms; colors repeat after ten.
 STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5 + ["-."] * 8
+# Labels of the quantities on the horizontal axes.
 AGAINST = {
-    "iterations": "iterations (gradients a worker)",
-    "megabytes": "megabytes sent by a worker",
+    "iterations": "iterations (gradients per worker)",
+    "megabytes": "megabytes sent per worker",
     "seconds": "simulated seconds",
 }
 EDGE = "* the best rate is at the edge of the grid of rates."
@@ -142,7 +143,7 @@ def rate(rates: Sequence[float], best: int) -> str:
 
 
 def comparison(results: Sequence[Result], title: str) -> Table:
-    """Tabulates early and final results, with mean and deviation over seeds."""
+    """Tabulates early and final results, as mean and standard deviation over seeds."""
     first, last = (results[0].curves.iteration[e] for e in (0, -1))
     return Table(
         title,
@@ -170,9 +171,11 @@ def comparison(results: Sequence[Result], title: str) -> Table:
 
 
 def summary(settings: Mapping[str, Sequence[Result]], title: str) -> Table:
-    """Tabulates algorithms against settings; whichever are fewer become the columns."""
+    """Tabulates algorithms against settings, with the longer list as rows."""
     names = [result.name for result in next(iter(settings.values()))]
-    cells = np.array([[_short(r) for r in results] for results in settings.values()])
+    cells = np.array(
+        [[_accuracy_and_loss(r) for r in results] for results in settings.values()]
+    )
     rows, columns, corner = list(settings), names, ""
     if len(rows) <= len(columns):
         rows, columns, corner, cells = columns, rows, "algorithm", cells.T
@@ -180,18 +183,19 @@ def summary(settings: Mapping[str, Sequence[Result]], title: str) -> Table:
         f"{title}: test accuracy %, train loss (best rate)",
         (corner, *columns),
         [(row, *of_row) for row, of_row in zip(rows, cells, strict=True)],
-        ["Mean over seeds; of the accuracy, the standard deviation as well."],
+        ["Mean over seeds; accuracy with its standard deviation over seeds."],
     )
 
 
-def _short(result: Result) -> str:
+def _accuracy_and_loss(result: Result) -> str:
+    """Formats the final accuracy, the final train loss, and the best rate."""
     accuracy = spread(100 * result.at_best("test_accuracy")[:, -1], 1)
     loss = result.at_best("train_loss")[:, -1].mean()
     return f"{accuracy}, {loss:.3f} ({rate(result.rates, result.best)})"
 
 
 def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> None:
-    """Plots the curves at the best rate: the mean and one standard deviation.
+    """Plots the mean curves at the best rate, with one standard deviation as a band.
 
     Args:
       ax: The matplotlib axes.
@@ -205,7 +209,7 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
         x = {"megabytes": result.megabytes, "seconds": result.seconds}.get(against, x)
         style = {"color": f"C{index % 10}", "linestyle": STYLES[index % len(STYLES)]}
         ax.plot(x, y.mean(0), label=result.name, lw=1.6, **style)
-        # Not below the lowest seed, because the band must stay positive on a log axis.
+        # Clip the band at the lowest seed, so that it stays positive on a log axis.
         low = np.maximum(y.mean(0) - y.std(0), y.min(0))
         high = y.mean(0) + y.std(0)
         ax.fill_between(x, low, high, alpha=0.15, lw=0, color=style["color"])

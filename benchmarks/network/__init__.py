@@ -1,1 +1,1 @@
-"""A network one can measure: hosts as namespaces, links of a chosen bandwidth."""
+"""Measurements on an emulated network: namespaces as hosts, limited bandwidth."""

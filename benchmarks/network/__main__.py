@@ -1,22 +1,25 @@
-"""Algorithms on a network of known bandwidth: time, bytes, use of the link.
+"""Measures algorithms on a network of known bandwidth: time, bytes, and link use.
 
-`python -m benchmarks.network` as root makes eight hosts (network namespaces on a
-bridge, links limited by `tc tbf`), one JAX process each, and per bandwidth
+`python -m benchmarks.network`, as root, creates eight hosts (network namespaces on a
+bridge, with links limited by `tc tbf`) with one JAX process each. For each bandwidth,
+the benchmark
 
-1. trains a model of a million parameters on digits to a test accuracy, with each
-   algorithm at its best rate: seconds, against dense all-reduce through JAX, through
-   PyTorch DDP and against Decent-DP (`--torch-python`, an interpreter with torch, and
-   decent-dp), at the rates and steps of what they do in JAX;
-2. compares the kernel's counters with `communication_cost`: bytes with all headers,
-   and "payload", without 66 bytes of headers a packet but with what gloo and the
-   coordinator add;
-3. sends messages alone: how much of the link do they use, and how much of it do plain
-   sockets use, without JAX?
+1. trains a model with one million parameters on digits to a target test accuracy, with
+   the best learning rate of each algorithm, and compares the seconds with those of
+   all-reduce SGD in JAX (column "speedup"). It also runs PyTorch DDP and Decent-DP, if
+   `--torch-python` names an interpreter with these packages; they use the learning rate
+   and the number of steps of the corresponding algorithm in JAX.
+2. compares the kernel's counters with `communication_cost`. The printed bytes include
+   all headers. The "payload" excludes 66 bytes of headers per packet, but includes the
+   data that gloo and the coordinator add.
+3. exchanges messages without training, through JAX and through plain sockets, and
+   measures how much of the link's bandwidth they use.
 
-All hosts share this machine's cores, so that computing is slower than on real ones: it
-is the same for all rows. Steps to the target do not depend on the network; where a run
-would take longer than `--longest`, its time is computed from its steps and the time of
-the first ones, and marked with "~".
+All hosts share the cores of this machine, so that computation is slower than on real
+hosts, equally for all rows. The number of steps to the target does not depend on the
+network. If a run would take longer than `--longest`, its time is extrapolated from the
+first steps and marked with "~". A run that misses the target by more than one
+percentage point is marked with "!".
 """
 
 import argparse
@@ -40,9 +43,10 @@ from experiments import report
 
 HERE = Path(__file__).parent
 PORT = 29_777
-FEW = 6  # steps that are always timed, or as many as messages take to repeat
-REPEATS = 3  # exchanges of a message alone
-# Others' programs: the module they need, and what they send and train like.
+FEW = 6  # minimum number of timed steps; at least one period of messages is timed
+REPEATS = 3  # number of timed exchanges per message
+# Programs of other projects: the module that they need, and the algorithm in JAX whose
+# rate, number of steps, and predicted bytes apply to them.
 PEERS = {
     "PyTorch DDP": ("torch", "all-reduce"),
     "Decent-DP ring": ("decent_dp", "D-PSGD one-peer"),
@@ -51,15 +55,19 @@ PEERS = {
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument(
-        "--mbit", type=float, nargs="+", default=[100, 1000, 0, 10], help="0: no limit"
+        "--mbit",
+        type=float,
+        nargs="+",
+        default=[100, 1000, 0, 10],
+        help="0 for no limit",
     )
     parser.add_argument("--target", type=float, default=0.95, help="test accuracy")
-    parser.add_argument("--every", type=int, default=8, help="steps to an evaluation")
-    parser.add_argument("--longest", type=float, default=60.0, help="seconds a run")
+    parser.add_argument("--every", type=int, default=8, help="steps per evaluation")
+    parser.add_argument("--longest", type=float, default=60.0, help="seconds per run")
     parser.add_argument(
         "--messages", type=float, nargs="+", default=[1e6, 4e6], help="entries"
     )
@@ -70,15 +78,16 @@ def main() -> None:
     print(machine())
     print(
         f"\nSteps to {100 * options.target:g} % at the best rate, {options.hosts} "
-        "workers (tuned on one device)"
+        "workers (rates tuned on one device)"
     )
     steps = algorithms.steps_to(options.target, options.hosts, options.every)
     for name, (rate, count) in steps.items():
         print(f"  {name:<20} rate {rate:<5g} {count or 'never'} steps")
+    # Other programs run only if their modules are installed.
     found = modules(options.torch_python, "torch", "decent_dp")
     for module, there in found.items():
         if not there:
-            print(f"{module} is not installed in {options.torch_python}: rows left out")
+            print(f"{module} is not installed in {options.torch_python}: rows omitted")
     peers = {
         name: steps[like]
         for name, (module, like) in PEERS.items()
@@ -99,7 +108,8 @@ def main() -> None:
             with _started(hosts, sys.executable, "tcp_host.py", *addresses) as group:
                 plain = {"plain sockets": "message"}
                 messages += _wire(group, hosts, plain, mbit, options)
-            seconds = rows[-len(steps)]["seconds"]  # of the first, all-reduce
+            # The baseline of the PyTorch rows: the first row of JAX, all-reduce.
+            seconds = rows[-len(steps)]["seconds"]
             torch = options.torch_python, "torch_host.py", f"{folder}/data.npz"
             if peers:
                 with _started(hosts, *torch) as group:
@@ -111,7 +121,7 @@ def main() -> None:
 
 
 def _end(*_) -> None:
-    """Ends by an exception, so that the network is removed; once."""
+    """Exits by an exception, so that the network is removed; ignores later signals."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(143)
 
@@ -120,14 +130,14 @@ def _end(*_) -> None:
 def _started(
     hosts: Hosts, python: str, script: str, *arguments: str
 ) -> Iterator[Group]:
-    """One process a host."""
+    """Runs one process per host within a `with` block."""
 
     def command(rank):
         return hosts.inside(rank, python, str(HERE / script), *arguments)
 
     address = hosts.address(0), PORT
     hosts.limit(None)
-    # Decent-DP logs every start.
+    # Decent-DP logs a message at every start.
     variables = {**ENVIRONMENT, "LOGURU_LEVEL": "WARNING"}
     group = Group(command, hosts.number, address, "eth0", variables, a_host=1)
     try:
@@ -137,15 +147,15 @@ def _started(
 
 
 class Measured(NamedTuple):
-    """What a number of steps took, a step."""
+    """Time and traffic per step."""
 
     seconds: float
-    sent: float  # bytes of a host, on average, with all headers
-    payload: float  # bytes without headers of packets
-    use: float  # part of what the link would have let pass; nan without a limit
+    sent: float  # bytes sent per host, averaged over hosts, with all headers
+    payload: float  # bytes sent per host without packet headers
+    use: float  # fraction of the link's capacity; nan without a limit
 
     def columns(self, predicted: float) -> str:
-        """Bytes sent, computed, payload to computed, and the use of the link."""
+        """Formats bytes sent, predicted bytes, their ratio, and the link use."""
         return (
             f"{self.sent / 1e6:8.3f}  {predicted / 1e6:8.3f}  "
             f"{self.payload / predicted:7.3f}  "
@@ -154,12 +164,21 @@ class Measured(NamedTuple):
 
 
 def _limited(hosts, mbit, number, measure) -> Measured:
-    """Measures with the limit on, so that all else goes fast."""
+    """Limits the links only while it measures, so that all other phases are fast.
+
+    Args:
+      hosts: The network.
+      mbit: Bandwidth of the links in Mbit/s; 0 for no limit.
+      number: Number of steps.
+      measure: Function that runs a number of steps and returns the seconds.
+    """
     hosts.limit(mbit or None)
     before = hosts.sent()
     seconds = measure(number)
     sent, packets = (hosts.sent() - before).mean(1) / number
     hosts.limit(None)
+    # Subtract the packet headers that the kernel counts, add the headers of all frames
+    # on the link, and divide by what the link could have transmitted.
     payload, use = sent - HEADERS * packets, np.nan
     if mbit:
         frames = number * payload * (FRAME + HEADERS) / FRAME
@@ -168,9 +187,9 @@ def _limited(hosts, mbit, number, measure) -> Measured:
 
 
 def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
-    """Prints a row an algorithm, and returns them."""
+    """Trains each algorithm; prints one row per algorithm and returns the rows."""
     print(
-        f"  {'':<22} ms/step  s to target  all-reduce's/its   MB sent  computed  "
+        f"  {'':<22} ms/step  s to target           speedup   MB sent  computed  "
         "payload/computed  link"
     )
     rows = []
@@ -184,6 +203,7 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
         costs = algorithms.costs(like, hosts.number)
         number, predicted = max(FEW, len(costs)), costs.bytes_per_step
         few = _limited(hosts, mbit, number, run)
+        # Train to the target if that does not take too long, else extrapolate.
         total, mark = few.seconds * (count or np.nan), "~"
         if total <= options.longest:
             group.ask("restart")
@@ -218,14 +238,15 @@ def _train(group, hosts, steps, mbit, options, baseline=np.nan) -> list[dict]:
 
 
 def _wire(group, hosts, kinds, mbit, options) -> list[dict]:
-    """Prints a row a message alone, and returns them.
+    """Exchanges messages without training; prints one row per message and returns them.
 
     Args:
-      group: The hosts' processes.
+      group: Processes of the hosts.
       hosts: The network.
-      kinds: From what is printed to a name in `algorithms.exchanges`.
-      mbit: The links' rate.
-      options: The command line's. What would take longer than `longest` is left out.
+      kinds: Dictionary from printed names to keys of `algorithms.exchanges`.
+      mbit: Bandwidth of the links in Mbit/s; 0 for no limit.
+      options: Options of the command line. Exchanges that would take longer than
+        `longest` are omitted.
     """
     print(
         "  messages alone       MB       ms   MB sent  computed  payload/computed  link"

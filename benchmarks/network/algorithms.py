@@ -1,7 +1,8 @@
-"""The algorithms of the network benchmark, and the steps each needs.
+"""Algorithms of the network benchmark, and the number of steps that each one needs.
 
-Steps to the target do not depend on the network: rates are tuned here, all workers on
-one device, so that on the network each algorithm runs once, at its best.
+The number of steps to the target does not depend on the network. Therefore, this module
+tunes the learning rates with all workers on one device, and each algorithm runs on the
+network only once, with its best rate.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ LOCAL_STEPS = 16
 
 
 def algorithms(n: int) -> dict[str, Callable]:
-    """From a name to a function of the learning rate; n workers."""
+    """Returns a dictionary from names to functions of the rate, for n workers."""
     ring, one_peer = dj.topology.ring(n), dj.topology.one_peer_exponential(n)
 
     def sgd(rate):
@@ -41,7 +42,15 @@ def algorithms(n: int) -> dict[str, Callable]:
 
 
 def exchanges(n: int, entries: int) -> dict[str, tuple[Callable, Any]]:
-    """From a name to a function that only exchanges, and one worker's tree for it."""
+    """Returns a dictionary of exchanges without training.
+
+    Args:
+      n: Number of workers.
+      entries: Number of float32 entries per message.
+
+    Returns:
+      A dictionary from names to pairs of a function of one worker and its argument.
+    """
     ring = np.roll(np.eye(n), 1, axis=1)
     around = dj.topology.from_matrix(ring)
     order = dj.d_grab(1000, n)
@@ -61,27 +70,30 @@ def exchanges(n: int, entries: int) -> dict[str, tuple[Callable, Any]]:
 
 
 def costs(name: str, n: int) -> dj.CommunicationCosts:
-    """What a worker sends in each step of one period, read off the program."""
+    """Counts the bytes sent per worker in each step of one period, by tracing."""
     tx = algorithms(n)[name](0.1)
     sizes = {"workers": n}
     return dj.communication_costs(tx, tasks.initial_params(), axis_sizes=sizes)
 
 
 def predicted_exchange(kind: str, n: int, entries: int) -> float:
-    """Bytes that a worker sends in an exchange alone."""
+    """Returns the predicted number of bytes sent per worker per exchange."""
     fn, tree = exchanges(n, entries)[kind]
     return float(dj.communication_cost(fn, tree, axis_sizes={"workers": n}).bytes_sent)
 
 
 def logits_fn(params, x):
-    """The MLP."""
+    """Computes the logits of the MLP."""
     for layer in params[:-1]:
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
     return x @ params[-1]["kernel"] + params[-1]["bias"]
 
 
 def train_step(tx: optax.GradientTransformation) -> Callable:
-    """One worker's step: of parameters, state and a batch."""
+    """Returns the training step of one worker.
+
+    The step maps parameters, optimizer state, and batch to new parameters and state.
+    """
 
     def loss_fn(params, batch):
         x, y = batch
@@ -97,7 +109,7 @@ def train_step(tx: optax.GradientTransformation) -> Callable:
 
 
 def accuracy(x, y) -> Callable:
-    """Of the averaged model; a function of one worker's state and parameters."""
+    """Returns a function of one worker that measures the averaged model's accuracy."""
 
     def measure(opt_state, params):
         model = dj.eval_params(opt_state, params)
@@ -107,15 +119,16 @@ def accuracy(x, y) -> Callable:
 
 
 def steps_to(target: float, n: int, every: int) -> dict[str, tuple[float, int | None]]:
-    """Each algorithm's best rate, and the steps it needs at that rate.
+    """Finds the best rate of each algorithm, and its number of steps to the target.
 
     Args:
-      target: Test accuracy of the averaged model.
-      n: Workers.
-      every: Steps between evaluations.
+      target: Target test accuracy of the averaged model.
+      n: Number of workers.
+      every: Number of steps between evaluations.
 
     Returns:
-      From a name to the rate and the steps; None if no rate gets there.
+      A dictionary from names to pairs of rate and number of steps. The number is None
+      if no rate reaches the target within `MOST_STEPS` steps.
     """
     workers = dj.Workers(n, devices=jax.devices()[:1])
     found = {}
@@ -127,6 +140,7 @@ def steps_to(target: float, n: int, every: int) -> dict[str, tuple[float, int | 
 
 
 def _steps(tx, workers, target, every):
+    """Returns the number of steps to the target, or None if it is not reached."""
     x, y, x_test, y_test = tasks.load()
     step = workers.spmd(train_step(tx), donate_argnums=(0, 1))
     measure = workers.spmd(accuracy(jnp.asarray(x_test), jnp.asarray(y_test)))

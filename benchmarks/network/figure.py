@@ -1,4 +1,4 @@
-"""The figure of the network benchmark, from the numbers it wrote.
+"""Draws the figure of the network benchmark from its CSV file.
 
 `python -m benchmarks.network.figure network.csv network.png`
 """
@@ -16,11 +16,16 @@ from experiments import report
 
 
 def draw(rows: list[dict], path: str | Path) -> None:
-    """Seconds to the target against bandwidth, one line an algorithm."""
+    """Draws seconds to the target against bandwidth, one line per algorithm.
+
+    Args:
+      rows: Rows of `network.csv`.
+      path: File to write.
+    """
     figure = plt.figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
     bandwidths = sorted({float(row["mbit"]) for row in rows if float(row["mbit"])})
-    # No limit stands at the right end.
+    # Equidistant positions on the horizontal axis, with "no limit" at the right end.
     place = {mbit: i for i, mbit in enumerate([*bandwidths, 0.0])}
     for name in dict.fromkeys(row["name"] for row in rows):
         points = sorted(

@@ -1,4 +1,4 @@
-"""One JAX host of the network benchmark: trains and exchanges on command."""
+"""JAX process of one host of the network benchmark: trains or exchanges messages."""
 
 import time
 
@@ -18,7 +18,7 @@ X, Y, X_TEST, Y_TEST = tasks.load()
 
 
 class Training:
-    """An algorithm at a rate, from the start."""
+    """Training of one algorithm with one learning rate."""
 
     def __init__(self, name: str, rate: float):
         tx = algorithms.algorithms(SIZE)[name](rate)
@@ -28,20 +28,20 @@ class Training:
         self.measure = WORKERS.spmd(measure)
         self.init = WORKERS.spmd(tx.init)
         self.restart()
-        # Compiled, and the connections made.
+        # Compile, and open the connections, before steps are timed.
         self.run(2 * algorithms.LOCAL_STEPS)
         self.accuracy()
         self.restart()
 
     def restart(self) -> None:
-        """All parameters and batches as at first."""
+        """Resets parameters, optimizer state, and batches to the initial ones."""
         self.params = WORKERS.replicate(tasks.initial_params())
         self.opt_state = self.init(self.params)
         self.drawn = tasks.batches(SIZE)
         jax.block_until_ready((self.params, self.opt_state))
 
     def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Runs some training steps, and returns the seconds that they take."""
         batches = [WORKERS.shard((X[c], Y[c])) for c in map(next, [self.drawn] * steps)]
         start = time.perf_counter()
         for batch in batches:
@@ -50,13 +50,13 @@ class Training:
         return time.perf_counter() - start
 
     def accuracy(self) -> float:
-        """Of the averaged model."""
+        """Returns the test accuracy of the averaged model."""
         found = self.measure(self.opt_state, self.params)
         return float(found.addressable_shards[0].data[0])
 
 
 class Exchange:
-    """Messages alone, of so many float32 entries."""
+    """Exchange of one kind with `entries` float32 entries, without training."""
 
     def __init__(self, kind: str, entries: int):
         fn, tree = algorithms.exchanges(SIZE, entries)[kind]
@@ -65,7 +65,7 @@ class Exchange:
         self.run(1)
 
     def run(self, steps: int) -> float:
-        """Seconds of so many exchanges."""
+        """Runs some exchanges, and returns the seconds that they take."""
         start = time.perf_counter()
         for _ in range(steps):
             self.tree = self.fn(self.tree)

@@ -1,6 +1,7 @@
 """Hosts as network namespaces on a bridge, with links limited by `tc tbf`.
 
-Needs root. All names begin with "djx"; everything is removed at the end.
+This module requires root. All names of devices and namespaces begin with "djx", and all
+of them are removed at the end.
 """
 
 import os
@@ -11,35 +12,35 @@ import numpy as np
 
 BRIDGE = "djxbr"
 SUBNET = "10.213.87"
-# What may wait for a link, as a switch holds it; with 100 ms, TCP lost a quarter of the
-# link to acknowledgements that waited behind data.
+# Maximum time that packets wait for a link, as in the queue of a switch. With 100 ms,
+# acknowledgments waited behind data, and TCP lost a quarter of the bandwidth.
 QUEUE = "20ms"
-# Ethernet 14, IP 20, TCP 32 with time stamps.
+# Bytes of headers per packet: Ethernet 14, IP 20, and TCP 32 with timestamps.
 HEADERS = 66
-# Bytes of a frame beside its headers. The kernel hands on many frames at once where it
-# can, and counts their headers once; the limit takes each frame with its headers.
+# Bytes of a frame without its headers. The kernel passes on several frames together if
+# possible, and counts their headers only once, whereas the rate limit counts the
+# headers of every frame.
 FRAME = 1448
 
 
 def burst(megabits: float) -> int:
-    """Bytes that a link lets pass at once when it has been idle.
+    """Returns the number of bytes that an idle link transmits without delay.
 
-    What a link could have sent while the kernel was late with the next packet, as the
-    cores had other things to do, is made up for out of these; all else is lost. With
-    2 ms of the rate eight hosts on two cores got 74 % of 100 Mbit/s through plain
-    sockets, with 10 ms 90 %.
+    If the kernel is late with a packet because the cores are busy, the burst makes up
+    for the lost time, up to this size. With a burst of 2 ms at full rate, eight hosts
+    on two cores reached 74 % of 100 Mbit/s through plain sockets, and 90 % with 10 ms.
     """
     return int(np.clip(megabits * 1e6 / 8 * 0.01, 16_384, 262_144))
 
 
 class Hosts:
-    """Some hosts on one switch; a context manager.
+    """Context manager of hosts on one switch.
 
     Args:
-      number: How many, at most 200.
+      number: Number of hosts, at most 200.
 
     Raises:
-      PermissionError: Without root.
+      PermissionError: If the process does not run as root.
     """
 
     def __init__(self, number: int):
@@ -68,7 +69,7 @@ class Hosts:
             _run("ip -n", name, "addr add", f"{self.address(i)}/24 dev eth0")
             _run("ip -n", name, "link set eth0 up")
             _run("ip -n", name, "link set lo up")
-            # Inside, the machine's own name means the host's address.
+            # Inside the namespace, the name of the machine resolves to this host.
             hosts = Path("/etc/netns") / name / "hosts"
             hosts.parent.mkdir(parents=True, exist_ok=True)
             hosts.write_text(
@@ -77,7 +78,7 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         for i in range(self.number):
-            # Both, since a namespace lasts as long as a process in it.
+            # Delete the link too: a namespace exists as long as a process is in it.
             _run("ip link del", f"djxv{i}", check=False)
             _run("ip netns del", f"djx{i}", check=False)
             hosts = Path("/etc/netns") / f"djx{i}" / "hosts"
@@ -87,15 +88,15 @@ class Hosts:
         _run("ip link del", BRIDGE, check=False)
 
     def address(self, i: int) -> str:
-        """Host i's address."""
+        """Returns the IP address of host i."""
         return f"{SUBNET}.{i + 1}"
 
     def inside(self, i: int, *command: str) -> list[str]:
-        """A command line that runs on host i."""
+        """Returns a command line that runs a command on host i."""
         return ["ip", "netns", "exec", f"djx{i}", *command]
 
     def limit(self, megabits: float | None) -> None:
-        """Limits each link, both ways, to so many Mbit/s; None for no limit."""
+        """Limits each link in both directions, in Mbit/s; None removes the limit."""
         for i in range(self.number):
             ends = ("eth0", ("-n", f"djx{i}")), (f"djxv{i}", ())
             for device, where in ends:
@@ -108,9 +109,9 @@ class Hosts:
                     )
 
     def sent(self) -> np.ndarray:
-        """Bytes with all headers, and packets, that each host has sent, `[2, hosts]`.
+        """Reads the kernel's counters of bytes and packets sent, `[2, hosts]`.
 
-        By the kernel's counters; a packet has 66 bytes of Ethernet, IP and TCP headers.
+        The bytes include `HEADERS` bytes of Ethernet, IP, and TCP headers per packet.
         """
         counter = "/sys/class/net/djxv{}/statistics/rx_{}"
         return np.array(

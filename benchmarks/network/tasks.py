@@ -1,6 +1,6 @@
-"""What the hosts train: scikit-learn's digits by a ReLU MLP of a million parameters.
+"""The training task: a ReLU MLP with one million parameters on scikit-learn's digits.
 
-Shared by the JAX hosts, the PyTorch ones and the tuning on one device.
+The JAX hosts, the PyTorch hosts, and the tuning on one device share this module.
 """
 
 import itertools
@@ -13,7 +13,7 @@ MOMENTUM = 0.9
 
 
 def load():
-    """Training and test images, flat, and labels."""
+    """Returns flattened training images and labels, then those for testing."""
     from experiments.data import images
 
     digits = images.load_digits()
@@ -22,7 +22,10 @@ def load():
 
 
 def batches(workers: int, seed: int = 0):
-    """Endless batches of all workers, `[n, 16]` indices; each has its own examples."""
+    """Yields batches of all workers without end, as indices `[workers, BATCH]`.
+
+    Each worker draws from its own part of the examples.
+    """
     rng = np.random.default_rng(seed)
     parts = rng.permutation(1440)[: 1440 // workers * workers].reshape(workers, -1)
     while True:
@@ -31,7 +34,7 @@ def batches(workers: int, seed: int = 0):
 
 
 def initial_params(seed: int = 0) -> list[dict[str, np.ndarray]]:
-    """He's initialisation."""
+    """Returns the parameters of the MLP with He initialization."""
     rng = np.random.default_rng(seed)
     return [
         {

@@ -1,6 +1,7 @@
-"""One host of the network benchmark without JAX: what do plain sockets get?
+"""One host of the network benchmark with plain sockets instead of JAX.
 
-Sends to the next host and receives from the one before, as `dj.mix` on a directed ring.
+Each host sends to the next one and receives from the previous one, like `dj.mix` on a
+directed ring.
 """
 
 import socket
@@ -14,7 +15,7 @@ ADDRESSES, PORT = sys.argv[1:], 29_778
 
 
 class Exchange:
-    """Messages of so many float32 entries."""
+    """Exchange of one message of `entries` float32 entries around the ring."""
 
     def __init__(self, kind: str, entries: int):
         assert kind == "message"
@@ -23,7 +24,7 @@ class Exchange:
         self.run(1)
 
     def run(self, steps: int) -> float:
-        """Seconds of so many exchanges."""
+        """Runs some exchanges, and returns the seconds that they take."""
         start = time.perf_counter()
         for _ in range(steps):
             sending = threading.Thread(target=NEXT.sendall, args=(self.out,))
@@ -36,7 +37,7 @@ class Exchange:
 
 
 def _connected() -> tuple[socket.socket, socket.socket]:
-    """To the next host, and from the one before."""
+    """Returns sockets to the next host and from the previous host."""
     server = socket.create_server((ADDRESSES[RANK], PORT))
     server.settimeout(60)
     for attempt in range(600):

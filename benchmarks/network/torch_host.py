@@ -1,4 +1,4 @@
-"""One PyTorch host of the network benchmark: DDP, or Decent-DP, over gloo."""
+"""PyTorch process of one host of the network benchmark: DDP or Decent-DP, over gloo."""
 
 import sys
 import time
@@ -10,13 +10,13 @@ from torch import distributed, nn  # pyright: ignore[reportMissingImports]
 from benchmarks.network import tasks
 from benchmarks.support.answers import RANK, SIZE, obey
 
-# The data come from the JAX side, as this interpreter may lack scikit-learn.
+# The JAX side provides the data, because this interpreter may lack scikit-learn.
 with np.load(sys.argv[1]) as file:
     X, Y, X_TEST, Y_TEST = (torch.from_numpy(file[k]) for k in ("a", "b", "c", "d"))
 
 
 class Training:
-    """SGD with momentum at a rate, from the start."""
+    """Training by SGD with momentum, with one learning rate."""
 
     def __init__(self, name: str, rate: float):
         self.name, self.rate = name, rate
@@ -25,7 +25,7 @@ class Training:
         self.restart()
 
     def restart(self) -> None:
-        """All parameters and batches as at first; the same as JAX's."""
+        """Resets parameters and batches to the initial ones, the same as in JAX."""
         layers = []
         for layer in tasks.initial_params():
             linear = nn.Linear(*layer["kernel"].shape)
@@ -47,7 +47,7 @@ class Training:
         return torch.optim.SGD(parameters, lr=self.rate, momentum=tasks.MOMENTUM)
 
     def _decent_dp(self):
-        """It runs the optimizer inside the backward pass."""
+        """Wraps the model by Decent-DP, which steps inside the backward pass."""
         from decent_dp.ddp import (  # pyright: ignore[reportMissingImports]
             DecentralizedDataParallel,
         )
@@ -59,7 +59,7 @@ class Training:
         )
 
     def run(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Runs some training steps, and returns the seconds that they take."""
         chosen = [torch.from_numpy(next(self.drawn)[RANK]) for _ in range(steps)]
         batches = [(X[c], Y[c].long()) for c in chosen]
         start = time.perf_counter()
@@ -72,7 +72,7 @@ class Training:
         return time.perf_counter() - start
 
     def accuracy(self) -> float:
-        """On the test images."""
+        """Returns the accuracy of this host's model on the test images."""
         with torch.no_grad():
             return (self.plain(X_TEST).argmax(-1) == Y_TEST).float().mean().item()
 

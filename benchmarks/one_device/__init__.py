@@ -1,1 +1,1 @@
-"""Benchmarks in one process: all workers on one device or on fake CPU devices."""
+"""Benchmarks in one process, with all workers on one device or fake CPU devices."""

@@ -1,14 +1,15 @@
-"""Asynchronous against synchronous workers, and what the master costs.
+"""Compares asynchronous with synchronous workers, and measures the master's overhead.
 
-`python -m benchmarks.one_device.asynchronous` emulates computing by a sleep in the
-batches, as the workers share this machine's cores; the engine's threads, queues and
-steps are real:
+`python -m benchmarks.one_device.asynchronous` emulates compute time by a sleep before
+each batch, because the workers share the cores of this machine. The threads, queues,
+and optimizer steps of the engine are real. The benchmark measures
 
-1. four workers, one three times slower: gradients a second of both modes;
-2. eight equal workers;
-3. the master's time a gradient for a million parameters under AMSGrad.
+1. gradients per second in both modes, for four workers, one of them three times slower;
+2. the same for eight workers of equal speed;
+3. the master's time per gradient, for a million parameters and AMSGrad.
 
-The rates leave out each worker's first gradient: its batch is drawn before the clock.
+The first gradient of each worker is not counted, because its batch is drawn before the
+clock starts.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from decentral_jax import engine
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gradients", type=int, default=400)
-    parser.add_argument("--unit", type=float, default=0.02, help="seconds a gradient")
+    parser.add_argument("--unit", type=float, default=0.02, help="seconds per gradient")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     print(machine())
@@ -39,16 +40,15 @@ def main() -> None:
         "4 workers, one 3x slower, staleness <= 4": (
             slow,
             {"max_staleness": 4},
-            # The fast ones make 4 updates while the slow one computes, and its own.
+            # In 3 units of time, the slow worker applies one gradient, and the fast
+            # workers apply the 4 gradients that the limit allows.
             5 / 3,
         ),
         "4 workers, one 3x slower, synchronous": (slow, {"synchronous": True}, 4 / 3),
         "8 equal workers, asynchronous": (np.ones(8), {}, 8.0),
         "8 equal workers, synchronous": (np.ones(8), {"synchronous": True}, 8.0),
     }
-    print(
-        f"\nGradients in units of 1 / {1e3 * options.unit:.0f} ms, medians of repeats"
-    )
+    print(f"\nGradients per {1e3 * options.unit:.0f} ms, medians of repeats")
     for name, (factors, mode, ideal) in cases.items():
         rates = [
             _rate(options.unit * factors, options.gradients, mode) * options.unit
@@ -59,24 +59,28 @@ def main() -> None:
             f"{name:<41} {rate:6.3f} ({min(rates):.3f} to {max(rates):.3f}), "
             f"ideal {ideal:.3f}, ratio {rate / ideal:.3f}"
         )
-    print("\nThe master's time a gradient, 1,000,000 parameters, AMSGrad")
+    print("\nThe master's time per gradient, 1,000,000 parameters, AMSGrad")
     times = [_overhead(options.gradients) for _ in range(options.repeats)]
     print(f"{np.median(times):.3f} ms ({min(times):.3f} to {max(times):.3f})")
 
 
 def _rate(seconds, num_gradients, mode):
+    """Returns gradients per second, without the first gradient of each worker."""
     result = _run(8, seconds, optax.sgd(1e-3), num_gradients, **mode)
     return (num_gradients - len(seconds)) / result.seconds
 
 
 def _overhead(num_gradients):
-    """With one worker, so that its computing does not disturb the master's."""
+    """Returns the master's milliseconds per gradient.
+
+    There is only one worker, so that its computation does not slow down the master.
+    """
     result = _run(1_000_000, [0], optax.amsgrad(1e-3), num_gradients)
     return 1e3 * result.master_seconds / num_gradients
 
 
 def _run(size, seconds, optimizer, num_gradients, **mode):
-    """Trains so many parameters; each worker's batches take so many seconds."""
+    """Trains `size` parameters; each batch of worker i takes `seconds[i]`."""
     batch = jnp.ones(())
 
     def batches(worker):

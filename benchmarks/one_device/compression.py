@@ -1,8 +1,9 @@
-"""What compression costs where nothing travels: all workers on one device.
+"""Measures the compute cost of compression, with all workers on one device.
 
-`python -m benchmarks.one_device.compression`: a step of momentum, compressor and
-error feedback under `vmap`, against one read and one write of parameters, residual and
-momentum; and what compressor and error feedback add to the step of momentum alone.
+`python -m benchmarks.one_device.compression` compares a step with momentum, compressor,
+and error feedback under `vmap` with one read and one write of parameters, residual, and
+momentum. It also prints how much the compressor and the error feedback add to a step
+with momentum alone.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from benchmarks.support.timing import in_turn, machine, ratio, table
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--workers", type=int, default=8)
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _params(width, workers):
-    """The leaves of a multilayer perceptron, a copy a worker."""
+    """Returns the leaves of a multilayer perceptron, with one copy per worker."""
     rng = np.random.default_rng(0)
     shapes = list(itertools.pairwise([784, width, width, width, 10]))
     return [
@@ -60,7 +61,7 @@ def _params(width, workers):
 
 
 def _in_place(fn, state):
-    """Calls a function over and over on its own result, whose memory it takes."""
+    """Returns a function that repeatedly applies `fn` to its result, in place."""
     jitted = jax.jit(fn, donate_argnums=0)
     held = [jax.tree.map(jnp.copy, state)]
 
@@ -72,6 +73,8 @@ def _in_place(fn, state):
 
 
 def _passes(params):
+    """Returns a function that reads and writes three copies of the parameters."""
+
     def fn(state):
         return jax.tree.map(lambda x: x * jnp.float32(0.9999999), state)
 
@@ -79,9 +82,11 @@ def _passes(params):
 
 
 def _step(tx, params):
+    """Returns a function that takes a step of all workers, in place."""
+
     def one(state):
         params, opt_state = state
-        # The gradient of |x|^2 / 2 costs no pass of its own.
+        # The gradient of |x|^2 / 2 is x, so that no pass is needed to compute it.
         updates, opt_state = tx.update(params, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 

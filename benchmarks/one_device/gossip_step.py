@@ -1,10 +1,12 @@
-"""Does the library cost anything over a hand-written step, and does packing pay?
+"""Compares a gossip step with a hand-written one, and packed with unpacked exchanges.
 
-`python -m benchmarks.one_device.gossip_step` on eight fake CPU devices:
+`python -m benchmarks.one_device.gossip_step` compares on eight fake CPU devices
 
-1. a step of `dj.d_psgd` on a ring against the same mathematics written by hand in
-   `jax.shard_map`, on ResNet-20's parameters, at batch 1 so that the exchange weighs;
-2. the exchange alone, small leaves packed into buckets against leaf by leaf.
+1. a step of `dj.d_psgd` on a ring with a hand-written step in `jax.shard_map`, for
+   ResNet-20 and an MLP; the batch size is 1, so that the exchange is a large part of
+   the time;
+2. an exchange without training whose leaves are packed into buckets with an exchange
+   leaf by leaf.
 """
 
 import os
@@ -28,7 +30,7 @@ from experiments.training.models import MLP, ResNet20
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
@@ -39,16 +41,17 @@ def main() -> None:
         ("MLP 1M", MLP((784, 440), 10), (8, 1, 28, 28, 1)),
     ):
         times = in_turn(_steps(workers, model, shape), repeats, calls=3)
-        print(f"\nA step of D-PSGD on a ring of 8, {name}, batch 1")
+        print(f"\nStep of D-PSGD on a ring of 8, {name}, batch 1")
         print(table(times))
         print(ratio(times, "library", "by hand"))
     times = in_turn(_exchanges(workers), repeats, calls=5)
-    print("\nThe exchange alone, ResNet-20's leaves")
+    print("\nExchange without training, leaves of ResNet-20")
     print(table(times))
     print(ratio(times, "packed", "leaf by leaf"))
 
 
 def _steps(workers: dj.Workers, model, shape) -> dict:
+    """Returns functions that take a step with the library, and by hand."""
     ring = dj.topology.ring(8)
     params = model.init(jax.random.key(0), jnp.zeros(shape[1:]))["params"]
     batch = workers.shard(
@@ -105,7 +108,7 @@ def _steps(workers: dj.Workers, model, shape) -> dict:
 
 
 def _loop(fn, state, batch):
-    """A function that advances its own state, as training does."""
+    """Returns a function that takes a step and keeps the new state."""
     box = [state]
 
     def run():
@@ -116,6 +119,7 @@ def _loop(fn, state, batch):
 
 
 def _exchanges(workers: dj.Workers) -> dict:
+    """Returns functions that mix the leaves packed, and leaf by leaf."""
     ring = dj.topology.ring(8)
     params = ResNet20(10).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     state = workers.replicate(params)

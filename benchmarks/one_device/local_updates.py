@@ -1,10 +1,12 @@
-"""How many worker-gradient-steps a second does Multi-Level Local SGD simulate?
+"""Measures the speed of simulating Multi-Level Local SGD, in gradients per second.
 
-`python -m benchmarks.one_device.local_updates`: 10 hubs of 10 workers on images of
-MNIST's size (random ones: it is about time), logistic regression with batches of 40 and
-300 and the paper's CNN with 40; beside a NumPy loop over workers that does the same
-arithmetic, with and without an evaluation every q tau ticks, and from 100 to 1,000
-workers. On a CPU, gradients are taken worker by worker; elsewhere all at once.
+`python -m benchmarks.one_device.local_updates` simulates 10 hubs of 10 workers on
+random images of MNIST's size: logistic regression with batch sizes 40 and 300, and the
+paper's CNN with batch size 40. It measures the speed with and without an evaluation
+every q * tau ticks, the speed of a NumPy loop over workers with the same arithmetic,
+and, for logistic regression, the speed with 1,000 workers. On a CPU, the program
+computes the gradients of the workers one after the other; on other devices, it computes
+them together.
 """
 
 import argparse
@@ -28,7 +30,7 @@ TAU, Q, EXAMPLES = 8, 4, 60_000
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-numpy", action="store_true")
@@ -44,6 +46,7 @@ def main() -> None:
         labels = rng.integers(0, classes, EXAMPLES).astype(np.int32)
         ticks = rounds * TAU * Q
         data = pixels, labels
+        # Functions to time, and the number of gradients that each of them computes.
         runs = {
             "evaluation off": _run(model, data, 10, batch, ticks, evaluate=False),
             "evaluation on": _run(model, data, 10, batch, ticks, evaluate=True),
@@ -59,7 +62,7 @@ def main() -> None:
             counts[more] = 1000 * (ticks // rounds)
         times = in_turn(runs, options.repeats)
         speeds = {k: 1e3 * counts[k] / times[k] for k in runs}
-        print(f"\n{name}: worker-gradient-steps a second")
+        print(f"\n{name}: gradients per second, all workers together")
         for k, speed in speeds.items():
             low, high = speed.min(), speed.max()
             print(f"{k:<16}{np.median(speed):>10,.0f}  ({low:,.0f} to {high:,.0f})")
@@ -75,7 +78,7 @@ def _batches(num_hubs, batch, ticks):
 
 
 def _run(model, data, num_hubs, batch, ticks, evaluate):
-    """One compiled program of all ticks."""
+    """Returns one compiled program that runs all ticks."""
     hubs = dj.topology.path(num_hubs)
     tx = dj.mll_sgd(0.01, hubs, tau=TAU, q=Q)
     workers = dj.Workers({"hub": num_hubs, "worker": 10}, devices=jax.devices()[:1])
@@ -96,6 +99,7 @@ def _run(model, data, num_hubs, batch, ticks, evaluate):
             updates, state = tx.update(gradient(params, batch, x, y), state, params)
             return (optax.apply_updates(params, updates), state), None
 
+        # A round is q * tau ticks, followed by an optional evaluation.
         def one_round(carry, batches):
             carry, _ = lax.scan(tick, carry, batches)
             params, state = carry
@@ -110,7 +114,7 @@ def _run(model, data, num_hubs, batch, ticks, evaluate):
     def all_workers(carry, batches, x, y):
         mapped = rounds
         for axis in ("worker", "hub"):
-            # What does not differ between workers is computed once.
+            # The loss is the same on all workers, and is computed once.
             out = ((0, 0), None if evaluate else 0)
             mapped = jax.vmap(mapped, (0, 0, None, None), out, axis_name=axis)
         return mapped(carry, batches, x, y)
@@ -126,6 +130,7 @@ def _run(model, data, num_hubs, batch, ticks, evaluate):
 
 
 def _numpy_run(classes, data, batch, ticks):
+    """Returns a function that runs the NumPy loop."""
     rng = np.random.default_rng(2)
 
     def normal(*shape):

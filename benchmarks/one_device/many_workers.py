@@ -1,9 +1,9 @@
-"""Many workers on one device: is a worker-step as cheap with 1,024 as with 8?
+"""Measures the time per worker per step on one device, for 8 to 1,024 workers.
 
-`python -m benchmarks.one_device.many_workers`:
+`python -m benchmarks.one_device.many_workers` measures
 
-1. time a worker-step of D-PSGD and DeTAG with 8 to 1,024 workers, and memory;
-2. a gossip round under `vmap` against one copy of the same bytes.
+1. the time per worker per step, and the memory, of D-PSGD and DeTAG;
+2. the time of a gossip round under `vmap`, relative to one copy of the same bytes.
 """
 
 import argparse
@@ -22,7 +22,7 @@ COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -39,16 +39,17 @@ def main() -> None:
         runs = {n: _run(make(n), model, n, options.batch_size) for n in COUNTS}
         times = in_turn({str(n): run for n, (run, _) in runs.items()}, options.repeats)
         print(f"\n{name}: MLP 64-{options.hidden}-10, batch {options.batch_size}")
-        print("workers   us a worker-step   of the best   MB of state   MB at peak")
+        print("workers   us per worker-step    relative   MB of state   MB at peak")
+        # Microseconds per worker per step, relative to the lowest, and the memory.
         each = {n: np.median(times[str(n)]) * 1e3 / (n * _steps(n)) for n in COUNTS}
         for n in COUNTS:
             memory = runs[n][1]
             state = memory.argument_size_in_bytes / 1e6
             peak = state + memory.temp_size_in_bytes / 1e6
             share = each[n] / min(each.values())
-            numbers = f"{each[n]:16.2f}   {share:11.2f}   {state:11.2f}   {peak:10.2f}"
+            numbers = f"{each[n]:18.2f}   {share:9.2f}   {state:11.2f}   {peak:10.2f}"
             print(f"{n:7}   {numbers}")
-    print("\nA gossip round under vmap against a copy of the same bytes")
+    print("\nGossip round under vmap, relative to a copy of the same bytes")
     for n, size in ((8, 1_000_000), (64, 200_000), (1024, 20_000)):
         times = in_turn(_gossip_and_copy(n, size), 3 * options.repeats)
         print(f"\n{n} workers x {size:,} float32")
@@ -58,11 +59,12 @@ def main() -> None:
 
 
 def _steps(n):
-    """Steps in one compiled call, as a training loop has them; all calls are long."""
+    """Returns the number of steps per compiled call, so that all calls take long."""
     return max(32, 16384 // n)
 
 
 def _run(tx, model, n, batch_size):
+    """Returns a function that runs one compiled call, and its memory analysis."""
     params = model.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
     workers = dj.Workers(n, devices=jax.devices()[:1])
     state = workers.replicate((params, tx.init(params)))
@@ -86,13 +88,14 @@ def _run(tx, model, n, batch_size):
 
 
 def _gossip_and_copy(n, size):
+    """Returns functions that copy, or mix by several topologies, the same array."""
     x = jax.random.normal(jax.random.key(0), (n, size))
 
     def gossip(topology):
         mix = jax.jit(jax.vmap(lambda x: dj.mix(x, topology), axis_name="workers"))
         return lambda: mix(x)
 
-    # A scaled copy: XLA would return the argument itself for a plain one.
+    # Scale the copy: for a plain copy, XLA would return the argument itself.
     copy = jax.jit(lambda x: x * jnp.float32(1.0000001))
     return {
         "copy": lambda: copy(x),

@@ -1,12 +1,12 @@
-"""What ordering examples costs beside the mean of their gradients.
+"""Measures the cost of ordering examples, relative to averaging their gradients.
 
-`python -m benchmarks.one_device.ordering`: all workers on one device, microbatches
-of 4, from 4 to 64 workers and 10^4 to 10^6 parameters; a step of D-GraB, which orders
-and averages, against one mean over the same array of gradients.
+`python -m benchmarks.one_device.ordering` compares a step of D-GraB, which orders and
+averages, with one mean over the same array of gradients. All workers are on one device,
+with microbatches of 4, for 4 to 64 workers and 10^4 to 10^6 parameters.
 
-`python -m benchmarks.one_device.ordering training`: whole training steps of D-GraB
-against random orders, LeNet on images of 8x8 to 32x32 and the LSTM, with the same
-gradients.
+`python -m benchmarks.one_device.ordering training` compares complete training steps of
+D-GraB and of random orders with the same gradients, for LeNet on images of 8x8 to 32x32
+pixels and for the LSTM.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BATCH = 4
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("alone", "training"), nargs="?")
     parser.add_argument("--repeats", type=int, default=11)
@@ -34,6 +34,7 @@ def main() -> None:
 
 
 def _alone(repeats):
+    """Times ordering without training."""
     for d in (10_000, 100_000, 1_000_000):
         for n in (4, 16, 64):
             calls = max(1, 20_000_000 // (n * BATCH * d))
@@ -45,6 +46,7 @@ def _alone(repeats):
 
 
 def _runs(n, d):
+    """Returns functions that average, or order and average, the same gradients."""
     grads = jax.random.normal(jax.random.key(0), (n, BATCH, d))
 
     def run(tx):
@@ -66,6 +68,7 @@ def _runs(n, d):
 
 
 def _training(repeats):
+    """Times complete training steps."""
     rng = np.random.default_rng(0)
 
     def lenet(size, channels):
@@ -92,10 +95,14 @@ def _training(repeats):
 
 
 def _step(task, order, workers, rows=True):
-    """Plain SGD on batches of `BATCH` examples a worker, in this order.
+    """Returns a function that takes a step of SGD with `BATCH` examples per worker.
 
-    Unless told otherwise the compiler must not turn a mean of gradients into a gradient
-    of the mean, so that all start from the same per-example gradients.
+    Args:
+      task: Training task.
+      order: Ordering method.
+      workers: Number of workers.
+      rows: Whether to compute the gradient of every example. If False, the compiler may
+        replace the mean of the gradients with the gradient of the mean.
     """
     x, y = jnp.asarray(task.x), jnp.asarray(task.y)
     params = task.model.init(jax.random.key(0), x[:1])["params"]
@@ -120,7 +127,7 @@ def _step(task, order, workers, rows=True):
 
     def run():
         box[:] = step(*box, parts, x, y)
-        # Not the array itself, which the next step overwrites.
+        # Return a copy, because the next step overwrites the array.
         return jnp.copy(jax.tree.leaves(box[0])[0])
 
     return run

@@ -1,10 +1,11 @@
-"""How far half precision, and many steps, take algorithms from the optimum.
+"""Measures the error of all algorithms in half precision after many steps.
 
-`python -m benchmarks.one_device.precision` trains eight workers, whose quadratics
-have different optima, with noisy gradients and a constant rate: 1e5 steps, five seeds,
-each algorithm in bfloat16 and float32, D2 in float64 as well. The figure is the
-distance of the mean model, averaged over the second half of the steps, from the
-optimum. All-reduce in bfloat16 shows what rounding the parameters alone costs.
+`python -m benchmarks.one_device.precision` trains eight workers whose quadratics have
+different optima, with noisy gradients and a constant learning rate, for 1e5 steps and
+five seeds. Each algorithm runs in bfloat16 and float32, and D2 also in float64. The
+benchmark averages the mean model of the workers over the second half of the steps, and
+prints the distance of this average from the optimum. All-reduce in bfloat16 shows the
+effect of rounding only the parameters.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import decentral_jax as dj
 N, SIZE, RATE = 8, 6, 0.05
 RING = dj.topology.ring(N)
 TOP, BLOCK = dj.compression.top_k(ratio=2), dj.compression.random_block(2)
-# Worker 0 hears of more workers than the others do.
+# A directed graph on which worker 0 receives from more workers than the others.
 UNBALANCED = dj.topology.from_graph(
     nx.DiGraph([(i, (i + 1) % N) for i in range(N)] + [(i, 0) for i in (2, 3, 5)]),
     weights="push",
@@ -56,7 +57,11 @@ ALGORITHMS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def _run(name: str, dtype: Any, steps: int, targets: jax.Array, key: jax.Array):
-    """Trains; the mean model's average over the second half, and the last carry."""
+    """Trains all workers.
+
+    Returns:
+      The mean model averaged over the second half of the steps, and the last carry.
+    """
     tx = ALGORITHMS[name]()
     wide = jnp.promote_types(dtype, jnp.float32)
 
@@ -86,16 +91,18 @@ def _run(name: str, dtype: Any, steps: int, targets: jax.Array, key: jax.Array):
 
 
 def distances(name: str, dtype: Any, steps: int, seeds: int) -> np.ndarray:
-    """The mean model's largest distance from the optimum, a seed each.
+    """Computes the distance of the averaged mean model from the optimum for each seed.
+
+    The distance is the largest absolute difference of an entry.
 
     Args:
       name: A key of `ALGORITHMS`.
-      dtype: Of parameters and gradients.
-      steps: The number of steps.
-      seeds: The number of seeds, which run together.
+      dtype: Dtype of parameters and gradients.
+      steps: Number of steps.
+      seeds: Number of seeds; one program runs all of them.
 
     Returns:
-      Distances, `[seeds]`.
+      Distances, shape `[seeds]`.
     """
     targets = 3 + np.random.default_rng(0).normal(size=(seeds, N, SIZE))
     keys = jax.random.split(jax.random.key(1), seeds)
@@ -113,13 +120,13 @@ def _mean(x: Any) -> np.ndarray:
     return np.asarray(x, np.float64).mean(0)
 
 
-def _astray(state: Any) -> np.ndarray:
-    """How far CHOCO's sums of differences are from those of the public models."""
+def _public_sum_error(state: Any) -> np.ndarray:
+    """Returns the error of CHOCO-SGD's sums of differences of public models."""
     public, away = (np.asarray(x, np.float64) for x in (state.public, state.away))
     return away - (RING.matrix @ public - public)
 
 
-# From a run's end to what should vanish, in units of the numbers that enter it.
+# Functions of the final parameters, state, and gradients whose result should be zero.
 INVARIANTS: dict[str, Callable[[Any, Any, Any], np.ndarray]] = {
     "dsgt": lambda params, state, gradient: (
         _mean(state[0].tracker) - _mean(state[0].gradient)
@@ -132,7 +139,7 @@ INVARIANTS: dict[str, Callable[[Any, Any, Any], np.ndarray]] = {
     ),
     "d2": lambda params, state, gradient: _mean(state[-1].correction),
     "choco_sgd": lambda params, state, gradient: np.stack(
-        [_mean(state[-1].away), *_astray(state[-1])]
+        [_mean(state[-1].away), *_public_sum_error(state[-1])]
     ),
     "sgp, unbalanced": lambda params, state, gradient: _mean(state[-1].weight) - 1,
     "def_sgd": lambda params, state, gradient: np.ptp(
@@ -145,7 +152,7 @@ INVARIANTS: dict[str, Callable[[Any, Any, Any], np.ndarray]] = {
 
 
 def invariant(name: str, dtype: Any, steps: int) -> float:
-    """How far what a docstring calls equal is apart after some steps."""
+    """Returns the largest violation of an algorithm's invariant after some steps."""
     targets = 3 + np.random.default_rng(0).normal(size=(N, SIZE))
     run = jax.jit(functools.partial(_run, name, dtype, steps))
     _, (params, state, _, gradient) = run(
@@ -155,7 +162,7 @@ def invariant(name: str, dtype: Any, steps: int) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=5)

@@ -1,9 +1,9 @@
-"""Do the steps between exchanges cost what a step without communication costs?
+"""Measures the cost of the steps between two exchanges, relative to plain SGD.
 
-`python -m benchmarks.one_device.steps_alone`: eight workers on one device under
-`vmap`, and on four fake CPU devices; an MLP of 1.0M parameters, batch 16.
-Plain SGD, the same inside Local SGD, MLL-SGD and DiLoCo in steps that exchange nothing,
-and with an average in every step.
+`python -m benchmarks.one_device.steps_alone` trains an MLP with 1.0M parameters, batch
+size 16, with eight workers: under `vmap` on one device, and on four fake CPU devices.
+It compares plain SGD with steps of Local SGD, MLL-SGD, and DiLoCo that exchange
+nothing, and with an average in every step.
 """
 
 import os
@@ -23,11 +23,11 @@ import decentral_jax as dj
 from benchmarks.support.timing import in_turn, machine, ratio, table
 from experiments.training.models import MLP
 
-NEVER = 1_000_000
+NEVER = 1_000_000  # a period longer than any run
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=21)
     repeats = parser.parse_args().repeats
@@ -50,14 +50,14 @@ def main() -> None:
             for name, (tx, shape) in variants.items()
         }
         times = in_turn(runs, repeats, calls=max(1, 3 // length))
-        print(f"\n8 workers on {num_devices} device(s), {length} step(s) a call")
+        print(f"\n8 workers on {num_devices} device(s), {length} step(s) per call")
         print(table(times))
         for name in list(variants)[1:]:
             print(ratio(times, name, "SGD alone"))
 
 
 def _steps(tx: optax.GradientTransformation, workers: dj.Workers, length: int):
-    """A function that advances its own state, as training does."""
+    """Returns a function that takes `length` steps and keeps the new state."""
     model = MLP((784, 440), 10)
     params = model.init(jax.random.key(0), jnp.zeros((1, 784)))["params"]
     x = np.random.default_rng(0).normal(size=(*workers.shape, 16, 784))
@@ -85,11 +85,11 @@ def _steps(tx: optax.GradientTransformation, workers: dj.Workers, length: int):
     run = workers.spmd(steps, donate_argnums=0)
     box = [workers.replicate((params, tx.init(params)))]
 
-    def again():
+    def advance():
         box[0] = run(box[0], x)
         return box[0]
 
-    return again
+    return advance
 
 
 if __name__ == "__main__":

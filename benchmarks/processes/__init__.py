@@ -1,1 +1,1 @@
-"""Benchmarks across processes of one machine."""
+"""Benchmarks across processes on one machine."""

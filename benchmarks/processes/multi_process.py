@@ -1,18 +1,19 @@
-"""Like for like across processes: this library, PyTorch DDP and Decent-DP in one run.
+"""Compares this library, PyTorch DDP, and Decent-DP across processes in one run.
 
-`python -m benchmarks.processes.multi_process [gossip|compression|ordering]` starts
-four JAX processes and four PyTorch ones here, talking over loopback. They take turns:
-every variant trains a few steps, then the next, round after round; the others sleep.
-A step is forward, backward and plain SGD of a ReLU MLP at batch 16 a process, float32.
+`python -m benchmarks.processes.multi_process [gossip|compression|ordering]` starts four
+JAX processes and four PyTorch processes on this machine, which communicate over
+loopback. The variants take turns: in each round, every variant trains for a few steps
+while the others sleep. A step consists of forward pass, backward pass, and update of a
+ReLU MLP in float32, with batch size 16 per process.
 
-Both start with one compute thread a process, and with an allocator that keeps memory
-(`benchmarks.support.group.ENVIRONMENT`). `--default-environment` measures without.
+All processes have one compute thread and an allocator that retains memory
+(`benchmarks.support.group.ENVIRONMENT`), unless `--default-environment` is given.
 
-`--torch-python` is an interpreter with torch, and decent-dp for its rows; without
-them the rows are left out, with a message.
+`--torch-python` is a Python interpreter with torch and decent-dp. If a package is
+missing, the benchmark prints a message and omits its rows.
 
-"ordering" has no peers and no model: it exchanges four gradients a process, of so many
-entries as `--params` says (D-GraB), or averages one.
+"ordering" trains no model and runs only in JAX: each process exchanges four gradients
+with `--params` entries (D-GraB), or averages one such gradient.
 """
 
 import argparse
@@ -29,10 +30,10 @@ import numpy as np
 from benchmarks.support.group import ENVIRONMENT, Group
 
 HERE = Path(__file__).parent
-# Hidden widths of 784-H-H-H-10 for about one and ten million parameters.
+# Hidden widths of the MLP 784-H-H-H-10, by approximate number of parameters.
 WIDTHS = {1_000_000: 560, 10_000_000: 2048}
 
-# What takes turns: by gossip, or by compression.
+# Variants to time in each part of the benchmark.
 GOSSIP_JAX = (
     "none",
     "all_reduce_sgd",
@@ -60,7 +61,7 @@ TORCH = {
     "compression": COMPRESSION_TORCH,
 }
 
-# Ours to theirs.
+# Pairs of variants whose ratios of times are printed.
 PAIRS = (
     ("jax: d_psgd ring", "jax: by hand ring"),
     ("jax: none", "torch: none"),
@@ -81,7 +82,7 @@ PAIRS = (
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=tuple(JAX), nargs="?", default="gossip")
     parser.add_argument("--processes", type=int, default=4)
@@ -110,6 +111,7 @@ def _compare(size: int, options: argparse.Namespace) -> None:
         n = options.processes
         return Group(lambda _: command, n, address, "lo", variables, a_host=n)
 
+    # Start the processes, and list the variants that they can run.
     groups = {"jax": start(sys.executable, "jax_steps.py")}
     variants = [("jax", name) for name in JAX[options.what]]
     if torch_has.get("torch"):
@@ -119,12 +121,11 @@ def _compare(size: int, options: argparse.Namespace) -> None:
         variants += [("torch", name) for name in names]
     for module, found in torch_has.items():
         if not found:
-            print(
-                f"{module} is not installed in {options.torch_python}: rows left out."
-            )
+            print(f"{module} is not installed in {options.torch_python}: rows omitted.")
     steps = max(4, options.steps // (1 if size < 5e6 else 4))
     times = {f"{group}: {name}": [] for group, name in variants}
     try:
+        # Build and warm up all variants, then time them in turns.
         for group, name in variants:
             groups[group].ask("make", name)
             groups[group].ask("run", name, 4)
@@ -134,7 +135,7 @@ def _compare(size: int, options: argparse.Namespace) -> None:
     finally:
         for group in groups.values():
             group.close()
-    print(f"\n{size:,} parameters: ms a step, median (range) of {options.rounds}")
+    print(f"\n{size:,} parameters: ms per step, median (range) of {options.rounds}")
     for name, measured in times.items():
         middle, low, high = np.median(measured), min(measured), max(measured)
         print(f"  {name:<34} {middle:8.2f}  ({low:.2f} to {high:.2f})")
@@ -146,7 +147,7 @@ def _compare(size: int, options: argparse.Namespace) -> None:
 
 
 def modules(python: str, *names: str) -> dict[str, bool]:
-    """Which modules an interpreter has."""
+    """Returns which modules a Python interpreter can import."""
     program = "import importlib.util as u, json; print(json.dumps([*map(bool, map("
     program += f"u.find_spec, {list(names)!r}))]))"
     found = subprocess.run([python, "-c", program], capture_output=True, check=True)

@@ -1,1 +1,1 @@
-"""What benchmarks share: timing, processes that obey commands, a NumPy simulator."""
+"""Shared code: timing, processes controlled by commands, and a NumPy simulator."""

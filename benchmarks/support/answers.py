@@ -1,6 +1,6 @@
-"""The other end of `benchmarks.support.group`: import it before anything is printed.
+"""Process side of `benchmarks.support.group`; import it before anything is printed.
 
-Answers go to the real standard output; whatever else is printed, to standard error.
+Answers go to standard output. All other printed text is redirected to standard error.
 """
 
 import json
@@ -16,10 +16,14 @@ RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def obey(makers: Mapping[str, Callable]) -> None:
-    """Obeys commands until standard input ends.
+    """Executes commands until standard input ends.
 
-    A command that names a maker makes what obeys from then on; another one is a method
-    of that, whose result is the answer.
+    A command is a name with arguments. The name of a maker constructs a new current
+    object. Any other name is a method of the current object, whose result is the
+    answer.
+
+    Args:
+      makers: Dictionary from names to functions that construct the current object.
     """
     current: Any = None
     for line in sys.stdin:
@@ -33,7 +37,7 @@ def obey(makers: Mapping[str, Callable]) -> None:
 
 
 def join() -> None:
-    """Joins JAX's processes, before JAX is used."""
+    """Connects this process to the other JAX processes; call it before using JAX."""
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -1,4 +1,4 @@
-"""Processes that obey commands, one answer each: for benchmarks across processes."""
+"""Groups of processes that execute commands, for benchmarks across processes."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# One compute thread a process, and an allocator that keeps memory: XLA's CPU backend
-# asks for its whole scratch memory at every step, and glibc by default returns blocks
-# of 32 MiB and more to the system each time, at a page fault for every 4 KiB.
+# One compute thread per process, and an allocator that retains memory: XLA's CPU
+# backend requests all of its scratch memory at every step, and glibc by default returns
+# blocks of 32 MiB or more to the system each time, which costs a page fault per 4 KiB.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PJRT_NPROC": "1",
@@ -22,15 +22,15 @@ ENVIRONMENT = {
 
 
 class Group:
-    """Processes of one script, which read commands and write answers as JSON lines.
+    """Processes of one script that read commands and write answers as JSON lines.
 
     Args:
-      command: From a process's number to its command line.
-      processes: How many.
-      address: Host and port where process 0 is found.
-      interface: The network interface to talk over.
-      variables: More of the environment.
-      a_host: Processes on a host, for those who ask.
+      command: Function from the rank of a process to its command line.
+      processes: Number of processes.
+      address: Host and port at which process 0 listens.
+      interface: Network interface for messages.
+      variables: Additional environment variables.
+      a_host: Number of processes per host.
     """
 
     def __init__(
@@ -71,14 +71,16 @@ class Group:
         ]
 
     def ask(self, *command: Any) -> list:
-        """Sends a command to all members and returns what each answers."""
+        """Sends a command to all members, and returns their answers by rank."""
         for member in self.members:
             assert member.stdin
             member.stdin.write(json.dumps(command) + "\n")
             member.stdin.flush()
         answers = [m.stdout.readline() if m.stdout else "" for m in self.members]
         if not all(answers):
-            raise RuntimeError(f"a process ended at {command}; its message is above.")
+            raise RuntimeError(
+                f"a process ended during {command}: see its message above."
+            )
         return [json.loads(answer) for answer in answers]
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""Side-by-side timing: variants take turns, so that drift of the machine hits all.
+"""Side-by-side timing: variants take turns, so that drift affects all of them alike.
 
-Quote medians and ratios of pairs, never a single absolute time.
+Report medians and ratios of pairs, never a single absolute time.
 """
 
 import os
@@ -15,15 +15,15 @@ import numpy as np
 def in_turn(
     variants: Mapping[str, Callable[[], Any]], repeats: int, calls: int = 1
 ) -> dict[str, np.ndarray]:
-    """Times functions A B C A B C ..., each warmed up first.
+    """Times functions in the order A B C A B C ..., after one warm-up call of each.
 
     Args:
       variants: Functions without arguments that return JAX arrays to wait for.
-      repeats: Rounds.
-      calls: Calls a round, timed together.
+      repeats: Number of rounds.
+      calls: Number of calls per variant per round, timed together.
 
     Returns:
-      Milliseconds a call, one array of shape `[repeats]` a variant.
+      A dictionary from variants to milliseconds per call, shape `[repeats]`.
     """
     for run in variants.values():
         jax.block_until_ready(run())
@@ -39,13 +39,13 @@ def in_turn(
 
 
 def ratio(times: Mapping[str, np.ndarray], of: str, to: str) -> str:
-    """Median and quartiles of the ratio of pairs measured in the same round."""
+    """Formats median and quartiles of the ratios of times in the same round."""
     low, middle, high = np.percentile(times[of] / times[to], [25, 50, 75])
     return f"{of} / {to}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})"
 
 
 def table(times: Mapping[str, np.ndarray]) -> str:
-    """Median and range of each variant."""
+    """Formats median and range of each variant."""
     width = max(map(len, times))
     return "\n".join(
         f"{name:<{width}}  {np.median(t):9.3f} ms  ({t.min():.3f} to {t.max():.3f})"
@@ -54,6 +54,6 @@ def table(times: Mapping[str, np.ndarray]) -> str:
 
 
 def machine() -> str:
-    """Versions and devices, for the head of a report."""
+    """Describes versions and devices, for the heading of a report."""
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return f"jax {jax.__version__}, {devices}, {os.cpu_count()} cores"

@@ -1,1 +1,1 @@
-"""Data sets: images, text and tables, from scikit-learn or from local files."""
+"""Data sets: images, text, and tables, from scikit-learn or from local files."""

@@ -1,4 +1,4 @@
-"""Find and read the local files of data sets, with a clear error where they are not."""
+"""Finds and reads the local files of data sets."""
 
 import contextlib
 import gzip
@@ -10,32 +10,40 @@ from experiments.errors import MissingFileError, UsageError
 
 @contextlib.contextmanager
 def readable(source: Path | str) -> Iterator[None]:
-    """Turns whatever a decoder raises on a broken file into one clear UsageError."""
+    """Converts any exception that a decoder raises on a broken file to a UsageError.
+
+    Args:
+      source: File that the error message names.
+
+    Raises:
+      UsageError: If the body raises any exception except a PermissionError.
+    """
     try:
         yield
     except PermissionError:
         raise
-    except Exception as error:  # decoders raise nearly anything on broken bytes
+    except Exception as error:  # decoders raise many types on broken bytes
         raise UsageError(
             f"{source} cannot be read ({type(error).__name__}: {error}): the file is "
-            "broken or of another kind; fetch it again."
+            "broken or has another format; fetch it again."
         ) from error
 
 
 def read_file(data_dir: str | Path, sub_folder: str, *names: str) -> tuple[Path, bytes]:
-    """Reads the first file there is of some names, unzipping it if need be.
+    """Reads the first existing file among some names, and decompresses gzip files.
 
     Args:
       data_dir: Folder to search.
-      sub_folder: Folder in it, searched after it.
-      *names: The file's name, then others it may have; with ``.gz`` added, too.
+      sub_folder: Name of a subfolder of `data_dir`, which is searched second.
+      *names: Accepted names of the file, in order of preference. Each name may also end
+        in `.gz`.
 
     Returns:
-      Where it was, for messages, and its content.
+      The path of the file, for error messages, and its decompressed content.
 
     Raises:
-      MissingFileError: If there is none.
-      UsageError: If it is no gzip file though its name ends so.
+      MissingFileError: If none of the files exists.
+      UsageError: If a file whose name ends in `.gz` is not a valid gzip file.
     """
     for name in names:
         for folder in (Path(data_dir), Path(data_dir) / sub_folder):
@@ -46,5 +54,5 @@ def read_file(data_dir: str | Path, sub_folder: str, *names: str) -> tuple[Path,
                     return path, gzip.decompress(path.read_bytes())
     raise MissingFileError(
         f"data_dir='{data_dir}' holds no {' or '.join(names)} (or .gz of it), nor does "
-        f"its sub-folder {sub_folder}: put it there, or pass the folder which holds it."
+        f"its subfolder {sub_folder}: put it there, or pass the folder that holds it."
     )

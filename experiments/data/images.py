@@ -1,10 +1,11 @@
-"""Read real data from local files, and deal it to workers as the papers do.
+"""Loads image data sets from local files, and partitions them among workers.
 
-Nothing here downloads: digits come with scikit-learn, MNIST and CIFAR-10 are read
-from the files their authors publish. All images are float32 ``[N, H, W, C]`` scaled
-to [0, 1] by the largest pixel value; they are not standardised, so that one rule
-holds for every data set and a logistic regression sees the inputs the papers use.
-Labels are int32 ``[N]``.
+This module does not download anything. The digits are part of scikit-learn; MNIST and
+CIFAR-10 are read from the files that their authors publish. All images are float32,
+shape `[N, H, W, C]`, and are divided by the largest possible pixel value, so that they
+lie in [0, 1]. They are not standardized: all data sets follow the same rule, and
+logistic regression sees the same inputs as in the papers. Labels are int32, shape
+`[N]`.
 """
 
 import io
@@ -25,7 +26,8 @@ from experiments.errors import MissingFileError, UsageError
 
 DATASETS = ("digits", "mnist", "cifar10")
 
-_DIGITS_TRAIN_PER_CLASS = 144  # 1,440 in all: divides by 8, 10, 16 and 32 workers
+# 1,440 training images in total, which 8, 10, 16, and 32 workers share evenly.
+_DIGITS_TRAIN_PER_CLASS = 144
 _DIGITS_SEED = 0
 
 _MNIST_FILES = (
@@ -49,27 +51,28 @@ class Dataset(NamedTuple):
     y_train: np.ndarray  # shape=[N], dtype=int32, values in [0, num_classes)
     x_test: np.ndarray  # shape=[M, H, W, C], dtype=float32, values in [0, 1]
     y_test: np.ndarray  # shape=[M], dtype=int32, values in [0, num_classes)
-    num_classes: int
+    num_classes: int  # number of different labels
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     """Loads a data set by name.
 
     Args:
-      name: "digits", "mnist" or "cifar10".
-      data_dir: Folder with the files; not needed for "digits". MNIST is four idx
-        files, as they are or gzipped. CIFAR-10 is, in this order of preference, one
-        ``cifar10*.npz`` with uint8 ``x_train, y_train, x_test, y_test``, the official
-        Python batches (also inside ``cifar-10-batches-py/``), or the official
-        ``cifar-10-python.tar.gz``, read without unpacking. A sub-folder ``mnist`` or
-        ``cifar10`` is searched after the folder itself.
+      name: Name of the data set: "digits", "mnist", or "cifar10".
+      data_dir: Folder with the files; not needed for "digits". MNIST consists of four
+        idx files, optionally gzipped. CIFAR-10 is, in this order of preference, a file
+        `cifar10*.npz` with uint8 arrays `x_train, y_train, x_test, y_test`, the
+        official Python batches (optionally in a subfolder `cifar-10-batches-py`), or
+        the official `cifar-10-python.tar.gz`, which is read without unpacking it to
+        disk. If the folder does not contain the files, its subfolder `mnist` or
+        `cifar10` is searched.
 
     Returns:
-      The data set: images in [0, 1].
+      The data set, with images in [0, 1].
 
     Raises:
-      UsageError: If the name is unknown, ``data_dir`` is needed and missing, or a
-        file is broken.
+      UsageError: If the name is unknown, `data_dir` is None for a data set that is read
+        from files, or a file is broken.
       MissingFileError: If the folder or a file in it is missing.
     """
     if name not in DATASETS:
@@ -79,30 +82,32 @@ def load(name: str, data_dir: str | Path | None = None) -> Dataset:
     if data_dir is None:
         raise UsageError(
             f"data_dir=None, but name={name!r} is read from files: pass the folder "
-            "which holds them, or use name='digits', which needs none."
+            "that holds them, or pass name='digits', which needs no files."
         )
     folder = Path(data_dir)
     if not folder.is_dir():
         raise MissingFileError(
             f"data_dir='{folder}' is not an existing folder: create it, put the "
-            f"{name} files into it, or pass the folder which holds them."
+            f"{name} files into it, or pass the folder that holds them."
         )
     return _load_mnist(folder) if name == "mnist" else _load_cifar10(folder)
 
 
 def load_digits() -> Dataset:
-    """Loads scikit-learn's handwritten digits: 8x8 images, 10 classes, no download.
+    """Loads scikit-learn's handwritten digits: 8x8 images of 10 classes.
 
-    The split is fixed: 144 images of each class (1,440) train, the other 357 test.
+    The split is fixed: 144 images of each class (1,440 in total) are for training, and
+    the other 357 images are for testing.
 
     Returns:
-      The data set: images ``[N, 8, 8, 1]`` in [0, 1], in random order.
+      The data set, with images `[N, 8, 8, 1]` in [0, 1] in a fixed random order.
     """
-    # Imported here because it takes about a second, and only digits need it.
+    # Imported here because the import takes about a second, and only digits need it.
     from sklearn import datasets
 
     images, labels = datasets.load_digits(return_X_y=True)
     rng = np.random.default_rng(_DIGITS_SEED)
+    # Choose the training images at random, but the same number from each class.
     is_train = np.zeros(labels.size, bool)
     for label in range(10):
         of_class = rng.permutation(np.flatnonzero(labels == label))
@@ -117,42 +122,43 @@ def load_digits() -> Dataset:
 def partition(
     labels: ArrayLike, num_workers: int, shuffled: float, seed: int = 0
 ) -> np.ndarray:
-    """Deals examples to workers, from fully sorted by label to uniformly random.
+    """Partitions examples among workers, from sorted by label to uniformly random.
 
-    The split of Lu & De Sa (Optimal Complexity in Decentralized Training, ICML 2021):
-    sort the examples by label, shuffle only the first ``shuffled`` percent of that
-    sorted list among themselves, cut it into equal consecutive pieces. It is read
-    literally: with ``0 < shuffled < 100`` the shuffled examples are those of the
-    lowest labels, which the first workers get mixed, while the last workers keep
-    one or two classes each.
+    The partition follows Lu & De Sa (Optimal Complexity in Decentralized Training, ICML
+    2021): sort the examples by label, shuffle the first `shuffled` percent of the
+    sorted examples, and cut the result into consecutive parts of equal size. If
+    `0 < shuffled < 100`, only the examples with the lowest labels are shuffled: the
+    first workers get mixed classes, and each of the last workers gets one or two
+    classes.
 
     Args:
-      labels: Class of each example, integers, shape ``[N]``.
-      num_workers: Number of pieces, at most N.
-      shuffled: Percentage in [0, 100]: 0 sorts all (the paper's "unshuffled", each
-        worker sees few classes), 100 shuffles all ("shuffled", workers alike).
-      seed: Seed of the shuffle, at least 0; has no effect if ``shuffled`` is 0.
+      labels: Class of each example, integers, shape `[N]`.
+      num_workers: Number of parts, at most N.
+      shuffled: Percentage of the sorted examples to shuffle, in [0, 100]. With 0 (the
+        paper's "unshuffled"), each worker gets few classes. With 100 ("shuffled"), the
+        data of all workers have the same distribution.
+      seed: Seed for the shuffle, at least 0; has no effect if `shuffled` is 0.
 
     Returns:
-      Indices into ``labels``, shape ``[num_workers, N // num_workers]``, none twice.
-      The last ``N % num_workers`` examples of the list are left out: with
-      ``shuffled=0`` these all belong to the highest label.
+      Distinct indices into `labels`, shape `[num_workers, N // num_workers]`. The last
+      `N % num_workers` examples are omitted; with `shuffled=0`, these have the highest
+      label.
 
     Raises:
-      UsageError: If an argument is outside the ranges above.
+      UsageError: If an argument is outside its range.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise UsageError(
             f"labels has shape {labels.shape} and dtype {labels.dtype}: pass one "
-            "integer class an example, shape [N]."
+            "integer class per example, shape [N]."
         )
     if not _is_integer(num_workers) or not 1 <= num_workers <= labels.size:
         raise UsageError(
             f"num_workers={num_workers!r} for {labels.size} labels: pass an integer "
             "from 1 to the number of labels."
         )
-    # True would otherwise pass for one percent.
+    # Refuse booleans: True would mean one percent.
     is_number = isinstance(shuffled, numbers.Real) and not isinstance(shuffled, bool)
     if not is_number or not 0 <= shuffled <= 100:
         raise UsageError(
@@ -161,6 +167,7 @@ def partition(
         )
     if not _is_integer(seed) or seed < 0:
         raise UsageError(f"seed={seed!r}: pass an integer of at least 0.")
+    # Sort by label, shuffle the first part, and cut into equal parts.
     order = np.argsort(labels, kind="stable")
     first = round(labels.size * float(shuffled) / 100)
     order[:first] = np.random.default_rng(seed).permutation(order[:first])
@@ -178,13 +185,16 @@ def _dataset(
     image_shape: tuple[int, ...],
     source: Path,
 ) -> Dataset:
-    """Checks raw images and labels of ten classes and scales the images.
+    """Checks raw images and labels of ten classes, and scales the images.
 
     Args:
-      train: Images, uint8 ``[N, *image_shape]``, and labels, ``[N]`` or ``[N, 1]``.
-      test: The same for the test examples.
-      image_shape: (H, W, C).
-      source: Where they came from, for messages.
+      train: Training images, uint8 `[N, *image_shape]`, and labels, `[N]` or `[N, 1]`.
+      test: Test images and labels in the same format.
+      image_shape: Shape of an image, (H, W, C).
+      source: File or folder that error messages name.
+
+    Raises:
+      UsageError: If an array has a wrong shape, dtype, or value.
     """
     arrays = []
     for part, (images, labels) in (("training", train), ("test", test)):
@@ -198,7 +208,7 @@ def _dataset(
         if labels.size != images.shape[0] or labels.size == 0:
             raise UsageError(
                 f"{source}: {images.shape[0]} {part} images but {labels.size} labels; "
-                "expected one label an image and at least one image: put images and "
+                "expected one label per image and at least one image: put images and "
                 "labels of the same data set there."
             )
         if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() > 9:
@@ -228,25 +238,29 @@ def _load_mnist(data_dir: Path) -> Dataset:
 
 
 def _decode_idx(path: Path, content: bytes, ndim: int) -> np.ndarray:
-    """Decodes an idx file of unsigned bytes: magic, ``ndim`` sizes, then the values."""
+    """Decodes an idx file of unsigned bytes.
+
+    The file consists of a magic number, `ndim` sizes, and the values.
+    """
     header = 4 + 4 * ndim
-    magic = struct.pack(">HBB", 0, 8, ndim)  # 8 stands for unsigned bytes
+    magic = struct.pack(">HBB", 0, 8, ndim)  # 8: unsigned bytes
     if len(content) < header or content[:4] != magic:
         raise UsageError(
             f"{path} starts with {content[:4].hex() or 'nothing'}, expected "
-            f"{magic.hex()} and {ndim} sizes: it is not the idx file its name "
-            "promises; fetch it again."
+            f"{magic.hex()} and {ndim} sizes: it is not an idx file of this kind; "
+            "fetch it again."
         )
     shape = struct.unpack(f">{ndim}I", content[4:header])
     if len(content) - header != math.prod(shape):
         raise UsageError(
-            f"{path} promises {math.prod(shape)} values (shape {shape}) but holds "
-            f"{len(content) - header}: it is cut short or damaged; fetch it again."
+            f"{path} declares {math.prod(shape)} values (shape {shape}) but holds "
+            f"{len(content) - header}: it is truncated or damaged; fetch it again."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
 def _load_cifar10(data_dir: Path) -> Dataset:
+    # In each folder, prefer an npz file to the batches, and the batches to the archive.
     for folder in (data_dir, data_dir / "cifar10"):
         archives = [p for p in sorted(folder.glob("cifar10*.npz")) if p.is_file()]
         if len(archives) > 1:
@@ -266,7 +280,7 @@ def _load_cifar10(data_dir: Path) -> Dataset:
             return _decode_cifar10(_read_cifar10_tar(archive), archive)
     raise MissingFileError(
         f"data_dir='{data_dir}' holds no CIFAR-10: put cifar10*.npz (arrays "
-        f"{', '.join(_CIFAR10_ARRAYS)}), the folder {_CIFAR10_FOLDER} or "
+        f"{', '.join(_CIFAR10_ARRAYS)}), the folder {_CIFAR10_FOLDER}, or "
         f"{_CIFAR10_ARCHIVE} there."
     )
 
@@ -288,7 +302,7 @@ def _read_cifar10_npz(path: Path) -> Dataset:
 
 
 def _read_cifar10_tar(path: Path) -> dict[str, bytes]:
-    """Returns the content of the batch files in the official archive, by name."""
+    """Returns a dictionary from batch file names in the archive to their contents."""
     wanted = {f"{_CIFAR10_FOLDER}/{n}": n for n in _CIFAR10_BATCHES}
     contents = {}
     with readable(path), tarfile.open(path, "r:gz") as archive:
@@ -300,7 +314,7 @@ def _read_cifar10_tar(path: Path) -> dict[str, bytes]:
 
 
 def _decode_cifar10(contents: Mapping[str, bytes], source: Path) -> Dataset:
-    """Decodes the official batches: pickled dicts of planar uint8 rows and labels."""
+    """Decodes the official batches: pickled dictionaries of uint8 rows and labels."""
     missing = [name for name in _CIFAR10_BATCHES if name not in contents]
     if missing:
         raise MissingFileError(
@@ -314,7 +328,7 @@ def _decode_cifar10(contents: Mapping[str, bytes], source: Path) -> Dataset:
             with readable(f"{name} in {source}"):
                 batch = _BatchUnpickler(contents[name]).load()
                 rows, batch_labels = batch[b"data"], batch[b"labels"]
-                # Rows are 1,024 red, 1,024 green and 1,024 blue values.
+                # Each row has 1,024 red, 1,024 green, and 1,024 blue values.
                 images.append(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
                 labels.append(np.asarray(batch_labels))
                 if len(images[-1]) != len(labels[-1]):
@@ -326,30 +340,31 @@ def _decode_cifar10(contents: Mapping[str, bytes], source: Path) -> Dataset:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Unpickles a dict of lists, byte strings and uint8 arrays, and nothing else.
+    """Unpickles dictionaries of lists, byte strings, and uint8 arrays, nothing else.
 
-    A pickle may call whatever it can name; these files need three names.
+    A pickle can call any function that it can import. This class allows only the three
+    names that CIFAR-10 batches need.
     """
 
     def __init__(self, content: bytes):
-        # The files were written by Python 2, whose strings are bytes.
+        # Python 2 wrote the files; its strings are bytes.
         super().__init__(io.BytesIO(content), encoding="bytes")
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         name = f"{module_name}.{global_name}"
         allowed = {
-            # Taken from an array since NumPy 2 moved the function's module.
+            # Taken from an array, because NumPy 2 moved the function.
             "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
             "numpy.ndarray": np.ndarray,
             "numpy.dtype": _uint8_dtype,
         }
         if name not in allowed:
-            raise pickle.UnpicklingError(f"{name} has no place in a CIFAR-10 batch")
+            raise pickle.UnpicklingError(f"{name} is not allowed in a batch file")
         return allowed[name]
 
 
 def _uint8_dtype(name: bytes, align: int, copy: int) -> np.dtype:
-    """Stands for ``np.dtype``, whose integer flags NumPy 2.4 warns about."""
+    """Replaces `np.dtype`, whose integer flags cause a warning in NumPy 2.4."""
     if name != b"u1":
-        raise pickle.UnpicklingError(f"dtype {name!r} has no place in a CIFAR-10 batch")
+        raise pickle.UnpicklingError(f"dtype {name!r} is not allowed in a batch file")
     return np.dtype(np.uint8, align=bool(align), copy=bool(copy))

@@ -1,7 +1,7 @@
-"""Read rows of numbers from local files: a9a to classify, M4 weekly to forecast.
+"""Loads tabular data sets: a9a for classification, and M4 weekly for forecasting.
 
-Nothing here downloads: each loader takes a folder with the files as they are published,
-or gzipped.
+This module does not download anything: each loader reads the published files,
+optionally gzipped, from a folder.
 """
 
 import csv
@@ -15,8 +15,8 @@ import numpy as np
 from experiments.data.files import read_file, readable
 from experiments.errors import UsageError
 
-WINDOW = 20  # values that a forecast sees
-HORIZON = 6  # values that it foretells
+WINDOW = 20  # number of values that a forecast is based on
+HORIZON = 6  # number of values to forecast
 
 _A9A_FEATURES = 123
 
@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Pieces of time series and what followed each, as logarithms, in memory."""
+    """Windows of time series (inputs) and the values that follow (targets), as logs."""
 
     x_train: np.ndarray  # shape=[N, 20], dtype=float32
     y_train: np.ndarray  # shape=[N, 6], dtype=float32
@@ -40,11 +40,11 @@ class Windows(NamedTuple):
 
 
 def load_a9a(data_dir: str | Path) -> Table:
-    """Loads LIBSVM's a9a: does a person earn more than 50,000 dollars a year?
+    """Loads LIBSVM's a9a: whether a person earns more than 50,000 dollars per year.
 
     Args:
-      data_dir: Folder with the files ``a9a`` and ``a9a.t``, as they are or gzipped,
-        or with a sub-folder ``libsvm`` which holds them.
+      data_dir: Folder with the files `a9a` and `a9a.t`, optionally gzipped, or with a
+        subfolder `libsvm` that holds them.
 
     Returns:
       32,561 training and 16,281 test examples of 123 features, each 0 or 1.
@@ -61,27 +61,29 @@ def load_m4_weekly(
 ) -> Windows:
     """Loads the weekly series of the M4 competition, cut into windows.
 
-    A training window is 20 consecutive values of a series and the 6 that follow. The
-    test window of a series is its last 20 training values and the first 6 of its test
-    values, which no training window contains.
+    A training window consists of 20 consecutive values of a series, the input, and the
+    6 values that follow, the target. The test window of a series consists of its last
+    20 training values and its first 6 test values, which no training window contains.
 
-    All 26 values become logarithms, less the mean of the first 20: inputs are centred,
-    series of any level are alike, errors are relative (0.01 is a percent), and a sudden
-    jump, up to 50-fold, does not outweigh all else as it would among ratios. What
-    `smape` says of ``exp`` of forecasts and outputs holds for the values themselves.
+    The loader takes the logarithm of all 26 values and subtracts the mean logarithm of
+    the first 20. Inputs are therefore centered and do not depend on the level of the
+    series, errors are relative (0.01 is one percent), and sudden jumps, which reach a
+    factor of 50, do not dominate the loss as ratios would. Because the scale of a
+    series cancels in `smape`, its value for `exp(forecast)` and `exp(target)` equals
+    the value in the units of the series.
 
     Args:
-      data_dir: Folder with ``Weekly-train.csv`` and ``Weekly-test.csv``, as they are
-        or gzipped, or with a sub-folder ``m4`` which holds them.
-      windows_per_series: At most so many training windows of each series, evenly
-        spread, its last always among them; None takes all, one a week.
+      data_dir: Folder with `Weekly-train.csv` and `Weekly-test.csv`, optionally
+        gzipped, or with a subfolder `m4` that holds them.
+      windows_per_series: Maximum number of training windows per series, evenly spaced
+        and always with the last window. If None, all windows, one per week.
 
     Returns:
-      The windows; those of one series are consecutive, in order of time.
+      The windows. Windows of one series are consecutive, in temporal order.
 
     Raises:
       MissingFileError: If a file is missing.
-      UsageError: If a file is broken, or ``windows_per_series`` is below 1.
+      UsageError: If a file is broken, or `windows_per_series` is less than 1.
     """
     if windows_per_series is not None and windows_per_series < 1:
         raise UsageError(
@@ -97,38 +99,41 @@ def load_m4_weekly(
             f"holds the series {', '.join(unpaired)}: put both files of one release "
             "there."
         )
+    # Training windows: evenly spaced ones from each series, up to its last window.
     windows = []
     for series in train.values():
-        every = np.lib.stride_tricks.sliding_window_view(series, WINDOW + HORIZON)
-        kept = min(windows_per_series or len(every), len(every))
-        windows.append(every[np.arange(1, kept + 1) * len(every) // kept - 1])
+        candidates = np.lib.stride_tricks.sliding_window_view(series, WINDOW + HORIZON)
+        count = len(candidates)
+        kept = min(windows_per_series or count, count)
+        windows.append(candidates[np.arange(1, kept + 1) * count // kept - 1])
+    # Test windows: the end of each training series, and the start of its test series.
     last = [
         np.concatenate([series[-WINDOW:], test[name][:HORIZON]])
         for name, series in train.items()
     ]
-    return Windows(*_examples(np.concatenate(windows)), *_examples(np.stack(last)))
+    return Windows(*_split(np.concatenate(windows)), *_split(np.stack(last)))
 
 
 def smape(
     forecast: jax.Array | np.ndarray, actual: jax.Array | np.ndarray
 ) -> jax.Array | np.floating:
-    r"""The symmetric mean absolute percentage error, as M4 defines it.
+    r"""Computes the symmetric mean absolute percentage error as M4 defines it.
 
     .. math:: \operatorname{mean} \frac{200 |f - a|}{|f| + |a|}
 
     Args:
-      forecast: Values :math:`f`, of any shape.
-      actual: Values :math:`a` of the same shape, none of them 0.
+      forecast: Forecast values :math:`f`, any shape.
+      actual: True values :math:`a`, same shape, nonzero.
 
     Returns:
-      Percent, from 0 to 200, a scalar.
+      The error in percent, from 0 to 200, a scalar.
     """
     error = abs(forecast - actual) / (abs(forecast) + abs(actual))
     return 200 * error.mean()
 
 
 def _read_a9a(data_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    # Imported here because it takes about a second, and only a9a needs it.
+    # Imported here because the import takes about a second, and only a9a needs it.
     from sklearn.datasets import load_svmlight_file
 
     path, content = read_file(data_dir, "libsvm", name)
@@ -147,12 +152,12 @@ def _read_a9a(data_dir: str | Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_m4(data_dir: str | Path, name: str, at_least: int) -> dict[str, np.ndarray]:
-    """Reads a header and one series a row: its name, then its values."""
+    """Returns a dictionary from series names to values, one series per row of a CSV."""
     path, content = read_file(data_dir, "m4", name)
     table = {}
     with readable(path):
         for row in list(csv.reader(io.StringIO(content.decode(), newline="")))[1:]:
-            while not row[-1]:  # short rows are filled up
+            while not row[-1]:  # short rows are padded with empty cells
                 row.pop()
             table[row[0]] = np.array(row[1:], np.float64)
     if not table:
@@ -166,8 +171,8 @@ def _read_m4(data_dir: str | Path, name: str, at_least: int) -> dict[str, np.nda
     return table
 
 
-def _examples(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Parts the values of windows ``[N, 26]``, as centred logarithms."""
+def _split(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits windows, `[N, 26]`, into inputs and targets, as centered logarithms."""
     logs = np.log(windows)
     logs -= logs[:, :WINDOW].mean(1, keepdims=True)
     x, y = np.split(logs.astype(np.float32), [WINDOW], axis=1)

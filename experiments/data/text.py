@@ -1,7 +1,7 @@
-"""Read text as numbered words, for language models.
+"""Loads text as sequences of token numbers, for language models.
 
-Nothing here downloads: "python" is the documentation that every Python carries along,
-WikiText-2 is read from its published files.
+This module does not download anything. "python" is the documentation that Python
+includes; WikiText-2 is read from its published files.
 """
 
 import pydoc_data.topics
@@ -17,17 +17,20 @@ from experiments.errors import UsageError
 
 TEXTS = ("python", "wikitext2")
 
-_UNKNOWN = "<unk>"  # as WikiText-2 itself writes words it leaves out
+_UNKNOWN = "<unk>"  # how WikiText-2 marks words outside its vocabulary
 _END_OF_LINE = "<eos>"
-_TRAIN_TENTHS = 9
+_TRAIN_TENTHS = 9  # tenths of the text "python" for training; the rest is for testing
 
 
 class Text(NamedTuple):
-    """Training and test text: number 0 is any unknown word, 1 the most frequent."""
+    """Training and test text as token numbers.
+
+    Token 0 stands for all unknown words, and token 1 for the most frequent word.
+    """
 
     tokens_train: np.ndarray  # shape=[N], dtype=int32, values in [0, vocabulary)
     tokens_test: np.ndarray  # shape=[M], dtype=int32, values in [0, vocabulary)
-    vocabulary: int
+    vocabulary: int  # number of different tokens
 
 
 def load_text(
@@ -36,22 +39,24 @@ def load_text(
     """Loads a text by name.
 
     Args:
-      name: "python", the help topics of this Python in lower case, split into words
-        and runs of one sign; the last tenth tests. About 100,000 tokens, not the same
-        in each version of Python. Or "wikitext2", split at white space, with a token
-        for the end of each line.
-      data_dir: Folder with WikiText-2, or with a sub-folder ``wikitext2`` which holds
-        it; not needed for "python". Its files are ``wiki.test.tokens`` or ``test.txt``,
-        and likewise "train"; without these, "valid" trains. They may be gzipped.
-      vocabulary: Number of different tokens to keep, at least 2: one for all unknown
-        words, the others for the most frequent words of the training text.
+      name: Name of the text. "python" is the lowercase text of all help topics of the
+        running Python, split into words and runs of one repeated punctuation mark; the
+        last tenth is the test text. It has about 100,000 tokens, and differs between
+        versions of Python. "wikitext2" is split at white space, with an additional
+        token at the end of each line.
+      data_dir: Folder with WikiText-2, or with a subfolder `wikitext2` that holds it;
+        not needed for "python". The test file is `wiki.test.tokens` or `test.txt`. The
+        training file has "train" instead of "test" in its name, or "valid" if there is
+        no such file. The files may be gzipped.
+      vocabulary: Number of different tokens to keep, at least 2: one token for all
+        unknown words, and the others for the most frequent words of the training text.
 
     Returns:
-      The text; its vocabulary is smaller if the training text has fewer words.
+      The text. Its vocabulary is smaller if the training text has fewer words.
 
     Raises:
-      UsageError: If the name is unknown, ``data_dir`` is needed and missing,
-        ``vocabulary`` is too small, or a file is broken.
+      UsageError: If the name is unknown, `data_dir` is None for a text that is read
+        from files, `vocabulary` is less than 2, or a file is broken.
       MissingFileError: If a file is missing.
     """
     if name not in TEXTS:
@@ -63,38 +68,40 @@ def load_text(
     elif data_dir is None:
         raise UsageError(
             f"data_dir=None, but name={name!r} is read from files: pass the folder "
-            "which holds them, or use name='python', which needs none."
+            "that holds them, or pass name='python', which needs no files."
         )
     else:
         train = _wikitext2_words(data_dir, "train", "valid")
         test = _wikitext2_words(data_dir, "test")
-    return _number(train, test, vocabulary)
+    return _tokenize(train, test, vocabulary)
 
 
 def segments(tokens: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a text into consecutive pieces which do not overlap.
+    """Cuts a text into consecutive segments that do not overlap.
 
     Args:
-      tokens: The text, int32 ``[M]``.
-      length: Tokens of a piece, from 1 to M - 1.
+      tokens: Tokens of the text, int32, shape `[M]`.
+      length: Number of tokens per segment, from 1 to M - 1.
 
     Returns:
-      Inputs and outputs, int32 ``[(M - 1) // length, length]`` each: an output is the
-      token after its input. What fills no piece is left out, at the end.
+      Inputs and targets, int32, shape `[(M - 1) // length, length]` each. The target of
+      each input token is the token that follows it. Tokens at the end that do not fill
+      a segment are omitted.
 
     Raises:
-      UsageError: If ``length`` is outside its range.
+      UsageError: If `length` is outside its range.
     """
     if not 1 <= length < tokens.size:
         raise UsageError(
-            f"length={length!r} for {tokens.size} tokens: pass at least 1, and fewer "
-            "than there are tokens."
+            f"length={length!r} for {tokens.size} tokens: pass at least 1, and less "
+            "than the number of tokens."
         )
     used = (tokens.size - 1) // length * length
     return tokens[:used].reshape(-1, length), tokens[1 : used + 1].reshape(-1, length)
 
 
 def _python_words() -> tuple[list[str], list[str]]:
+    # Tokens are words, and runs of one repeated punctuation mark.
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[topic] for topic in sorted(topics)).lower()
     words = [match[0] for match in re.finditer(r"\w+|([^\w\s])\1*", text)]
@@ -112,7 +119,8 @@ def _wikitext2_words(data_dir: str | Path, *parts: str) -> list[str]:
     return words
 
 
-def _number(train: list[str], test: list[str], vocabulary: int) -> Text:
+def _tokenize(train: list[str], test: list[str], vocabulary: int) -> Text:
+    """Numbers the most frequent training words from 1 on, ties alphabetically."""
     counts = Counter(word for word in train if word != _UNKNOWN)
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 1]
     numbers = {word: number for number, word in enumerate(frequent, start=1)}

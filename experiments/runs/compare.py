@@ -52,6 +52,7 @@ def run(options: Compare, output: report.Output) -> None:
     title = f"After {setting.iterations} iterations, at the best rate"
     output.table("compare", report.comparison(found, title))
     output.csv("compare", results.rows(found))
+    # Loss and accuracy (rows) against iterations, megabytes, and seconds (columns).
     figure = plt.figure(figsize=(14, 7), layout="constrained")
     axes = figure.subplots(2, 3)
     for row, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):

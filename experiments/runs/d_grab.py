@@ -102,7 +102,7 @@ def _load(name: str, options: DGraB) -> Task:
 def _train(
     task: Task, options: DGraB, output: report.Output
 ) -> dict[tuple[str, int, str], np.ndarray]:
-    """Trains all methods with each number of workers, at the best rate on seed 0."""
+    """Trains all methods with each number of workers, at the rate best on seed 0."""
     seeds = tuple(range(options.seeds))
     memory = resuming.memory(options)
     found, rates = {}, {}
@@ -119,6 +119,7 @@ def _train(
                     )
 
                 def tuned(train=train):
+                    # Tune the rate on seed 0, then train with all seeds.
                     best = 0
                     if len(task.rates) > 1:
                         final = train(task.rates, (0,))[:, 0, -1]
@@ -144,9 +145,11 @@ def _report(
     figure = plt.figure(figsize=(3.6 * len(options.workers), 3.2), layout="constrained")
     axes = figure.subplots(1, len(options.workers), squeeze=False, sharey=True)[0]
     at = dict(zip(options.workers, axes, strict=True))
+    # Tabulate, plot, and record each method, one panel per number of workers.
     rows, lines = [], []
     for (_, m, name), losses in found.items():
         key = task.name, m, name
+        # D-RR has the same models and examples per seed, so that losses pair up.
         random = found[task.name, m, "D-RR"]
         final, gap = losses[:, -1], random[:, -1] - losses[:, -1]
         lines.append(
@@ -177,7 +180,7 @@ def _report(
     axes[0].set_ylabel("train loss")
     axes[-1].legend(fontsize=8)
     name = task.name.replace(", ", "_")
-    columns = "method", "train loss", "less than D-RR, seed by seed", "best rate"
+    columns = "method", "train loss", "reduction from D-RR, per seed", "best rate"
     output.table(name, report.Table(task.name, columns, lines))
     output.figure(name, figure)
     output.csv(name, rows)

@@ -39,7 +39,7 @@ def accuracies(
         logits = jnp.asarray(model.apply({"params": params}, x))
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    def one(seed):
+    def run_seed(seed):
         trace = dj.traces.uniform_delay(delay, iterations, seed=seed)
         tx = dj.apam(rate, trace)
 
@@ -52,21 +52,22 @@ def accuracies(
                 updates, state = tx.update(grads, state, params)
                 return (optax.apply_updates(params, updates), state), None
 
-            def stretch(carry, batches):
+            def until_evaluation(carry, batches):
                 carry, _ = lax.scan(iteration, carry, batches)
                 master = dj.eval_params(carry[1], carry[0])
                 logits = jnp.asarray(model.apply({"params": master}, x_test))
                 return carry, (logits.argmax(-1) == y_test).mean()
 
-            return lax.scan(stretch, (params, tx.init(params)), batches)[1]
+            return lax.scan(until_evaluation, (params, tx.init(params)), batches)[1]
 
+        # The worker axis has size 1: one worker computes all gradients.
         shape = (1, evaluations, iterations // evaluations, batch_size)
         rng = np.random.default_rng(seed)
         batches = rng.integers(len(x_train), size=shape).astype(np.int32)
         run = jax.jit(jax.vmap(worker, axis_name="workers"))
         return np.asarray(run(batches))[0]
 
-    return np.stack([one(seed) for seed in range(seeds)])
+    return np.stack([run_seed(seed) for seed in range(seeds)])
 
 
 def show(
@@ -85,6 +86,7 @@ def show(
       name: Name of the files, without the suffix.
       output: Output of the experiment.
     """
+    # The table shows an early evaluation, after a tenth of the run, and the last one.
     evaluations = next(iter(found.values())).shape[1]
     early, each = max(1, evaluations // 10), iterations // evaluations
     at = np.arange(1, evaluations + 1) * each
@@ -107,7 +109,7 @@ def show(
         "largest delay",
         f"after {early * each} gradients",
         f"after {iterations}",
-        "less than no delay, seed by seed",
+        "reduction from no delay, per seed",
     )
     output.table(name, report.Table(f"{title}: test accuracy %", columns, lines))
     ax.set_title(title, fontsize=9)

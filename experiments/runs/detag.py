@@ -36,6 +36,7 @@ def run(options: DeTAG, output: report.Output) -> None:
         "fractions": [(options.kappas[0], f) for f in options.fractions],
         "kappas": [(kappa, options.fractions[0]) for kappa in options.kappas],
     }
+    # The figures share a cell, which is trained only once.
     done = {}
     for figure_name, cells in figures.items():
         for cell in cells:

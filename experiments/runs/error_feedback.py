@@ -66,6 +66,7 @@ def run(options: ErrorFeedback, output: report.Output) -> None:
         table = report.comparison(found[title], f"{title}, {options.dataset}")
         output.table(name, table)
         rows += results.rows(found[title], ratio=ratio)
+        # Accuracy against iterations, accuracy against bytes, and the early loss.
         figure = plt.figure(figsize=(12, 3.8), layout="constrained")
         axes = figure.subplots(1, 3)
         report.plot_curves(axes[0], found[title], "iterations", "test_accuracy")

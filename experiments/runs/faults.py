@@ -83,6 +83,7 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
         table = report.comparison(found[missing], f"{title}, {options.dataset}")
         output.table(f"missing_{missing}", table)
         rows += results.rows(found[missing], missing=missing)
+    # Summarize all numbers of missing workers in one table and one figure.
     cells = {f"{missing} missing": of_these for missing, of_these in found.items()}
     title = f"{options.dataset}, {options.workers} workers"
     output.table("summary", report.summary(cells, title))

@@ -19,7 +19,7 @@ from experiments import report
 from experiments.errors import UsageError
 from experiments.training.resuming import Memory
 
-# Published means of rounds 11 to 15 for 5, 10, 20, 50 and 100 workers.
+# Published means of rounds 11 to 15 for 5, 10, 20, 50, and 100 workers.
 QUOTED = {
     "D-GraB": (2.59, 2.52, 2.45, 2.44, 2.26),
     "ID-GraB, pairs": (6.31, 8.50, 11.45, 17.67, 24.82),
@@ -157,7 +157,8 @@ def _report(
     columns = "method", *(f"m = {m}" for m in options.shared_by)
     notes = [
         "Mean and standard deviation over draws, the lowest and highest draw, and in "
-        "brackets the published value, † if it lies outside of what the draws span."
+        "parentheses the published value; † marks values outside the range of the "
+        "draws."
     ]
     output.table("herding", report.Table(title, columns, lines, notes))
     ax.set_xlabel("workers")

@@ -125,7 +125,7 @@ class MultiLevel(RunOptions):
 
 
 def distributions(num_workers: int) -> dict[str, np.ndarray]:
-    """The operating rates of the paper; all but the first have the mean 0.55."""
+    """Returns the operating rates in the paper; all except "all 1" have mean 0.55."""
     tenth = num_workers // 10
     ones = np.ones(num_workers)
     few_slow, few_fast = 0.6 * ones, 0.5 * ones
@@ -171,6 +171,7 @@ class Runs:
                 curves = Curves(**self.memory.recall(name, trained))
             log = step_log(entry.make, setting, entry.levels)
             shape = setting.iterations, setting.num_workers
+            # Time slots until the last worker finishes; communication takes no time.
             clock = wall_clock.finish_times(
                 np.ones(shape) if slots is None else slots,
                 log,
@@ -184,7 +185,7 @@ class Runs:
         return self.results[name]
 
     def mll(self, rates, hubs=None, name="MLL-SGD"):
-        """Multi-Level Local SGD on a path of hubs."""
+        """Trains Multi-Level Local SGD on a path of hubs."""
         options = self.options
         hubs = hubs or options.hubs
         per_hub = self.setting.num_workers // hubs
@@ -200,13 +201,13 @@ class Runs:
         )
 
     def local(self, period, name, slots=None):
-        """Local SGD; with a period of one tick, distributed SGD."""
+        """Trains Local SGD; with a period of one tick, it is distributed SGD."""
         steps = period * self.options.steps_per_tick
         entry = Entry(lambda rate: dj.local_sgd(rate, period=steps))
         return self(name, entry, slots)
 
     def hl(self, name, slots=None):
-        """Hierarchical Local SGD."""
+        """Trains Hierarchical Local SGD."""
         options = self.options
         tau = options.tau * options.steps_per_tick
 
@@ -245,6 +246,7 @@ def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Re
             ]
         else:
             found[part] = _slots(runs, round_ticks)
+    # Write one table and one figure per part, and all numbers to one file.
     rows = []
     for part, of_part in found.items():
         output.table(part, _table(part, of_part, options))
@@ -286,6 +288,7 @@ def _slots(runs: Runs, round_ticks: int) -> list[results.Result]:
 
 def _table(part: str, found: list[results.Result], options: MultiLevel):
     """Tabulates the train loss during training and the final accuracy."""
+    # For each round in `marks`, show the first evaluation at or after that round.
     marks = [m for m in (1, 11, 100, 200, 1000) if m <= options.rounds]
     every = options.rounds // options.evaluations
     last = len(found[0].curves.iteration)
@@ -299,6 +302,7 @@ def _table(part: str, found: list[results.Result], options: MultiLevel):
     if published:
         columns.append("published: rounds 1, 11, 100, 200")
     lines, deviations = [], []
+    # One line per algorithm, with the mean loss at each mark.
     for result in found:
         loss = result.at_best("train_loss")
         accuracy = 100 * result.at_best("test_accuracy")
@@ -306,10 +310,11 @@ def _table(part: str, found: list[results.Result], options: MultiLevel):
         for index, slot in zip(at, slots, strict=True):
             column = index - 1
             if part == "slots":
+                # The last evaluation of this algorithm within the same time slots.
                 column = np.searchsorted(result.seconds, slot, side="right") - 1
-            one = loss[:, max(column, 0)]
-            deviations.append(one.std())
-            cells.append("not yet" if column < 0 else f"{one.mean():.4f}")
+            values = loss[:, max(column, 0)]
+            deviations.append(values.std())
+            cells.append("not yet" if column < 0 else f"{values.mean():.4f}")
         line = [result.name, *cells, report.spread(accuracy[:, -1], 1)]
         if published:
             quoted = QUOTED.get(result.name, ()) if part != "slots" else ()

@@ -77,7 +77,7 @@ class Curve(NamedTuple):
 
     seconds: np.ndarray  # shape=[points]
     test_accuracy: np.ndarray  # shape=[points]
-    train_loss: float  # at the end
+    train_loss: float  # final value
 
 
 def methods(options: Timing) -> dict[str, Method]:
@@ -153,6 +153,8 @@ class Trainer:
                 time.sleep(sleeps[worker])
                 yield x[chosen], y[chosen]
 
+        # Store the master at evenly spaced numbers of gradients, and evaluate it after
+        # the run, so that evaluation does not slow down the workers.
         def keep(progress):
             due = (len(kept) + 1) * options.gradients // options.points
             if progress.applied >= due:
@@ -184,7 +186,9 @@ class Trainer:
 
 def setting(sleep_ms: float) -> str:
     """Describes the emulation, for the title of a figure."""
-    return f"compute emulated: {sleep_ms:g} ms sleep a gradient, {os.cpu_count()} cores"
+    return (
+        f"emulated compute: {sleep_ms:g} ms sleep per gradient, {os.cpu_count()} cores"
+    )
 
 
 def compare(
@@ -205,6 +209,7 @@ def compare(
     unequal = equal * np.r_[np.ones(options.workers - 1), options.slow]
     figure = plt.figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
+    # One panel per distribution of speeds, one curve per method at its best rate.
     found, rows, lines = {}, [], []
     speeds = {"equal": equal, f"one {options.slow:g}x slower": unequal}
     for ax, (speed, sleeps) in zip(axes, speeds.items(), strict=True):
@@ -239,7 +244,7 @@ def compare(
             ]
         ax.set_title(f"{options.workers} workers, {speed}", fontsize=9)
         ax.set_xlabel("seconds")
-    columns = "method", f"seconds to {options.goal:g} %", "in all", "accuracy %"
+    columns = "method", f"seconds to {options.goal:g} %", "total seconds", "accuracy %"
     heading = f"{title}, {options.workers} workers"
     output.table(name, report.Table(heading, (*columns, "best rate"), lines))
     axes[0].set_ylabel("test accuracy %")
@@ -280,6 +285,7 @@ def speedup(
     for method_name, method in methods(options).items():
         if method.make is not dj.amsgrad:
             continue
+        # Train with each number of workers at one rate, then divide the run times.
         rate = trainer.best_rate(method, np.full(options.workers, unit))
         for n in sorted(options.speedup_workers):
             with output.console.status(f"{title}: {method_name}, {n} workers"):
@@ -317,11 +323,11 @@ def speedup(
             ]
         y = np.stack(list(factors.values()), 1)
         report.plot_seeds(ax, list(factors), y, method_name)
-    columns = "method", "seconds", "speed-up", "of ideal", "accuracy %", "best rate"
-    output.table(name, report.Table(f"{title}, speed-up", columns, lines))
+    columns = "method", "seconds", "speedup", "of ideal", "accuracy %", "best rate"
+    output.table(name, report.Table(f"{title}, speedup", columns, lines))
     ax.axline((1, 1), slope=1, color="gray", lw=0.8, ls=":", label="ideal")
     ax.set_xlabel("workers")
-    ax.set_ylabel("speed-up")
+    ax.set_ylabel("speedup")
     ax.legend(fontsize=8)
     ax.set_title(f"{title}\n{setting(options.sleep_ms)}", fontsize=8)
     output.figure(name, figure)

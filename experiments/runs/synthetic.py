@@ -63,10 +63,11 @@ def run(options: Synthetic, output: report.Output) -> dict[str, np.ndarray]:
     memory = resuming.memory(options)
     errors = {
         name: memory.recall(
-            name, lambda entry=entry: {"of": _errors(entry.make, options, problems)}
-        )["of"]
+            name, lambda entry=entry: {"errors": _errors(entry.make, options, problems)}
+        )["errors"]
         for name, entry in entries.items()
     }
+    # The best rate has the lowest geometric mean of the errors over seeds.
     rows, lines = [], []
     for name, error in errors.items():
         mean = np.exp(np.log(error).mean(1))
@@ -100,6 +101,7 @@ def _problems(options: Synthetic) -> tuple[np.ndarray, ...]:
         matrix = rng.normal(size=(n, d, d)) / np.sqrt(d)
         right = rng.normal(size=(n, d))
         noise = rng.normal(size=(options.iterations, n, d))
+        # The optimum solves the normal equations of the sum over workers.
         hessian = np.einsum("nij,nik->jk", matrix, matrix)
         optimum = np.linalg.solve(hessian, np.einsum("nij,ni->j", matrix, right))
         drawn.append((matrix, right, noise.swapaxes(0, 1), optimum))

@@ -126,7 +126,7 @@ RUNS = {
     ),
 }
 
-_QUIET = "times steps: needs a machine without other load"
+_QUIET = "measures step times: needs a machine without other load"
 
 # Benchmarks whose numbers are copied into the documentation by hand, with date and
 # commit, between the comments "by hand: NAME" and "end of by hand". The values are the
@@ -134,13 +134,13 @@ _QUIET = "times steps: needs a machine without other load"
 BY_HAND = {
     "benchmarks.one_device.asynchronous": _QUIET,
     "benchmarks.one_device.compression": _QUIET,
-    "benchmarks.one_device.gossip_step": "times steps on the oldest and newest JAX",
+    "benchmarks.one_device.gossip_step": "needs the oldest and the newest JAX",
     "benchmarks.one_device.local_updates": _QUIET,
     "benchmarks.one_device.many_workers": _QUIET,
-    "benchmarks.processes.multi_process": "runs beside PyTorch DDP and Decent-DP",
-    "benchmarks.network": "makes network namespaces, as root, beside PyTorch DDP",
+    "benchmarks.processes.multi_process": "needs PyTorch DDP and Decent-DP",
+    "benchmarks.network": "needs root for network namespaces, and PyTorch DDP",
     "benchmarks.one_device.ordering": _QUIET,
-    "benchmarks.one_device.precision": "one sentence sums up its many rows",
+    "benchmarks.one_device.precision": "the page summarizes all rows in one sentence",
     "benchmarks.one_device.steps_alone": _QUIET,
 }
 
@@ -166,6 +166,7 @@ def run(options: Tables) -> None:
     unknown = set(options.names) - set(RUNS)
     if unknown:
         raise UsageError(f"names must be among {', '.join(RUNS)}, got {unknown}.")
+    # Without --write, compare with the pages of this repository.
     console, docs = Console(highlight=False), options.write or ROOT / "docs"
     failed = []
     for name in options.names or RUNS:
@@ -216,8 +217,9 @@ def fresh(name: str, docs: Path) -> bool:
             raise UsageError(
                 f"{run.page} has no comments for the table {name}/{table}: add them."
             )
-        says = f"`{run.shown_command}`" in found[2] and f"code {code()}," in found[2]
-        if not says:
+        # The small print below each table names the command and the code.
+        command, digest = f"`{run.shown_command}`", f"code {code()},"
+        if command not in found[2] or digest not in found[2]:
             return False
     return all((docs / "images" / picture).exists() for picture, _ in run.pictures)
 
@@ -235,6 +237,7 @@ def write(name: str, folder: Path, docs: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for table in run.tables:
         written = (folder / f"{table}.md").read_text(encoding="utf-8")
+        # Replace the comment with the origin of the table by one line of small print.
         shown, _, origin = written.partition("\n<!--\n")
         new = f"{shown}\n{_small_print(run, origin)}\n\n"
         text, count = block(name, table).subn(

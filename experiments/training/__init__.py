@@ -1,1 +1,1 @@
-"""Models and training loops, what they measure, and how results are kept."""
+"""Models, training loops, measurements, and the storage of results."""

@@ -1,7 +1,7 @@
-"""The one training loop of the experiments.
+"""The training loop that most experiments share.
 
-Trains every learning rate and every seed of an algorithm inside one compiled program:
-an outer `vmap` over runs around the workers' own axes, and a scan over iterations.
+One compiled program trains an algorithm with all learning rates and all seeds: outer
+`vmap`s over the runs enclose the worker axes, and a scan runs over iterations.
 """
 
 import functools
@@ -23,18 +23,18 @@ AXIS = "workers"
 
 
 class Setting(NamedTuple):
-    """What all algorithms of a comparison share."""
+    """Data, model, and schedule that all algorithms of a comparison share."""
 
     dataset: Dataset
-    parts: np.ndarray  # shape=[n, m]: each worker's examples
+    parts: np.ndarray  # shape=[n, m]: indices of each worker's examples
     model: nn.Module
-    batch_size: int  # a worker
+    batch_size: int  # examples per worker per iteration
     iterations: int
-    evaluations: int  # evenly spread over the iterations; divides them
-    rates: tuple[float, ...]
+    evaluations: int  # evenly spaced over the iterations; must divide them
+    rates: tuple[float, ...]  # learning rates
     seeds: tuple[int, ...]
-    # Whether workers take their gradients one after the other. On a CPU that is faster
-    # where one worker's batch fills the caches, and for convolutions.
+    # Whether to compute the gradients of the workers one after the other. On a CPU,
+    # this is faster for convolutions, and if the batch of one worker fills the caches.
     sequential: bool = False
 
     @property
@@ -44,13 +44,13 @@ class Setting(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What was measured at each evaluation, for each rate and seed."""
+    """Measurements at each evaluation, for each rate and seed."""
 
-    iteration: np.ndarray  # shape=[E]: iterations done, gradients a worker
+    iteration: np.ndarray  # shape=[E]: completed iterations (gradients per worker)
     train_loss: np.ndarray  # shape=[rates, seeds, E]: averaged model, all examples
     test_accuracy: np.ndarray  # shape=[rates, seeds, E]: averaged model
     consensus: np.ndarray  # shape=[rates, seeds, E]: consensus distance
-    seconds: float  # of the whole program without compilation, all runs together
+    seconds: float  # run time of all rates and seeds together, without compilation
 
 
 def train(
@@ -59,30 +59,32 @@ def train(
     on_progress: Callable[[float], None] = lambda share: None,
     levels: Mapping[str, int] | None = None,
 ) -> Curves:
-    """Trains one algorithm at every rate and seed of a setting.
+    """Trains one algorithm with every rate and seed of a setting.
 
-    The initial model and the batches depend on the seed alone: all rates and all
-    algorithms see the same ones.
+    The initial model and the batches depend only on the seed, so that they are the same
+    for all rates and all algorithms.
 
     Args:
-      make: From a learning rate to the algorithm.
-      setting: Data, model, and how long.
-      on_progress: Called with the share of the iterations done since the last call.
-      levels: The worker axes and their sizes, if they are several.
+      make: Function from a learning rate to the algorithm.
+      setting: Data, model, and schedule.
+      on_progress: Function that is called after each evaluation with the fraction of
+        all iterations completed since the previous call.
+      levels: Names and sizes of the worker axes, outermost first. If None, there is a
+        single axis.
 
     Returns:
-      The curves.
+      The measurements.
     """
     rates = jnp.asarray(setting.rates, jnp.float32)
     keys = jnp.stack([jax.random.key(seed) for seed in setting.seeds])
-    # Arguments of the program, not constants in it: XLA would try to fold them.
+    # Pass the data as arguments of the program: XLA would try to fold constants.
     x_train, y_train, x_test, y_test = map(jnp.asarray, setting.dataset[:4])
     data = _as_bytes(x_train), y_train, x_test, y_test
     start, advance = _programs(make, setting, levels)
     runs = jax.jit(start)(rates, _initial(setting.model, keys, x_train[:1]))
     batches = _batches(setting)
     batch = next(batches)
-    # Compiled before the clock starts.
+    # Compile before the clock starts.
     step = jax.jit(advance, donate_argnums=2)
     step = step.lower(rates, batch, runs, data).compile()
     curves, begin = [], time.perf_counter()
@@ -103,15 +105,16 @@ def step_log(
     setting: Setting,
     levels: Mapping[str, int] | None = None,
 ) -> dj.CommunicationCosts:
-    """What a worker sends in each iteration of one period of an algorithm.
+    """Counts the bytes sent per worker in each iteration of one period.
 
     Args:
-      make: From a learning rate to the algorithm.
+      make: Function from a learning rate to the algorithm.
       setting: Model and number of workers.
-      levels: The worker axes and their sizes, if they are several.
+      levels: Names and sizes of the worker axes, outermost first. If None, there is a
+        single axis.
 
     Returns:
-      One cost per iteration.
+      One cost per iteration of the period.
     """
     example = jnp.asarray(setting.dataset.x_train[:1])
     key = jax.random.key(0)
@@ -121,15 +124,15 @@ def step_log(
 
 
 def bytes_sent(log: dj.CommunicationCosts, iterations: int) -> np.ndarray:
-    """Bytes that a worker has sent after each iteration, `[iterations + 1]`, from 0."""
+    """Returns cumulative bytes sent per worker, `[iterations + 1]`, starting at 0."""
     each = np.resize(log.bytes_sent, iterations)
     return np.concatenate([[0.0], np.cumsum(each)])
 
 
 def _as_bytes(x: jax.Array) -> tuple[jax.Array, float]:
-    """Images and what to divide them by; a byte a pixel where that is exact.
+    """Returns images and the value to divide them by: as bytes if that is exact.
 
-    Bytes are gathered faster than floats.
+    Gathering bytes is faster than gathering floats.
     """
     for scale in (255.0, 16.0):
         levels = jnp.round(x * scale)
@@ -140,15 +143,15 @@ def _as_bytes(x: jax.Array) -> tuple[jax.Array, float]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _initial(model: nn.Module, keys: jax.Array, example: jax.Array) -> Any:
-    """Every seed's initial model."""
+    """Returns the initial model of every seed, stacked along a leading axis."""
     return jax.vmap(lambda key: model.init(key, example)["params"])(keys)
 
 
 def _batches(setting: Setting) -> Iterator[jax.Array]:
-    """Examples of the iterations between evaluations: `[seeds, n, T, batch]`.
+    """Yields example indices up to the next evaluation, `[seeds, n, T, batch]`.
 
-    Drawn on the host: random bits inside the program would take most of its
-    compilation.
+    The host draws them, because random bits inside the program would take most of its
+    compilation time.
     """
     rngs = [np.random.default_rng(seed) for seed in setting.seeds]
     n, m = setting.parts.shape
@@ -161,14 +164,18 @@ def _batches(setting: Setting) -> Iterator[jax.Array]:
 
 
 def worker_axes(levels: Mapping[str, int] | None, num_workers: int) -> dict[str, int]:
-    """The worker axes and their sizes, a single one if no levels are given."""
+    """Returns names and sizes of the worker axes: a single axis if `levels` is None."""
     return dict(levels) if levels else {AXIS: num_workers}
 
 
 def _programs(
     make: Callable, setting: Setting, levels: Mapping[str, int] | None
 ) -> tuple[Callable, Callable]:
-    """The start of all runs, and their iterations up to the next evaluation."""
+    """Builds two functions of all runs: initialization, and training until evaluation.
+
+    Both functions map over rates and seeds. The second one runs all iterations up to
+    the next evaluation, and returns the new state and the measurements.
+    """
     model, n = setting.model, setting.num_workers
     levels = worker_axes(levels, n)
     axes, sizes = tuple(levels), tuple(levels.values())
@@ -204,11 +211,14 @@ def _programs(
                 updates, opt_state = tx.update(grads, opt_state, params)
                 return (optax.apply_updates(params, updates), opt_state), None
 
+            # Train, then measure the average over workers.
             (params, opt_state), _ = lax.scan(iteration, run, batches)
             averaged = dj.eval_params(opt_state, params, axes)
             consensus = dj.consensus_distance(params, axes)
             return (params, opt_state), (averaged, consensus)
 
+        # Map over the worker axes, innermost first; measurements are equal on all
+        # workers, and are returned once.
         for axis in reversed(axes):
             worker = jax.vmap(worker, axis_name=axis, out_axes=(0, None))
         batches = batches.reshape(*sizes, *batches.shape[1:])
@@ -217,7 +227,7 @@ def _programs(
         loss = loss_fn(averaged, x_train.astype(jnp.float32) / scale, y_train)
         return run, (loss, hits.mean(), consensus)
 
-    # The outer maps: over rates, and inside over seeds, which share start and batches.
+    # Map over seeds, then over rates. All rates share initial models and batches.
     start = jax.vmap(jax.vmap(start, (None, 0)), (0, None))
     advance = jax.vmap(jax.vmap(advance, (None, 0, 0, None)), (0, None, 0, None))
     return start, advance

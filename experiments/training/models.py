@@ -1,14 +1,14 @@
-"""Flax models for the experiments, cheap for many workers on one CPU.
+"""Flax models for the experiments, efficient for many workers on one CPU.
 
-Under ``jax.vmap`` over workers every worker has its own kernels, and XLA on CPU turns
-``lax.conv`` into a slow grouped convolution. `Conv` computes the same with slices and
-one matrix product, and pooling is a reshape.
+Under `jax.vmap` over workers, every worker has its own kernels, and XLA on CPU converts
+`lax.conv` to a slow grouped convolution. `Conv` computes the same result with slices
+and one matrix product, and pooling is a reshape.
 
-Every model maps images ``[batch, ...]`` to logits ``[batch, num_classes]``, except
-`Forecaster` and `LSTMLanguageModel`, and is called as
-``model.apply(variables, x, train=...)``; only batch normalisation heeds ``train``.
-Parameters are float32; all else is computed in the dtype of ``x``, which must be
-floating point, but for a language model's tokens.
+Every model except `Forecaster` and `LSTMLanguageModel` maps images `[batch, ...]` to
+logits `[batch, num_classes]`. Call a model as `model.apply(variables, x, train=...)`;
+only batch normalization uses `train`. Parameters are float32. All other values have the
+dtype of `x`, which must be floating-point, except that language models take integer
+tokens and compute in float32.
 """
 
 import math
@@ -22,18 +22,18 @@ from experiments.errors import UsageError
 
 
 class Conv(nn.Module):
-    """Convolution over images, as shifted slices and one matrix product.
+    """Convolution of images, computed by shifted slices and one matrix product.
 
-    Stands in for `flax.linen.Conv`: same result to rounding, same parameters
-    (``kernel`` of shape ``[kh, kw, in, features]``, ``bias`` of shape ``[features]``)
-    and initialisation. It holds kh * kw shifted copies of its input, the price of
-    turning the convolution into a product.
+    A replacement for `flax.linen.Conv` with the same result up to rounding, the same
+    parameters (`kernel` of shape `[kh, kw, in, features]`, `bias` of shape
+    `[features]`), and the same initialization. It stores kh * kw shifted copies of its
+    input.
 
     Attributes:
       features: Number of output channels.
       kernel_size: Height and width of the kernel.
-      strides: Vertical and horizontal step.
-      padding: "SAME" (zeros around, output size ceil(size / stride)) or "VALID".
+      strides: Vertical and horizontal stride.
+      padding: "SAME" (zero padding, output size ceil(size / stride)) or "VALID".
       use_bias: Whether to add a bias.
     """
 
@@ -45,7 +45,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., height, width, in]`` to ``[..., height', width', features]``."""
+        """Maps `[..., height, width, in]` to `[..., height', width', features]`."""
         kernel = self.param(
             "kernel",
             nn.initializers.lecun_normal(),
@@ -72,13 +72,14 @@ def _check_floating(x: jax.Array) -> None:
 def _patches(
     x: jax.Array, kernel_size: tuple[int, int], strides: tuple[int, int], padding: str
 ) -> jax.Array:
-    """Gathers what the kernel sees at each place: ``[..., h', w', kh * kw * in]``."""
+    """Gathers the patch at each output position, `[..., h', w', kh * kw * in]`."""
     if x.ndim < 3:
         raise ValueError(
             f"x has shape {x.shape}: pass images [..., height, width, in]."
         )
     if padding not in ("SAME", "VALID"):
         raise ValueError(f"padding={padding!r}: pass 'SAME' or 'VALID'.")
+    # Output height and width, and the padding that they need.
     pads, sizes = [(0, 0)] * (x.ndim - 3), []
     for size, kernel, stride in zip(x.shape[-3:-1], kernel_size, strides, strict=True):
         if padding == "SAME":
@@ -96,30 +97,34 @@ def _patches(
         sizes.append(out)
     x = jnp.pad(x, [*pads, (0, 0)])
 
-    def every(x: jax.Array, start: int, out: int, stride: int, axis: int) -> jax.Array:
+    def strided(
+        x: jax.Array, start: int, out: int, stride: int, axis: int
+    ) -> jax.Array:
         stop = start + (out - 1) * stride + 1
         return jax.lax.slice_in_dim(x, start, stop, stride, axis)
 
+    # One strided slice of the image for each entry of the kernel.
     shifted = []
     for i in range(kernel_size[0]):
-        rows = every(x, i, sizes[0], strides[0], axis=-3)
+        rows = strided(x, i, sizes[0], strides[0], axis=-3)
         for j in range(kernel_size[1]):
-            shifted.append(every(rows, j, sizes[1], strides[1], axis=-2))
+            shifted.append(strided(rows, j, sizes[1], strides[1], axis=-2))
     return jnp.concatenate(shifted, axis=-1)
 
 
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
-    """Takes the largest value of each ``window`` x ``window`` block, by reshape.
+    """Computes the maximum of each `window` x `window` block, by a reshape.
 
-    Equal to `flax.linen.max_pool` with stride ``window``; rows and columns that fill
-    no block are dropped. Where values tie, the gradient is shared among them.
+    Equal to `flax.linen.max_pool` with stride `window`. Rows and columns that do not
+    fill a block are dropped. If several values are the maximum, they share the
+    gradient.
 
     Args:
-      x: Images ``[..., height, width, channels]``.
+      x: Images `[..., height, width, channels]`.
       window: Side of a block, in pixels.
 
     Returns:
-      Images ``[..., height // window, width // window, channels]``.
+      Images `[..., height // window, width // window, channels]`.
     """
     *batch, height, width, channels = x.shape
     h, w = height // window, width // window
@@ -128,13 +133,13 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
 
 
 class LogisticRegression(nn.Module):
-    """One linear layer on the flattened image, started at zero: a convex problem."""
+    """One linear layer on the flattened image, initialized to zero (convex problem)."""
 
     num_classes: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, ...]`` to logits ``[batch, num_classes]``."""
+        """Maps `[batch, ...]` to logits `[batch, num_classes]`."""
         _check_floating(x)
         x = x.reshape(x.shape[0], -1)
         zeros = nn.initializers.zeros
@@ -142,7 +147,7 @@ class LogisticRegression(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers with a ReLU after each but the last.
+    """Linear layers with a ReLU after each layer except the last.
 
     Attributes:
       features: Widths of the hidden layers.
@@ -154,7 +159,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, ...]`` to logits ``[batch, num_classes]``."""
+        """Maps `[batch, ...]` to logits `[batch, num_classes]`."""
         _check_floating(x)
         x = x.reshape(x.shape[0], -1)
         for width in self.features:
@@ -163,15 +168,15 @@ class MLP(nn.Module):
 
 
 class BinaryLogistic(nn.Module):
-    """Logistic regression with one logit: the other class has the logit 0.
+    """Logistic regression with one logit; the logit of the other class is 0.
 
-    One step of it moves the decision half as far as one of `LogisticRegression`, whose
-    classes both have weights.
+    A gradient step changes the difference of the logits half as much as a step of
+    `LogisticRegression`, in which both classes have weights.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, ...]`` to logits ``[batch, 2]``."""
+        """Maps `[batch, ...]` to logits `[batch, 2]`."""
         logit = LogisticRegression(1)(x)
         return jnp.concatenate([jnp.zeros_like(logit), logit], axis=-1)
 
@@ -181,8 +186,8 @@ class CNN(nn.Module):
 
     Attributes:
       num_classes: Number of logits.
-      channels: Of the two convolutions.
-      kernel: Side of their kernels, in pixels.
+      channels: Numbers of output channels of the two convolutions.
+      kernel: Height and width of their kernels, in pixels.
       hidden: Width of the first linear layer.
       padding: "SAME" or "VALID".
     """
@@ -195,7 +200,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
+        """Maps `[batch, height, width, channels]` to `[batch, num_classes]`."""
         for width in self.channels:
             conv = Conv(width, (self.kernel, self.kernel), padding=self.padding)
             x = max_pool(nn.relu(conv(x)))
@@ -210,13 +215,13 @@ def emnist_cnn(num_classes: int) -> CNN:
 
 
 class LeNet(nn.Module):
-    """LeNet-5 with ReLU, largest values and padded images, so that 8x8 pixels do."""
+    """LeNet-5 with ReLU, max pooling, and padding, so that 8x8 images are possible."""
 
     num_classes: int
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
+        """Maps `[batch, height, width, channels]` to `[batch, num_classes]`."""
         for width in (6, 16):
             x = max_pool(nn.relu(Conv(width, (5, 5))(x)))
         return MLP((120, 84), self.num_classes)(x)
@@ -225,18 +230,17 @@ class LeNet(nn.Module):
 class ResNet20(nn.Module):
     """The 20-layer residual network for 32x32 images of He et al. (2016).
 
-    Three stages of three blocks. Where the shape changes, the shortcut is a strided
-    1x1 convolution with normalisation (option B): 272,474 parameters at width 16 and
-    ten classes.
+    The network has three stages of three blocks. If the shape changes, the shortcut is
+    a strided 1x1 convolution with normalization (option B). With width 16 and ten
+    classes, the network has 272,474 parameters.
 
     Attributes:
       num_classes: Number of logits.
-      norm: "group" (at most 8 groups) or "batch". Batch normalisation keeps each
-        worker's running statistics in the collection ``batch_stats``: pass
-        ``train=True, mutable=["batch_stats"]`` to update them. Either normalises in
-        float32.
-      width: Channels of the first stage; the later ones have twice and four times
-        as many.
+      norm: "group" (at most 8 groups) or "batch". Batch normalization keeps the running
+        statistics of each worker in the collection `batch_stats`; to update them, pass
+        `train=True, mutable=["batch_stats"]`. Both kinds compute in float32.
+      width: Number of channels of the first stage. The second and third stage have two
+        and four times as many.
     """
 
     num_classes: int
@@ -245,13 +249,13 @@ class ResNet20(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, height, width, channels]`` to ``[batch, num_classes]``."""
+        """Maps `[batch, height, width, channels]` to `[batch, num_classes]`."""
         if self.norm not in ("group", "batch"):
             raise ValueError(f"norm={self.norm!r}: pass 'group' or 'batch'.")
 
         def conv(x: jax.Array, width: int, size: int, stride: int) -> jax.Array:
             layer = Conv(width, (size, size), (stride, stride), use_bias=False)
-            return self._normalise(layer(x), train)
+            return self._normalize(layer(x), train)
 
         x = nn.relu(conv(x, self.width, size=3, stride=1))
         for stage, width in enumerate((self.width, 2 * self.width, 4 * self.width)):
@@ -263,8 +267,8 @@ class ResNet20(nn.Module):
                 x = nn.relu(y + shortcut)
         return nn.Dense(self.num_classes, dtype=x.dtype)(x.mean((1, 2)))
 
-    def _normalise(self, x: jax.Array, train: bool) -> jax.Array:
-        # Flax mixes float32 statistics with x, which strict promotion refuses.
+    def _normalize(self, x: jax.Array, train: bool) -> jax.Array:
+        # Flax combines float32 statistics with x, which strict promotion forbids.
         if self.norm == "batch":
             layer = nn.BatchNorm(use_running_average=not train, momentum=0.9)
         else:
@@ -273,20 +277,20 @@ class ResNet20(nn.Module):
 
 
 class Forecaster(nn.Module):
-    """Three linear layers of width 64 that foretell 6 values of a series from 20."""
+    """MLP with two hidden layers that forecasts 6 values of a series from 20 values."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps ``[batch, 20]`` to ``[batch, 6]``."""
+        """Maps `[batch, 20]` to `[batch, 6]`."""
         return MLP((64, 64), 6)(x)
 
 
 class LSTMLanguageModel(nn.Module):
-    """Stacked LSTM layers between an embedding and the same embedding transposed.
+    """Stacked LSTM layers with one embedding for input and output tokens.
 
     Attributes:
       vocabulary: Number of different tokens.
-      width: Entries of an embedded token and of each layer's state.
+      width: Dimension of the embedding and of the states of the LSTM layers.
       layers: Number of LSTM layers.
     """
 
@@ -296,9 +300,9 @@ class LSTMLanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """Maps integers ``[..., length]`` to logits ``[..., length, vocabulary]``.
+        """Maps integers `[..., length]` to logits `[..., length, vocabulary]`.
 
-        The logits at a place are those of the token after it; states start at zero.
+        The logits at each position predict the next token. The initial states are zero.
         """
         embed = nn.Embed(self.vocabulary, self.width)
         cells = [nn.OptimizedLSTMCell(self.width) for _ in range(self.layers)]
@@ -326,10 +330,10 @@ def get_model(name: str, num_classes: int) -> nn.Module:
       num_classes: Number of logits, at least 2.
 
     Returns:
-      The module; nothing is initialised.
+      The module, without parameters.
 
     Raises:
-      UsageError: If the name is unknown or there are fewer than 2 classes.
+      UsageError: If the name is unknown, or `num_classes` is less than 2.
     """
     if name not in MODELS:
         raise UsageError(f"name={name!r} is unknown: pass one of {tuple(MODELS)}.")

@@ -1,7 +1,8 @@
-"""Training whose examples come in the order of an optimizer's state.
+"""Training in which an ordering transformation determines the order of the examples.
 
-`experiments.training.loop` draws batches at random on the host; here each worker asks
-`dj.next_examples`. All rates and seeds of a method are one compiled program.
+`experiments.training.loop` draws batches at random on the host. In this module, each
+worker calls `dj.next_examples` instead. One compiled program trains a method with all
+rates and seeds.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,21 @@ from jax import lax
 import decentral_jax as dj
 from experiments.training.tasks import Task
 
-# Examples a worker and step: one pair.
+# Number of examples per worker per step: one pair.
 BATCH = 2
-# The loss of all examples is measured in parts of at most so many.
-AT_ONCE = 2000
+# Maximum number of examples per part when measuring the loss of all examples.
+LOSS_PART = 2000
 
 
 def methods(examples: int, workers: int) -> dict[str, optax.GradientTransformation]:
-    """Orders to compare; each passes on the mean gradient of all workers."""
+    """Returns the ordering methods to compare.
+
+    Each of them replaces the gradients with the mean gradient of all workers.
+
+    Args:
+      examples: Number of examples per worker.
+      workers: Number of workers.
+    """
 
     def averaged(order):
         return optax.chain(order, dj.average_gradients())
@@ -43,25 +51,26 @@ def train(
     seeds: tuple[int, ...],
     on_epoch: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Trains at every rate and seed.
+    """Trains with every rate and seed.
 
-    The initial model and who holds which examples depend on the seed alone. If the
-    examples cannot be dealt out evenly, the last ones of the seed's draw are left out
-    of training, but not of the loss.
+    The initial model and the examples of each worker depend only on the seed. If the
+    number of workers does not divide the number of examples, the seed determines which
+    remaining examples are excluded from training. The loss includes all examples.
 
     Args:
-      order: What gives the next examples and the mean gradient, see `methods`.
-      task: What is trained.
-      workers: How many.
+      order: Ordering method, one of `methods`.
+      task: Training task.
+      workers: Number of workers.
       rates: Learning rates.
-      seeds: Of the runs.
-      on_epoch: Called after every epoch.
+      seeds: Seeds of the runs.
+      on_epoch: Function that is called after every epoch.
 
     Returns:
-      The loss over all examples after each epoch, shape `[rates, seeds, epochs + 1]`,
-      before the first one in front.
+      The loss over all examples, shape `[rates, seeds, epochs + 1]`: before training,
+      and after each epoch.
     """
     x, y = jnp.asarray(task.x), jnp.asarray(task.y)
+    # Partition the examples among workers at random, for each seed.
     each = len(x) // workers
     parts = jnp.asarray(
         [
@@ -102,7 +111,7 @@ def train(
             state = (params, momentum, orders)
             return lax.scan(step, state, length=-(-each // BATCH))[0]
 
-        # Workers have one model, and each its own order.
+        # All workers share the model and the momentum, and each has its own order.
         mapped = jax.vmap(worker, (None, None, 0, 0), axis_name="workers")
         params, momentum, orders = state
         *shared, orders = mapped(params, momentum, orders, parts)
@@ -110,13 +119,13 @@ def train(
         return (params, momentum, orders), measure(params, x, y)
 
     def measure(params, x, y):
-        # In parts, for the memory.
-        size = next(size for size in range(AT_ONCE, 0, -1) if len(x) % size == 0)
+        # Measure parts of equal size one after the other, to save memory.
+        size = next(size for size in range(LOSS_PART, 0, -1) if len(x) % size == 0)
         x, y = (z.reshape(-1, size, *z.shape[1:]) for z in (x, y))
         return lax.map(lambda part: loss_fn(params, *part), (x, y)).mean()
 
-    # Runs one after the other: a map over them would shuffle in every step, since which
-    # branch is taken could differ between runs.
+    # Train the runs one after the other. Under `vmap`, a condition executes both
+    # branches, so that every step would also reshuffle.
     runs = [(rate, i) for rate in rates for i in range(len(seeds))]
     rate = jnp.asarray([rate for rate, _ in runs], jnp.float32)
     seed = jnp.asarray([i for _, i in runs], jnp.int32)
@@ -124,11 +133,11 @@ def train(
     losses = [jax.jit(jax.vmap(measure, (0, None, None)))(state[0], x, y)]
 
     def epochs(state, parts, x, y):
-        def one(run):
+        def one_run(run):
             rate, seed, state = run
             return epoch(rate, state, parts[seed], x, y)
 
-        return lax.map(one, (rate, seed, state))
+        return lax.map(one_run, (rate, seed, state))
 
     step = jax.jit(epochs, donate_argnums=0)
     for _ in range(task.epochs):

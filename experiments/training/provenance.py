@@ -1,8 +1,8 @@
-"""Where results come from: the command, the code and the packages that made them.
+"""Provenance of results: the command, the code, and the packages that produced them.
 
-Every table and figure carries this, so that a number can be traced to the options and
-the code that computed it, and what an interrupted run has finished counts only for the
-same code.
+Every table and figure records its provenance, so that each number can be traced to the
+options and code that computed it. An interrupted run is resumed only with the same
+code.
 """
 
 import datetime
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
 EXPERIMENTS = Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 CODE = ("decentral_jax", "experiments", "benchmarks", "pyproject.toml")
-# What only starts experiments and shows their results, but computes none.
-SHOWING = (
+# Files that start experiments or format results, but do not compute any.
+DISPLAY_ONLY = (
     "__main__.py",
     "report.py",
     "runs/tables.py",
@@ -32,12 +32,12 @@ SHOWING = (
 
 @functools.cache
 def code() -> str:
-    """A digest of the packages' versions and of all sources that compute results."""
+    """Returns a digest of package versions and of all code that computes results."""
     digest = hashlib.sha256()
     for folder in (Path(dj.__file__).parent, EXPERIMENTS):
         for file in sorted(folder.rglob("*.py")):
             name = file.relative_to(folder).as_posix()
-            if folder != EXPERIMENTS or name not in SHOWING:
+            if folder != EXPERIMENTS or name not in DISPLAY_ONLY:
                 digest.update(name.encode())
                 digest.update(file.read_bytes())
     digest.update(packages().encode())
@@ -46,14 +46,14 @@ def code() -> str:
 
 @functools.cache
 def packages() -> str:
-    """The versions of Python and of the packages that results depend on."""
+    """Returns the versions of Python and of the packages that affect results."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     return ", ".join([f"Python {sys.version.split()[0]}", *versions])
 
 
 @functools.cache
 def commit() -> str:
-    """The commit that is checked out, and whether its code was changed after it."""
+    """Returns the current commit, and whether the code has uncommitted changes."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
@@ -65,23 +65,23 @@ def commit() -> str:
             git("rev-parse", "--short", "HEAD"),
             git("status", "--short", *CODE),
         )
-    except FileNotFoundError:  # no git
+    except FileNotFoundError:  # git is not installed
         name, changed = "", ""
     return f"{name} with changes" if name and changed else name or "unknown"
 
 
 def _program() -> str:
-    """The module that `python -m` runs: the experiments, or a benchmark."""
+    """Returns the module that `python -m` runs: `experiments`, or a benchmark."""
     spec = sys.modules["__main__"].__spec__
     name = "" if spec is None else spec.name.removesuffix(".__main__")
     return name if name.startswith("benchmarks") else "experiments"
 
 
 def provenance(options: Any = None) -> dict[str, str]:
-    """The command, options, date, version, commit, packages and code of this run.
+    """Returns command, options, date, version, commit, packages, and code of this run.
 
     Args:
-      options: All options of the experiment, those left at their defaults too.
+      options: All options of the experiment, including those with default values.
     """
     return {
         "command": shlex.join(["python", "-m", _program(), *sys.argv[1:]]),

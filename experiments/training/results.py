@@ -1,4 +1,4 @@
-"""Train the algorithms of a comparison, and what came of each."""
+"""Trains the algorithms of a comparison, and stores the result of each."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -16,17 +16,17 @@ from experiments.training.resuming import Memory
 
 
 class Result(NamedTuple):
-    """An algorithm's curves and traffic."""
+    """Curves, traffic, and simulated time of an algorithm."""
 
     name: str
     curves: Curves
-    megabytes: np.ndarray  # shape=[E]: sent by a worker up to each evaluation
-    seconds: np.ndarray  # shape=[E]: simulated, when the last worker is there
+    megabytes: np.ndarray  # shape=[E]: sent per worker until each evaluation
+    seconds: np.ndarray  # shape=[E]: simulated, of the last worker
     rates: tuple[float, ...]
 
     @property
     def best(self) -> int:
-        """The rate with the lowest final train loss, as a mean over seeds."""
+        """Index of the rate with the lowest final train loss, averaged over seeds."""
         final = self.curves.train_loss[..., -1].mean(1)
         return int(np.argmin(np.where(np.isfinite(final), final, np.inf)))
 
@@ -43,13 +43,26 @@ def run_all(
     memory: Memory,
     network: Network | None = None,
 ) -> list[Result]:
-    """Trains algorithms one after the other behind a progress bar.
+    """Trains algorithms one after the other, and shows a progress bar.
 
-    Those that the memory of an interrupted run holds are not trained again.
+    Algorithms that an interrupted run has finished are not trained again.
+
+    Args:
+      entries: The algorithms by name.
+      setting: Data, model, and schedule.
+      console: Terminal that shows the progress bar.
+      title: Title of the progress bar, also part of the names in `memory`.
+      memory: Storage of finished runs.
+      network: Machines and links that determine the simulated seconds; the default
+        `Network()` if None.
+
+    Returns:
+      One result per algorithm.
 
     Raises:
       UsageError: If an algorithm cannot be constructed from the options.
     """
+    # Report options that an algorithm refuses before training starts.
     with from_options():
         for entry in entries.values():
             entry.make(setting.rates[0])
@@ -86,7 +99,13 @@ def run_all(
 
 
 def rows(results: Sequence[Result], **columns: Any) -> Iterable[dict[str, Any]]:
-    """One row an algorithm, rate, seed and evaluation."""
+    """Yields one row per algorithm, rate, seed, and evaluation.
+
+    Args:
+      results: Results of the algorithms.
+      **columns: Additional columns, which precede the others and have the same value in
+        all rows.
+    """
     for result in results:
         curves = result.curves
         for r, rate in enumerate(result.rates):

@@ -1,8 +1,9 @@
-"""Go on after what an interrupted experiment has finished: one file a part of it.
+"""Resumes interrupted experiments from the parts that they have finished.
 
-A part is what is computed at once: an algorithm at all its rates and seeds, say. Parts
-lie in a folder whose name is made of the experiment's options and of the code, so that
-a run with other options, or after the code has changed, does not find them.
+A part is a computation whose results are stored together in one file, for example the
+training of one algorithm with all rates and seeds. The name of the folder with the
+files depends on the options and on the code, so that a run never uses parts that were
+computed with other options or other code.
 """
 
 import dataclasses
@@ -18,26 +19,29 @@ from experiments.training.provenance import code
 
 
 class Memory(NamedTuple):
-    """Where an experiment keeps what it has finished."""
+    """Storage of the finished parts of an experiment."""
 
     folder: Path
-    resume: bool  # whether to use what is there
+    resume: bool  # whether to use existing files
 
     def recall(self, name: str, compute: Callable[[], dict[str, Any]]) -> Any:
-        """A part's arrays: of an earlier run if there are any, else computed.
+        """Loads a part from an earlier run, or computes and stores it.
+
+        A part is loaded only if `resume` is true and the part is finished.
 
         Args:
-          name: The part, different from all others of the experiment.
-          compute: Makes its arrays and numbers.
+          name: Name of the part, unique within the experiment.
+          compute: Function that computes the arrays and numbers of the part.
 
         Returns:
-          The arrays by name.
+          A dictionary from names to arrays.
         """
         path = self.folder / f"{_digest(name)}.npz"
         if not (self.resume and path.exists()):
             self.folder.mkdir(parents=True, exist_ok=True)
             begin = time.perf_counter()
             arrays = compute()
+            # Rename the complete file, so that an interruption leaves no broken one.
             partial = path.with_suffix(".partial.npz")
             np.savez(partial, part_seconds=time.perf_counter() - begin, **arrays)
             partial.rename(path)
@@ -45,7 +49,7 @@ class Memory(NamedTuple):
             return {key: file[key] for key in file if key != "part_seconds"}
 
     def seconds(self) -> float:
-        """What all parts took together, those of interrupted runs too."""
+        """Returns the compute time of all parts, including interrupted runs."""
         total = 0.0
         for path in self.folder.glob("*.npz"):
             with np.load(path) as file:
@@ -54,10 +58,11 @@ class Memory(NamedTuple):
 
 
 def memory(options: Any) -> Memory:
-    """What an experiment with these options keeps, beside its figures.
+    """Returns the storage of an experiment, a subfolder "finished/..." of `out`.
 
     Args:
-      options: A dataclass, with `resume` and the folder `out`.
+      options: Options of the experiment, a dataclass with `resume` and the folder
+        `out`. These two do not affect the name of the subfolder.
     """
     same = dataclasses.replace(options, resume=False, out=Path())
     return Memory(

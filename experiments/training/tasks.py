@@ -1,4 +1,4 @@
-"""Training tasks whose examples can come in any order, after the CD-GraB paper's."""
+"""Training tasks for comparing example orders, modeled on those of CD-GraB."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from experiments.data import images, tabular, text
 from experiments.errors import UsageError
 from experiments.training import models
 
-# The tokens of one example of a language model, and the words it knows.
+# Number of tokens per example of the language model, and size of its vocabulary.
 SEGMENT = 35
 VOCABULARY = 500
 
@@ -22,17 +22,17 @@ Source = Literal["digits", "python", "a9a", "mnist", "cifar10", "wikitext2", "m4
 
 
 class Task(NamedTuple):
-    """A model, its examples and how it is trained."""
+    """A model, its training examples, and the settings of its training."""
 
     model: nn.Module
-    loss: Callable[[Any, jax.Array], jax.Array]  # outputs, targets: mean over a batch
-    x: np.ndarray  # shape=[N, ...]
-    y: np.ndarray  # shape=[N, ...]
-    rates: tuple[float, ...]  # to tune over
+    loss: Callable[[Any, jax.Array], jax.Array]  # (outputs, targets) -> batch mean
+    x: np.ndarray  # shape=[N, ...], inputs
+    y: np.ndarray  # shape=[N, ...], targets
+    rates: tuple[float, ...]  # learning rates to tune over
     momentum: float | None
     epochs: int
-    penalty: float = 0.0  # times half the squared norm of the parameters, in the loss
-    name: str = ""  # with its data
+    penalty: float = 0.0  # weight of half the squared norm of the parameters
+    name: str = ""  # names of the task and of its data set
 
 
 def load(
@@ -41,13 +41,18 @@ def load(
     """Loads a task.
 
     Args:
-      name: "logistic", "lenet", "lstm" or "forecast".
-      data_dir: Folder with files; not needed for digits and the text "python".
-      source: Data set; None for the one that needs no file.
-      examples: At most so many, the first ones; None for all.
+      name: "logistic", "lenet", "lstm", or "forecast".
+      data_dir: Folder with the files; not needed for "digits" and "python".
+      source: Name of the data set. If None, the first data set of the task, which needs
+        no files unless the task is "forecast".
+      examples: Number of training examples to use, from the first on. If None, all.
+
+    Returns:
+      The task.
 
     Raises:
-      UsageError: If the task has no such source, or needs a folder.
+      UsageError: If the task does not support the data set, or `data_dir` is None for
+        a data set that is read from files.
       MissingFileError: If a file is missing.
     """
     makers = {
@@ -59,7 +64,9 @@ def load(
     make, sources = makers[name]
     source = source or sources[0]
     if source not in sources:
-        raise UsageError(f"source={source!r} of {name} must be one of {sources}.")
+        raise UsageError(
+            f"source={source!r} for the task {name} must be one of {sources}."
+        )
     task = make(source, data_dir)
     return task._replace(
         name=f"{name}, {source}", x=task.x[:examples], y=task.y[:examples]
@@ -69,8 +76,8 @@ def load(
 def _table(loader: Callable, source: str, data_dir: Path | None, **options: int) -> Any:
     if data_dir is None:
         raise UsageError(
-            f"data_dir=None, but the task is {source}, which is read from files: pass "
-            "data_dir, the folder which holds them."
+            f"data_dir=None, but {source} is read from files: pass data_dir, the "
+            "folder that holds them."
         )
     return loader(data_dir, **options)
 

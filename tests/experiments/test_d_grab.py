@@ -64,8 +64,8 @@ def test_herding(run):
         (["--rounds", "0"], "rounds and draws must be at least 1"),
         (["--epochs", "0"], "epochs must be positive, got 0"),
         (["--source", "a9a"], "source='a9a' requires a single task"),
-        (["--tasks", "lenet", "--source", "a9a"], "source='a9a' of lenet must be one"),
-        (["--tasks", "forecast"], "m4, which is read from files: pass data_dir"),
+        (["--tasks", "lenet", "--source", "a9a"], "source='a9a' for the task lenet"),
+        (["--tasks", "forecast"], "m4 is read from files: pass data_dir"),
         (["--examples", "7"], "workers=16 is too many for the 7 examples of"),
     ],
 )

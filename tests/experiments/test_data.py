@@ -134,7 +134,7 @@ RAW = "train-images-idx3-ubyte"
         (break_mnist(GZ, lambda b: b""), f"{GZ} starts with nothing"),
         (break_mnist(GZ, lambda b: b"no gzip" + b), f"{GZ} cannot be read"),
         (break_mnist(GZ, lambda b: b[:20] + b"\0" * 50 + b[70:]), "cannot be read"),
-        (break_mnist(RAW, lambda b: b[:-1]), f"{RAW} promises 7840 values"),
+        (break_mnist(RAW, lambda b: b[:-1]), f"{RAW} declares 7840 values"),
         (break_mnist(RAW, lambda b: b + b"\0"), "but holds 7841"),
         (break_mnist(RAW, lambda b: b[:10]), "starts with 00000803"),
         (break_mnist(RAW, lambda b: b"\0\0\x08\x01" + b[4:]), "expected 00000803"),
@@ -346,7 +346,7 @@ OBJECTS = np.array([None] * 10, object)
                 "test_batch",
                 lambda b: python2_batch(ROWS, [1, 1], b"O8"),
             ),
-            "dtype b'O8' has no place",
+            "dtype b'O8' is not allowed",
         ),
     ],
 )
@@ -369,7 +369,7 @@ def test_cifar10_pickle_cannot_call_anything_else(tmp_path: Path):
 
     write_batches(tmp_path, raw_arrays((32, 32, 3)))
     (tmp_path / "data_batch_1").write_bytes(attack)
-    with pytest.raises(ValueError, match="has no place in a CIFAR-10 batch"):
+    with pytest.raises(ValueError, match="is not allowed in a batch file"):
         images.load("cifar10", tmp_path)
     assert not (tmp_path / "attacked").exists()
 

@@ -1,4 +1,4 @@
-"""One JAX process of `multi_process.py`: builds and times steps on command."""
+"""JAX process of `multi_process.py`, which builds and times steps on command."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ WORKERS = dj.Workers(SIZE)
 
 
 def initial_params():
-    """The same He-initialised MLP in every process."""
+    """Returns the parameters of an MLP with He initialization."""
     rng = np.random.default_rng(0)
     widths = [784, WIDTH, WIDTH, WIDTH, 10]
     return [
@@ -37,7 +37,7 @@ def initial_params():
 
 
 def loss_fn(params, batch):
-    """Mean cross-entropy of a ReLU MLP."""
+    """Computes the mean cross-entropy of a ReLU MLP."""
     x, y = batch
     for layer in params[:-1]:
         x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
@@ -46,14 +46,14 @@ def loss_fn(params, batch):
 
 
 def batch():
-    """One batch of 16 examples a worker."""
+    """Returns one batch, with 16 examples per worker."""
     rng = np.random.default_rng(1)
     x = np.float32(rng.normal(size=(SIZE, 16, 784)))
     return WORKERS.shard((x, np.tile(np.arange(16, dtype=np.int32) % 10, (SIZE, 1))))
 
 
 def library(tx):
-    """A step of the library, and its state."""
+    """Returns a training step with the library, and its initial state."""
 
     def one_worker(state, batch):
         params, opt_state = state
@@ -67,7 +67,7 @@ def library(tx):
 
 
 def by_hand_ring():
-    """D-PSGD on a two-neighbor ring, written without the library."""
+    """Returns a step of D-PSGD on a ring without the library, and its initial state."""
     right = [(i, (i + 1) % SIZE) for i in range(SIZE)]
     left = [(i, (i - 1) % SIZE) for i in range(SIZE)]
 
@@ -88,7 +88,13 @@ def by_hand_ring():
 
 
 def exchange(update, start):
-    """A step that only averages or orders four given gradients of `WIDTH` entries."""
+    """Returns a step without training, and its initial state.
+
+    Args:
+      update: Function from four gradients with `WIDTH` entries and a state to the mean
+        gradient and a new state.
+      start: Function from parameters to the initial state.
+    """
     rng = np.random.default_rng(RANK)
     grads = rng.normal(size=(4, WIDTH)).astype(np.float32)
     mean = np.zeros(WIDTH, np.float32)
@@ -104,13 +110,13 @@ def exchange(update, start):
 
 
 def ordering(**options):
-    """D-GraB of microbatches of four."""
+    """Returns a step of D-GraB with microbatches of four, and its initial state."""
     tx = dj.d_grab(1000, SIZE, **options)
     return exchange(tx.update, tx.init)
 
 
 def one_average():
-    """An all-reduce of one gradient."""
+    """Returns an all-reduce of one gradient, and its initial state."""
     tx = dj.average_gradients()
     return exchange(lambda grads, state: tx.update(grads[0], state), tx.init)
 
@@ -151,7 +157,7 @@ BUILD = {
 
 
 def main() -> None:
-    """Obeys commands until standard input ends."""
+    """Executes commands until standard input ends."""
     data, built = batch(), {}
     for line in sys.stdin:
         command, name, *rest = json.loads(line)

@@ -1,4 +1,4 @@
-"""One PyTorch process of `multi_process.py`: builds and times steps on command."""
+"""PyTorch process of `multi_process.py`, which builds and times steps on command."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ RATE = 0.01
 
 
 def model():
-    """The same MLP as in JAX."""
+    """Returns the same MLP as in JAX."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(784, WIDTH),
@@ -28,7 +28,7 @@ def model():
 
 
 def plain(wrap, momentum=0.0):
-    """Forward, backward and an optimizer's step."""
+    """Returns a training step of plain PyTorch, with a wrapped model."""
     net = wrap(model())
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=momentum)
 
@@ -41,7 +41,7 @@ def plain(wrap, momentum=0.0):
 
 
 def decent_dp(topology):
-    """Decent-DP, which runs the optimizer inside the backward pass."""
+    """Returns a training step of Decent-DP, which steps inside the backward pass."""
     from decent_dp.ddp import (  # pyright: ignore[reportMissingImports]
         DecentralizedDataParallel,
     )
@@ -58,7 +58,7 @@ def decent_dp(topology):
 
 
 def ddp(net):
-    """PyTorch's own, without copies into buckets."""
+    """Wraps a model by PyTorch's DDP, without copies between gradients and buckets."""
     return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
 
 
@@ -73,7 +73,7 @@ BUILD = {
 
 
 def main() -> None:
-    """Obeys commands until standard input ends."""
+    """Executes commands until standard input ends."""
     distributed.init_process_group("gloo")
     x, y = torch.randn(16, 784), torch.arange(16) % 10
     built = {}
