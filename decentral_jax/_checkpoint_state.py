@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from decentral_jax._exchange.numbers import PyTree
+from decentral_jax._nnx import values
 from decentral_jax.evaluation import eval_params
 from decentral_jax.mixing import average
 from decentral_jax.workers import Workers, is_key, unwrap_keys, wrap_keys
@@ -61,8 +62,8 @@ def find_parts(
     optimizer, model = _nnx(numbered)
     if optimizer is not None and model is not None:
         nnx = sys.modules["flax.nnx"]
-        params = _values(nnx.state(model, optimizer.wrt))
-        opt_state = _values(optimizer.opt_state)
+        params = values(nnx.state(model, optimizer.wrt))
+        opt_state = values(optimizer.opt_state)
         candidates, init = [params], init or optimizer.tx.init
     elif len(numbered) == 1:
         params = get(numbered[0], "params")
@@ -124,20 +125,6 @@ def _nnx(state: tuple[Any, ...]) -> tuple[Any, Any]:
         return None, None
     model = models[0] if len(models) == 1 else getattr(optimizers[0], "model", None)
     return optimizers[0], model
-
-
-def _values(tree: PyTree) -> PyTree:
-    """Replaces each `nnx.Variable` in a tree by its value."""
-    nnx = sys.modules["flax.nnx"]
-
-    def is_variable(x):
-        return isinstance(x, nnx.Variable)
-
-    return jax.tree.map(
-        lambda x: jax.tree.leaves(x)[0] if is_variable(x) else x,
-        tree,
-        is_leaf=is_variable,
-    )
 
 
 def get(tree: object, name: str) -> PyTree:

@@ -8,6 +8,7 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import PyTree
+from decentral_jax._nnx import values
 from decentral_jax._validation import require_params
 from decentral_jax.mixing import average
 
@@ -27,8 +28,9 @@ def eval_params(
     as frozen ones, it averages the parameters themselves.
 
     Args:
-      opt_state: The optimizer state, as `init` and `update` return it.
-      params: This worker's parameters.
+      opt_state: The optimizer state, as `init` and `update` return it; of an
+        `nnx.Optimizer`, its attribute `opt_state`.
+      params: This worker's parameters, such as `nnx.state(model, nnx.Param)`.
       axis_name: Name of the worker axis.
 
     Returns:
@@ -46,7 +48,8 @@ def eval_params(
       >>> jax.vmap(dj.eval_params, axis_name="workers")(state, params)
       Array([1.5, 1.5, 1.5, 1.5], dtype=float32)
     """
-    params = require_params(params, "eval_params")
+    given = require_params(params, "eval_params")
+    params, opt_state = values((given, opt_state))
 
     def is_hidden(node):
         return hasattr(node, "evaluation_params")
@@ -55,7 +58,7 @@ def eval_params(
     nodes = jax.tree.leaves(opt_state, is_leaf=is_hidden)
     models = [_of_part(node, params) for node in nodes if is_hidden(node)]
     # Replace each leaf of params by that of the hidden model that covers it, if any.
-    leaves, structure = jax.tree.flatten(params)
+    leaves = jax.tree.leaves(params)
     for number, alternatives in enumerate(zip(*models, strict=True)):
         found = [leaf for leaf in alternatives if not _is_masked(leaf)]
         if len(found) > 1:
@@ -71,7 +74,7 @@ def eval_params(
     # which have no mean and are equal on all workers.
     averaged = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     means = iter(average(averaged, axis_name))
-    return structure.unflatten(
+    return jax.tree.structure(given).unflatten(
         next(means) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
         for x in leaves
     )

@@ -15,6 +15,7 @@ import optax
 
 from decentral_jax._exchange.axis import AxisName, WorkerAxis
 from decentral_jax._exchange.numbers import PyTree
+from decentral_jax._nnx import values
 from decentral_jax._validation import (
     check_axis_name,
     check_int,
@@ -70,7 +71,7 @@ def next_examples(opt_state: optax.OptState, batch_size: int) -> jax.Array:
     def is_ordering(node):
         return hasattr(node, "next_examples")
 
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_ordering)
+    nodes = jax.tree.leaves(values(opt_state), is_leaf=is_ordering)
     found = [node for node in nodes if is_ordering(node)]
     if len(found) != 1:
         raise ValueError(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import decentral_jax as dj
 from tests.support.layouts import LAYOUTS, named
@@ -139,3 +140,57 @@ def test_two_models_of_one_leaf_are_refused():
 
     with pytest.raises(ValueError, match=r"at most one hidden model.*2.*head"):
         LAYOUTS["vmap"](run)(TARGETS)
+
+
+def hides_a_model(algorithm):
+    state = jax.eval_shape(algorithm.make(0.1).init, [jnp.zeros(3)] * 2)
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "evaluation_params"))
+    return any(hasattr(node, "evaluation_params") for node in nodes)
+
+
+HIDING = [n for n, a in ALGORITHMS.items() if a.shape == N and hides_a_model(a)]
+
+
+def test_hidden_models_are_known():
+    assert {"def_sgd_block", "def_a_sgd", "sgd_ia", "sgp", "apam"} <= set(HIDING)
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_nnx_optimizers_hide_the_same_model(name, standard_promotion):
+    """nnx wraps the state's leaves in other variables than the model's."""
+    tx = ALGORITHMS[name].make(0.1)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Param(jnp.zeros(4))
+            self.seen = nnx.BatchStat(jnp.zeros(2))
+
+    def by_nnx(target):
+        model = Model()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        for _ in range(STEPS):
+            grads = nnx.grad(lambda m: jnp.sum((m.head[...] - target) ** 2) / 2)(model)
+            optimizer.update(model, grads)
+        params = nnx.state(model, nnx.Param)
+        averaged = dj.eval_params(optimizer.opt_state, params)
+        nnx.update(model, averaged)
+        return model.head[...]
+
+    _, expected = LAYOUTS["vmap"](lambda t: plain(tx, t), N)(TARGETS)
+    found = jax.jit(jax.vmap(by_nnx, axis_name="workers"))(TARGETS)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def plain(tx, target):
+    params = jnp.zeros(4)
+    state = tx.init(params)
+    for _ in range(STEPS):
+        updates, state = tx.update(params - target, state, params)
+        params = params + updates
+    return params, dj.eval_params(state, params)
+
+
+def test_orders_are_found_in_an_nnx_optimizer():
+    tx = optax.chain(dj.pair_balance(6), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+    np.testing.assert_array_equal(dj.next_examples(optimizer.opt_state, 2), [0, 1])
