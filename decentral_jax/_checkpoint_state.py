@@ -100,7 +100,7 @@ def find_parts(
         if jax.tree.structure(fresh) == jax.tree.structure(opt_state):
             return Parts(params, opt_state, init)
     raise ValueError(
-        "init does not make optimizer states like those given from the parameters: "
+        "init(params) does not return optimizer states like those in the state: "
         "pass init=tx.init, and pass what is not a parameter (step counters, PRNG "
         'keys, batch statistics) in {"params": params, ...} or as further trees: '
         "restore(params, opt_state, others)."
@@ -254,8 +254,8 @@ def check_same(
         first = [path for path in [*theirs, *ours] if path in differ] or ["its order"]
         more = f" and {len(first) - 3} more" if len(first) > 3 else ""
         raise ValueError(
-            f"the checkpoint of step {step} is of another model or optimizer: only one "
-            f"of both has {', '.join(first[:3])}{more}."
+            f"the checkpoint of step {step} has another model or optimizer: only one "
+            f"of them has {', '.join(first[:3])}{more}."
         )
     number = 0
     for path, expected in ours.items():
@@ -269,7 +269,7 @@ def check_same(
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
             start = len(list(same)) - 60
             raise ValueError(
-                f"the checkpoint of step {step} is of another model or optimizer: at "
+                f"the checkpoint of step {step} has another model or optimizer: at "
                 f"{path} it has {_words(got, start)}, expected "
                 f"{_words(expected, start)}."
             )
@@ -301,7 +301,7 @@ def check_constants(step: int, saved: PyTree, own: PyTree) -> None:
             )
             if None not in now and before != now:
                 raise ValueError(
-                    f"the checkpoint of step {step} is of another model or optimizer: "
+                    f"the checkpoint of step {step} has another model or optimizer: "
                     f"at {jax.tree_util.keystr(path)}.{name} it has {before[0]:.6g}, "
                     f"expected {now[0]:.6g}."
                 )

@@ -159,8 +159,8 @@ def check_lockstep(
         if is_counter and origin.own and origin.is_later & interpreter.deciding:
             raise ValueError(
                 f"the step counter that the function returns at {name} must be equal "
-                "on all workers, but a condition on this worker's own data keeps it "
-                "back: this worker would communicate with the others in the wrong "
+                "on all workers, but a condition on this worker's own data can stop "
+                "it from advancing: this worker would then communicate in the wrong "
                 f"step, or wait forever. {REMEDY}"
             )
 

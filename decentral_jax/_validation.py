@@ -35,7 +35,7 @@ def check_static(name: str, value: object, kind: str, arrays: type = jax.Array) 
         raise TypeError(
             f"{name} must be {kind} known before tracing, got the array {value}: with "
             f"optax.inject_hyperparams, pass static_args=({name!r},) and all other "
-            "arguments that shape the program."
+            "arguments that determine the program's structure."
         )
 
 

@@ -145,9 +145,10 @@ def _collect(
                 except TimeoutError:
                     missing = sorted({*range(1, processes)} - found.keys())
                     raise TimeoutError(
-                        f"{_listed(missing)} did not come within {timeout:g} seconds; "
-                        f"process 0 of {processes} waits at port {port}. Check whether "
-                        "it is late or has ended, or pass a longer timeout."
+                        f"{_listed(missing)} did not connect within {timeout:g} "
+                        f"seconds; process 0 of {processes} listens on port {port}. "
+                        "Check whether the process is slow or has ended, or pass a "
+                        "longer timeout."
                     ) from None
                 # Close connections that do not follow the protocol, such as those of
                 # port scanners.
@@ -160,15 +161,15 @@ def _collect(
                 found[rank] = connection
                 if hello["processes"] != processes:
                     raise ValueError(
-                        f"process 0 counts {processes} processes, process {rank} "
-                        f"counts {hello['processes']}: pass the same number to all."
+                        f"process 0 expects {processes} processes, process {rank} "
+                        f"expects {hello['processes']}: pass the same number to all."
                     )
                 # A process may reconnect after it has closed its first connection.
                 if before is not None and not _closed(before):
                     found[-1] = before
                     raise ValueError(
                         f"two processes have the number {rank}: give each of the "
-                        f"{processes} processes its own, from 0 to {processes - 1}."
+                        f"{processes} processes its own from 0 to {processes - 1}."
                     )
     except (TimeoutError, ValueError) as error:
         # All connected processes raise the same error.
@@ -212,13 +213,13 @@ def _join(
             if "other" in answer:
                 reason = "another program answers there"
         except OSError as error:
-            if isinstance(error, TimeoutError) and "did not come" in str(error):
+            if isinstance(error, TimeoutError) and "did not connect" in str(error):
                 raise
             reason = str(error)
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"process 0 did not come within {timeout:g} seconds; process {rank} of "
-                f"{processes} looks for it at {host}:{port} ({reason}). Check whether "
+                f"process 0 did not answer within {timeout:g} seconds; process {rank} "
+                f"of {processes} expects it at {host}:{port} ({reason}). Check whether "
                 "it runs and the address is correct, or pass a longer timeout."
             )
         time.sleep(0.05)
@@ -561,13 +562,13 @@ class Watch:
                     continue
                 last = f"call {b['count']} ({b['name']})" if b["count"] else "no call"
                 late = (
-                    f"process {other} did not come within {limit:g} seconds to call "
-                    f"{a['count']} ({a['name']}), in which process {waits} waits; "
+                    f"process {other} did not reach call {a['count']} ({a['name']}) "
+                    f"within {limit:g} seconds, but process {waits} waits in it; "
                     f"process {other}"
                 )
                 # The other process has not reached the call, or is in another one.
                 if b["count"] < a["count"] and not b["waiting"]:
-                    how = "ended" if b["ended"] else "is elsewhere"
+                    how = "ended" if b["ended"] else "runs other code"
                     if now - self._seen.get(other, now) > self.timeout / 2:
                         how = "no longer answers"
                     self._tell(f"{late} {how} after {last}")

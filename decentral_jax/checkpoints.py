@@ -141,8 +141,8 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         if self._folder.exists() and not self._folder.is_dir():
             raise NotADirectoryError(
-                f"folder must be a directory, {self._folder} is a file: pass another "
-                "path."
+                f"folder must be a directory, but {self._folder} is a file: pass "
+                "another path."
             )
         self._keep = None if keep is None else check_int("keep", keep, minimum=1)
         self._workers = workers
@@ -207,7 +207,7 @@ class Checkpoints:
             data = json.loads(json.dumps(data, default=to_json))
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"data must be what JSON can hold, or NumPy arrays: {error}. Convert "
+                f"data must hold JSON values or NumPy arrays: {error}. Convert "
                 "other values to lists, numbers, and strings."
             ) from error
         # The notes describe the checkpoint for `restore`.
@@ -280,10 +280,10 @@ class Checkpoints:
             parts = find_parts(numbered, like, init, len(self._workers.shape))
             if parts is None:
                 raise ValueError(
-                    f"the checkpoint of step {step} is of workers {sizes}, these are "
-                    f"{self._workers.sizes}: pass init=tx.init to start all workers "
-                    "from its evaluated model, with fresh optimizer states. The state "
-                    "must be params and opt_state; or a train state with params, "
+                    f"the checkpoint of step {step} has workers {sizes}, but this run "
+                    f"has {self._workers.sizes}: pass init=tx.init to start all "
+                    "workers from its evaluated model with fresh optimizer states. The "
+                    "state must be params and opt_state; or a train state with params, "
                     "opt_state, and tx; or an nnx model and its optimizer, whole or as "
                     "*nnx.split((model, optimizer))."
                 )
@@ -296,8 +296,8 @@ class Checkpoints:
         leaves = self._read(self._folder / name, leaves, shapes, sizes, place)
         if parts is not None:
             logger.warning(
-                "the checkpoint of step %d is of workers %s, these are %s: all start "
-                "from its evaluated model, optimizer states are fresh",
+                "the checkpoint of step %d has workers %s, but this run has %s: all "
+                "workers start from its evaluated model with fresh optimizer states",
                 step,
                 sizes,
                 self._workers.sizes,

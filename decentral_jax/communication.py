@@ -134,9 +134,11 @@ class CommunicationCost:
             for e in self.collectives
         ]
         total = f"{'total':<32}{self.count:>7}{self.bytes_sent:>16,.0f}"
-        note = [] if self.is_exact else ["(an upper branch, or a loop counted once)"]
+        note = []
         if self.unlisted:
             note = [f"(not exact; not counted: {', '.join(self.unlisted)})"]
+        elif not self.is_exact:
+            note = ["(not exact: counts the heavier branch, or one loop iteration)"]
         return "\n".join([head, *rows, total, *note])
 
 

@@ -67,7 +67,10 @@ def initialize(timeout: float | None = None, **options: Any) -> None:
     if timeout is not None:
         os.environ[TIMEOUT] = str(timeout)
     if jax.distributed.is_initialized():
-        raise RuntimeError("initialize must be called once, but JAX is initialized.")
+        raise RuntimeError(
+            "initialize must be called only once, but jax.distributed is already "
+            "initialized: remove this call."
+        )
     options = _found({**_given_numbers(), **options})
     if not options:
         return  # A single process.
@@ -217,9 +220,9 @@ def agree(what: str, value: object) -> None:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             raise TimeoutError(
-                f"process {process} did not come within {seconds:g} seconds; process "
-                f"{me} waits for it with {own}. Check whether it is late or has ended, "
-                f"or set {TIMEOUT} to more seconds."
+                f"process {process} did not arrive within {seconds:g} seconds; process "
+                f"{me} waits for it with {own}. Check whether it is slow or has ended, "
+                f"or set {TIMEOUT} to a larger number."
             ) from None
 
     # Process 0 compares all values and publishes the verdict.
@@ -253,7 +256,7 @@ def _verdict(own: str, get: Callable[[int, float], str]) -> str:
         other = get(process, _timeout())
         if other != own:
             return (
-                f"all processes must run the same: process 0 has {own}, process "
+                f"all processes must agree: process 0 has {own}, process "
                 f"{process} has {other}."
             )
     return ""

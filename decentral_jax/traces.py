@@ -56,7 +56,7 @@ class Trace:
             value = np.asarray(getattr(self, name))
             if value.ndim != 1 or value.dtype.kind not in "iu" or not value.size:
                 raise ValueError(
-                    f"{name} must be a nonempty vector of integers, at least one, with "
+                    f"{name} must be a vector of at least one integer, with "
                     f"one entry per tick; got shape {value.shape}, dtype {value.dtype}."
                 )
             value = value.astype(np.int32)

@@ -96,7 +96,7 @@ class Workers:
                 )
             if axis_name != "workers":
                 raise ValueError(
-                    f"axis_name={axis_name!r} has no meaning beside shape={shape}, "
+                    f"axis_name={axis_name!r} has no effect if shape={shape}, "
                     "which names its axes: leave it out."
                 )
             sizes = {k: check_int(f"shape[{k!r}]", v, 1) for k, v in shape.items()}
@@ -128,8 +128,8 @@ class Workers:
             fit = max(d for d in range(1, len(devices)) if self.num_workers % d == 0)
             # Suggest the largest number of devices that works.
             raise ValueError(
-                f"shape={shape} does not divide over {len(devices)} devices: pass "
-                f"devices=jax.devices()[:{fit}], or a number of workers that is a "
+                f"shape={shape} does not divide evenly over {len(devices)} devices: "
+                f"pass devices=jax.devices()[:{fit}], or a number of workers that is a "
                 "multiple of the number of devices."
             )
         self.num_devices = len(devices)

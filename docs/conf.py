@@ -1,4 +1,4 @@
-"""Sphinx configuration: builds the pages, the pictures and the API reference."""
+"""Sphinx configuration of the pages, pictures, and API reference."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent / "examples"))
-# Before JAX starts: the examples on the pages run on eight fake devices.
+# Set before JAX starts: the examples on the pages run on eight fake devices.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -49,7 +49,7 @@ html_copy_source = False
 html_show_copyright = False
 html_show_sourcelink = False
 
-# Docstrings say in words what signatures would say in types.
+# Docstrings describe types in words.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
@@ -59,23 +59,23 @@ napoleon_use_rtype = False
 for field in PyObject.doc_field_types:
     if field.name == "variable":
         field.label = "Attributes"
-# Single backticks in docstrings.
+# Single backticks in docstrings mean code.
 default_role = "code"
 
 
-# Napoleon takes "Whether rows sum to one: a constant stays." on a property for a type
-# and a description. It does not see a colon that is hidden from it.
+# Napoleon parses the summary line of a property, such as "Whether rows sum to one: a
+# constant stays.", as a type and a description. Hide the colon while napoleon runs.
 COLON = "\ue000"
 
 
 def hide_colon(app, what, name, obj, options, lines):
-    """Before napoleon: hides colons in the summary line of a property."""
+    """Hides colons in the summary line of a property, before napoleon runs."""
     if what == "property" and lines:
         lines[0] = lines[0].replace(":", COLON)
 
 
 def show_colon(app, what, name, obj, options, lines):
-    """After napoleon: brings them back."""
+    """Restores hidden colons, after napoleon runs."""
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
@@ -99,15 +99,15 @@ def link_names(app, doctree):
 
 
 def check_reference(app, env):
-    """Warns of public names that the API reference lacks."""
+    """Warns about public names that are missing in the API reference."""
     modules = (decentral_jax, decentral_jax.topology)
     public = {f"{m.__name__}.{name}" for m in modules for name in m.__all__}
     for name in sorted(public - set(env.domains["py"].objects)):
-        logging.getLogger(__name__).warning("%s is in no page of docs/api", name)
+        logging.getLogger(__name__).warning("%s is missing in docs/api", name)
 
 
 def setup(app):
-    """Connects the functions above and draws the pictures."""
+    """Generates pictures and tables, and connects the functions above."""
     generate.write_all(DOCS / "_generated")
     app.connect("autodoc-process-docstring", hide_colon, priority=400)
     app.connect("autodoc-process-docstring", show_colon, priority=600)

@@ -1,4 +1,4 @@
-"""Pictures and tables of the pages, computed from the library at build time."""
+"""Computes the pages' pictures and tables from the library at build time."""
 
 import inspect
 import math
@@ -20,7 +20,7 @@ from decentral_jax._exchange.plans import make_plan
 BLUE, ORANGE, GREEN, RED, GREY = "#1f4e79", "#d9822b", "#3a7d44", "#b03a48", "#7f8c9a"
 LIGHT = "#dce9f7"
 
-# How the pages call them, and how they are made.
+# Name in the pages -> topology.
 STATIC = {
     "path(16)": dj.topology.path(16),
     "ring(16)": dj.topology.ring(16),
@@ -76,8 +76,8 @@ def write_all(folder: Path) -> None:
 
 
 def api_page(package: ModuleType) -> str:
-    """The public functions and classes of a package, by the module they are in."""
-    # Algorithms and transformations are shown as `dj` has them.
+    """Lists the public functions and classes of a package, grouped by module."""
+    # Show algorithms and transformations by their names in `dj`.
     shown_as = dj if package in (dj.algorithms, dj.transforms) else package
     modules: dict[str, list[str]] = {}
     for name in package.__all__:
@@ -89,7 +89,7 @@ def api_page(package: ModuleType) -> str:
     for module, names in modules.items():
         first = inspect.getdoc(sys.modules[module]).splitlines()[0].rstrip(".")
         lines += [f"## {first}", "", "```{eval-rst}"]
-        # Functions first: what they return is read about after them.
+        # Functions come before the classes that they return.
         for name in sorted(names, key=lambda n: inspect.isclass(getattr(package, n))):
             kind = "class" if inspect.isclass(getattr(package, name)) else "function"
             lines.append(f".. auto{kind}:: {shown_as.__name__}.{name}")
@@ -105,7 +105,7 @@ def _save(figure, path: Path) -> None:
 
 
 def sent_to_agree(topology) -> float:
-    """Parameter copies that the busiest worker sends until all are ten times closer."""
+    """Parameter copies that the busiest worker sends to reduce disagreement tenfold."""
     n, factor = topology.num_workers, topology.second_eigenvalue
     if topology.max_degree == n - 1 and factor < 1e-9:
         return 2 * (n - 1) / n  # one all-reduce
@@ -116,7 +116,7 @@ def sent_to_agree(topology) -> float:
 
 
 def topology_table() -> str:
-    """A Markdown table of what each topology costs and gives."""
+    """A Markdown table of the cost and the spectral gap of each topology."""
     lines = [
         "| topology | degree | diameter | spectral gap | period | sent |",
         "|---|--:|--:|--:|--:|--:|",
@@ -135,7 +135,7 @@ def topology_table() -> str:
 def algorithm_table(size: int = 1000, rounds: int = 4) -> str:
     """A Markdown table of traffic and memory, on a ring of 16 workers."""
     ring = dj.topology.ring(16)
-    # With the iterations from one move of the model to the next.
+    # name -> (transformation, iterations between two changes of the model)
     algorithms = {
         "all_reduce_sgd": (dj.all_reduce_sgd(0.1), 1),
         "d_psgd": (dj.d_psgd(0.1, ring), 1),
@@ -150,17 +150,17 @@ def algorithm_table(size: int = 1000, rounds: int = 4) -> str:
     }
     params = jnp.zeros(size)
     lines = ["| algorithm | sent | state | moves |", "|---|--:|--:|---|"]
-    for name, (tx, every) in algorithms.items():
+    for name, (tx, interval) in algorithms.items():
         copies = sum(x.size for x in jax.tree.leaves(tx.init(params))) // size
         costs = dj.communication_costs(tx, params, axis_sizes={"workers": 16})
         sent = costs.bytes_per_step / (4 * size)
-        often = "every iteration" if every == 1 else f"every {every} iterations"
-        lines.append(f"| `dj.{name}` | {sent:.3g} | {copies} | {often} |")
+        moves = "every iteration" if interval == 1 else f"every {interval} iterations"
+        lines.append(f"| `dj.{name}` | {sent:.3g} | {copies} | {moves} |")
     return "\n".join(lines) + "\n"
 
 
 def draw_sent_to_agree():
-    """What it costs to come ten times closer, over the number of workers."""
+    """Cost of reducing disagreement tenfold, versus the number of workers."""
     families = {
         "ring": (dj.topology.ring, [4, 8, 16, 32, 64, 128], BLUE),
         "torus": (
@@ -233,9 +233,9 @@ def draw_folding():
     for ax, devices in zip(axes, (8, 2, 1), strict=True):
         per_device = 8 // devices
         pitch = 10.5 / (7 + 0.5 * (devices - 1))
-        where = [pitch * (i + 0.5 * (i // per_device)) for i in range(8)]
+        positions = [pitch * (i + 0.5 * (i // per_device)) for i in range(8)]
         for d in range(devices):
-            left = where[d * per_device] - 0.42
+            left = positions[d * per_device] - 0.42
             ax.add_patch(
                 plt.Rectangle(
                     (left, -0.42),
@@ -248,7 +248,7 @@ def draw_folding():
         for i in range(8):
             j = (i + 1) % 8
             inside = i // per_device == j // per_device
-            ends = [(where[i], 0), (where[j], 0)]
+            ends = [(positions[i], 0), (positions[j], 0)]
             ax.annotate(
                 "",
                 *ends,
@@ -259,19 +259,19 @@ def draw_folding():
                     "connectionstyle": f"arc3,rad={0.14 if j == 0 else 0}",
                 },
             )
-        ax.scatter(where, [0] * 8, s=190, color=LIGHT, edgecolor=BLUE, zorder=3)
+        ax.scatter(positions, [0] * 8, s=190, color=LIGHT, edgecolor=BLUE, zorder=3)
         for i in range(8):
-            ax.text(where[i], 0, i, ha="center", va="center", fontsize=8, zorder=4)
+            ax.text(positions[i], 0, i, ha="center", va="center", fontsize=8, zorder=4)
         label = "8 devices\nshard_map", "2 devices\nshard_map, vmap", "1 device\nvmap"
         ax.text(-0.7, 0, label[(8, 2, 1).index(devices)], ha="right", va="center")
-        ax.set_xlim(-3.4, where[-1] + 0.6)
+        ax.set_xlim(-3.4, positions[-1] + 0.6)
         ax.set_ylim(-1, 0.6)
         ax.set_axis_off()
     return figure
 
 
 def draw_contraction(n: int = 32, rounds: int = 80):
-    """Distance to consensus over gossip rounds on a ring, plain and accelerated."""
+    """Distance to consensus versus gossip rounds on a ring, plain and accelerated."""
     ring = dj.topology.ring(n)
     start = np.random.default_rng(0).standard_normal((n, 50))
     start -= start.mean(0)

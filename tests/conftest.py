@@ -1,4 +1,4 @@
-"""Eight fake devices, strict promotion: set before JAX starts."""
+"""Sets up eight fake devices and strict dtype promotion before JAX starts."""
 
 import os
 import signal
@@ -13,21 +13,21 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
-# A shell that starts pytest with `&` ignores SIGINT: tests that interrupt themselves
-# would run on without end, in this process or in those that inherit it.
+# A shell that starts pytest with `&` makes it and its child processes ignore SIGINT.
+# Tests that interrupt themselves or their children would then never end.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def x64():
-    """Float64 for the length of a test."""
+    """Enables float64 during one test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def standard_promotion():
-    """For parts of optax that mix dtypes themselves (Adam, MultiSteps)."""
+    """Enables standard dtype promotion, for parts of optax that mix dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield

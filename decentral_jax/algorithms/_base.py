@@ -137,7 +137,7 @@ def _as_optimizer(
     if optimizer is None:
         raise TypeError(
             "optimizer must be an optax optimizer, a learning rate or a schedule, got "
-            "None: pass a number for plain SGD, or optax.adam(1e-3) or the like."
+            "None: pass a number for plain SGD, or, for example, optax.adam(1e-3)."
         )
     check_learning_rate(optimizer, "the learning rate passed as optimizer")
     if not callable(optimizer):

@@ -129,7 +129,7 @@ class Actors:
             import ray.exceptions  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError(
-                f"actors={options} need Ray: install the extra, pip install "
+                f"actors={options} needs Ray: install the extra, pip install "
                 "decentral_jax[ray], or pass actors=None for threads."
             ) from error
         self._ray = ray

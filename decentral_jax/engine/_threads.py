@@ -83,7 +83,7 @@ class Threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         left = [thread.name for thread in self._threads if thread.is_alive()]
         if left:
-            logger.warning("still busy, left behind: %s", ", ".join(left))
+            logger.warning("threads still running: %s", ", ".join(left))
 
     def _work(self, index: int, inbox: "queue.SimpleQueue[tuple[Any] | None]") -> None:
         """Runs one worker until it is stopped or fails; the thread's main function."""

@@ -348,7 +348,7 @@ def delay_gradients(
     check_static("delay", delay, "integers")
     delays = np.atleast_1d(np.asarray(delay))
     if delays.dtype.kind not in "iu":
-        raise TypeError(f"delay must be integers, got {delay!r}.")
+        raise TypeError(f"delay must hold integers, got {delay!r}.")
     if delays.ndim != 1 or not delays.size or delays.min() < 0:
         raise ValueError(
             "delay must be an integer of at least 0, or a nonempty list of them, got "

@@ -314,7 +314,7 @@ def _pairs(
     elif not odd_batches:
         raise ValueError(
             f"updates of {name} must hold an even number of examples, got {batch}: "
-            "pass odd_batches=True to keep the odd one until the next step."
+            "pass odd_batches=True to keep the last gradient until the next step."
         )
     else:
         # Add one row, so that the first row has an even position: the pending gradient

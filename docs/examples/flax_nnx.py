@@ -32,7 +32,7 @@ def load_digits():
     images, labels = images.astype(np.float32) / 16, labels.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(images))
     test, train = order[:360], order[360:]
-    # Sorted by label and cut into equal parts: one part a worker.
+    # Sort by label and cut into equal parts, one part per worker.
     train = train[np.argsort(labels[train], kind="stable")]
     train = train[: len(train) // NUM_WORKERS * NUM_WORKERS].reshape(NUM_WORKERS, -1)
     return (images[train], labels[train]), (images[test], labels[test])
@@ -41,7 +41,7 @@ def load_digits():
 def main() -> float:
     """Trains, prints and returns the test accuracy of the averaged model."""
     (images, labels), (test_images, test_labels) = load_digits()
-    workers = dj.Workers(NUM_WORKERS)  # on whatever devices there are
+    workers = dj.Workers(NUM_WORKERS)  # on the available devices
     topology = dj.topology.ring(NUM_WORKERS)
     tx = dj.detag(0.3, topology, rounds=4)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # mpirun.sh FIRST_HOST PROCESSES [options of mpirun, such as --hostfile hosts] -- [...]:
-# Open MPI starts the processes, JAX talks for itself. What follows -- goes to train.py,
-# which calls dj.initialize() first.
+# Open MPI only starts the processes; JAX communicates by itself. Arguments after -- go to
+# train.py, which calls dj.initialize() first.
 set -euo pipefail
 host=$1 processes=$2
 shift 2

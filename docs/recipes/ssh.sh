@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# ssh.sh HOST...: one process a host, started by ssh in the folder of the same name. The
-# first host is the coordinator; train.py calls dj.initialize() first. If one process
-# fails, the others are ended.
+# ssh.sh HOST...: starts one process per host with ssh, in the folder of the same name on
+# each host. The first host is the coordinator. train.py calls dj.initialize() first. If
+# one process fails, the script ends the others.
 set -euo pipefail
 hosts=("$@")
 members=()

@@ -1,4 +1,4 @@
-"""Trains on any number of processes, and goes on where it was after a failure."""
+"""Trains on any number of processes and resumes after a failure."""
 
 import sys
 
@@ -9,7 +9,7 @@ import optax
 import decentral_jax as dj
 from decentral_jax.checkpoints import Checkpoints
 
-dj.initialize()  # alone on a laptop, joined to the others on a cluster
+dj.initialize()  # one process on a laptop, all processes together on a cluster
 
 n = max(4, jax.device_count())
 workers = dj.Workers(n)
@@ -17,7 +17,7 @@ tx = dj.d_psgd(0.1, dj.topology.ring(n))
 
 
 def train_step(params, opt_state, batch):
-    """One worker's."""
+    """One worker's step."""
     x, y = batch
     grads = jax.grad(lambda w: ((x @ w - y) ** 2).mean())(params)
     updates, opt_state = tx.update(grads, opt_state, params)

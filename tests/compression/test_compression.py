@@ -1,4 +1,4 @@
-"""Compressors, what they send, and what error feedback keeps equal on all workers."""
+"""Compressors: payloads, traffic, and the bitwise-equal states of error feedback."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ PARAMS = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
 
 
 def selections(key, x, other, ratio):
-    """All that a selecting compressor and `top_k` make of two arrays."""
+    """Applies every operation of the selections and of `top_k` to two arrays."""
     positions = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
     found = {}
     for compressor in (C.random_block(ratio), C.random_k(ratio)):
@@ -52,7 +52,7 @@ def selections(key, x, other, ratio):
     return found
 
 
-# Compiling for each shape takes the time here: do not optimize.
+# Compilation for each shape dominates the run time: disable optimization.
 SELECT = jax.jit(
     selections,
     static_argnums=3,
@@ -66,7 +66,7 @@ SELECT = jax.jit(
     ratio=st.sampled_from([1.0, 1.5, 4.0, 1000.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_selected_plus_kept_back_is_all(shape, ratio, seed):
+def test_selected_and_remaining_entries_sum_to_input(shape, ratio, seed):
     rng = np.random.default_rng(seed)
     x, other = rng.normal(size=(2, *shape)).astype(np.float32)
     found = jax.device_get(SELECT(jax.random.key(seed), x, other, ratio))
@@ -88,7 +88,7 @@ def test_selected_plus_kept_back_is_all(shape, ratio, seed):
 
 @pytest.mark.parametrize("over_keys", [None, 0])
 def test_blocks_are_replaced_under_maps(over_keys):
-    """Of a shared key, and of runs that have one each; arrays mapped or not."""
+    """With one shared key or one key per run, and with mapped and unmapped arrays."""
     block = C.random_block(4)
     keys = jax.random.split(KEY, 3)
     key = KEY if over_keys is None else keys
@@ -111,9 +111,9 @@ def test_blocks_are_replaced_under_maps(over_keys):
 
 
 def test_blocks_start_anywhere():
-    """Of 10 entries, 2 and 7: each start as often as the others, those at the end too.
+    """Every start is equally likely, including those whose block wraps around.
 
-    And each entry is as often among four of `random_k`.
+    The blocks hold 2 and 7 of 10 entries. `random_k` selects each entry equally often.
     """
     x = jnp.arange(10)
 
@@ -149,18 +149,18 @@ def test_sign():
 
 def test_quantize():
     x = jnp.array([[2.0, -2.0, 0.3], [-1.7, 0.0, 1e-3], [0.5, 1.9, -0.61]])
-    every = [C.quantize(bits) for bits in range(1, 9)]
+    codecs = [C.quantize(bits) for bits in range(1, 9)]
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, None))
-    def there_and_back(key, x):
-        payloads = [one.compress(key, x) for one in every]
-        zipped = zip(every, payloads, strict=True)
-        return payloads, [one.decompress(key, payload, x) for one, payload in zipped]
+    def compress_and_decompress(key, x):
+        payloads = [codec.compress(key, x) for codec in codecs]
+        zipped = zip(codecs, payloads, strict=True)
+        return payloads, [codec.decompress(key, p, x) for codec, p in zipped]
 
     num = 2000
     keys = jax.random.split(KEY, num)
-    payloads, arrived = jax.device_get(there_and_back(keys, x))
+    payloads, arrived = jax.device_get(compress_and_decompress(keys, x))
     for bits, (packed, scale), got in zip(range(1, 9), payloads, arrived, strict=True):
         assert (packed.dtype, packed[0].size) == (np.uint8, bits * 2)
         np.testing.assert_array_equal(scale, np.full(num, 2, np.float32))
@@ -173,7 +173,7 @@ def test_quantize():
         np.testing.assert_allclose(got[:, 0, :2], ends, rtol=2.4e-7)  # two ulps
         error = got.mean(0, dtype=np.float64) - x
         assert np.abs(error).max() < 5 * (step / 2) / np.sqrt(num)
-    zeros = there_and_back(keys, 0 * x)[1]
+    zeros = compress_and_decompress(keys, 0 * x)[1]
     assert not np.any(zeros)
 
 
@@ -189,7 +189,7 @@ def test_cast_and_identity():
     np.testing.assert_array_equal(same, x)
 
 
-# What a worker sends of 108 + 60 + 7 entries: (all-reduced, gathered) bytes.
+# Bytes sent per worker for 108 + 60 + 7 entries: (all-reduced, gathered).
 PAYLOADS = {
     C.random_block(64): (4 * (2 + 1 + 1), 0),
     C.random_k(10): (4 * (11 + 6 + 1), 0),
@@ -243,7 +243,7 @@ COLLECTIVE = re.compile(
     ],
     ids=str,
 )
-def test_the_compiled_program_sends_the_same(compressor, elements):
+def test_compiled_program_sends_only_the_payloads(compressor, elements):
     tx, workers = dj.error_feedback(compressor, detach=0.3), dj.Workers(N)
     params = {k: np.zeros(shape, np.float32) for k, shape in SHAPES.items()}
     params, state = workers.replicate((params, tx.init(params)))
@@ -268,7 +268,7 @@ def test_compressed_gossip_sends_a_payload_to_each_neighbor(compressor):
 
 
 @pytest.mark.parametrize("compressor", [C.random_block(64), C.sign()], ids=str)
-def test_only_every_period_th_step_sends(compressor):
+def test_sends_once_per_period(compressor):
     for detach in (0.0, 0.3):
         once = cost(dj.error_feedback(compressor, detach=detach)).collectives
         tx = dj.error_feedback(compressor, detach=detach, period=3)
@@ -276,11 +276,11 @@ def test_only_every_period_th_step_sends(compressor):
             result = cost(tx, count)
             assert result.collectives == (once if count % 3 == 2 else ())
             assert result.is_exact
-        assert not cost(tx).is_exact  # the count is not known
+        assert not cost(tx).is_exact  # the step count is unknown
 
 
 def train(layout, tx, steps, params, targets, curvatures, evaluate=True):
-    """Params, optimizer state and the evaluated model of each worker, by quadratics."""
+    """Trains on quadratics; returns params, state, and evaluated model per worker."""
 
     def run(params, state, target, curvature):
         def step(carry, _):
@@ -302,7 +302,7 @@ def normal(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def same_bits(tree):
+def assert_rows_bitwise_equal(tree):
     for leaf in jax.tree.leaves(tree):
         assert all(row.tobytes() == leaf[0].tobytes() for row in leaf)
 
@@ -337,7 +337,7 @@ def test_the_shared_model_stays_bitwise_equal(num_devices):
 
     tx = optax.GradientTransformation(init, update)
     workers = dj.Workers(N, devices=jax.devices()[:num_devices])
-    # `eval_params` would find two hidden models.
+    # Skip `eval_params`: it would find two hidden models and raise an error.
     end, states, _ = train(
         workers.spmd, tx, 1000, params, targets, curvatures, evaluate=False
     )
@@ -345,9 +345,9 @@ def test_the_shared_model_stays_bitwise_equal(num_devices):
     assert isinstance(detached, dj.DetachedState)
     assert isinstance(plain, dj.ResidualState)
     np.testing.assert_array_equal(detached.count, np.full(N, 1000))
-    same_bits(detached.shared)
-    same_bits(end["ef"])
-    # What is not shared differs between the workers, and training went on to the end.
+    assert_rows_bitwise_equal(detached.shared)
+    assert_rows_bitwise_equal(end["ef"])
+    # Other states differ between workers, and training approaches the optimum.
     for leaf in (*end["def"].values(), *plain.residual.values()):
         assert not np.array_equal(leaf[0], leaf[1])
     for got in (detached.shared["float32"], end["ef"]["float32"]):
@@ -356,8 +356,8 @@ def test_the_shared_model_stays_bitwise_equal(num_devices):
         assert np.abs(got[0] - optimum).max() < 0.2
 
 
-def small(tx, steps=5):
-    """Heterogeneous quadratics of equal curvature, all workers in one `vmap`."""
+def train_small(tx, steps=5):
+    """Trains on heterogeneous quadratics of equal curvature, under `vmap`."""
     params, curvature = normal(12), 0.5 + abs(normal(12, 2))
     curvature = np.broadcast_to(curvature, (N, 12))
     return train(LAYOUTS["vmap"], tx, steps, params, normal((N, 12), 1), curvature)
@@ -365,24 +365,26 @@ def small(tx, steps=5):
 
 def test_eval_params():
     block = C.random_block(4)
-    params, state, evaluated = small(
+    params, state, evaluated = train_small(
         dj.def_sgd(optax.sgd(0.1, momentum=0.9), block, detach=0.25)
     )
     x = state[-1].shared
-    same_bits(x)
+    assert_rows_bitwise_equal(x)
     np.testing.assert_allclose(evaluated, x, rtol=1e-6)
     assert np.abs(params - x).max() > 0.01
-    again, _, averaged = small(
+    again, _, averaged = train_small(
         dj.def_a_sgd(optax.sgd(0.1, momentum=0.9), block, detach=0.25)
     )
     np.testing.assert_array_equal(again, params)
     expected = np.mean(x + (params - x) / 0.25, axis=0)
     np.testing.assert_allclose(averaged, [expected] * N, rtol=1e-5, atol=1e-6)
     assert np.abs(averaged - evaluated).max() > 0.01
-    # Without detaching: the parameters, and these plus the mean residual.
-    params, state, evaluated = small(dj.ef_sgd(optax.sgd(0.1, momentum=0.9), block))
+    # Without detaching, EF-SGD evaluates the parameters; DEF-A adds the mean residual.
+    params, state, evaluated = train_small(
+        dj.ef_sgd(optax.sgd(0.1, momentum=0.9), block)
+    )
     np.testing.assert_allclose(evaluated, params, rtol=1e-6)
-    params, state, averaged = small(
+    params, state, averaged = train_small(
         dj.def_a_sgd(optax.sgd(0.1, momentum=0.9), block, detach=0.0)
     )
     expected = np.mean(params + state[-1].residual, axis=0)
@@ -391,7 +393,7 @@ def test_eval_params():
 
 @dataclasses.dataclass(frozen=True)
 class Share(C.Codec):
-    """Sends the share `delta` of everything."""
+    """Scales every entry by `delta`."""
 
     delta: float
     linear = True
@@ -407,10 +409,10 @@ class Share(C.Codec):
 
 @pytest.mark.parametrize("detach", [0.3, 1.0])
 def test_iterate_averaging_is_the_mean_of_error_feedback(detach):
-    params, state, evaluated = small(
+    params, state, evaluated = train_small(
         dj.def_sgd(optax.sgd(0.02, momentum=0.9), Share(1 / 8), detach=detach), steps=40
     )
-    mean, averages, average = small(
+    mean, averages, average = train_small(
         dj.sgd_ia(optax.sgd(0.02, momentum=0.9), ratio=8, detach=detach), steps=40
     )
     np.testing.assert_allclose(params.mean(0), mean[0], atol=1e-5)
@@ -461,8 +463,8 @@ def test_another_seed_selects_other_entries():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(3, 5), (), (0,), (0, 4), (4, 0)])
 @pytest.mark.parametrize("codec", CODECS, ids=str)
-def test_codecs_give_back_shape_and_dtype(codec, shape, dtype):
-    """Of leaves with, and without, entries."""
+def test_codecs_restore_shape_and_dtype(codec, shape, dtype):
+    """For leaves with and without entries."""
     x = jnp.ones(shape, dtype)
     if isinstance(codec, C.TopK) and codec.k is not None and 0 < x.size < codec.k:
         with pytest.raises(ValueError, match="at most the leaf's size"):
@@ -481,7 +483,7 @@ def test_codecs_give_back_shape_and_dtype(codec, shape, dtype):
 @pytest.mark.parametrize("layout", ["vmap", "shard_map"])
 @pytest.mark.parametrize("compressor", PAYLOADS, ids=str)
 def test_averages_are_equal_on_all_workers(compressor, layout):
-    """The mean of what arrived is the same everywhere, to the last bit."""
+    """The mean of the decompressed values is bitwise equal on all workers."""
     leaves = [normal((N, *shape), i) for i, shape in enumerate(SHAPES.values())]
 
     def worker(*leaves):
@@ -489,8 +491,8 @@ def test_averages_are_equal_on_all_workers(compressor, layout):
         return compressor.average(KEY, list(leaves), memory, axis)[:2]
 
     own, mean = jax.device_get(LAYOUTS[layout](worker)(*leaves))
-    same_bits(mean)
-    # Casts are averaged in the dtype that travels.
+    assert_rows_bitwise_equal(mean)
+    # `cast` averages in the dtype of its payload.
     atol = 1e-2 if isinstance(compressor, C.Cast) else 1e-5
-    for one, everywhere in zip(own, mean, strict=True):
-        np.testing.assert_allclose(one.mean(0), everywhere[0], rtol=1e-5, atol=atol)
+    for one, replicated in zip(own, mean, strict=True):
+        np.testing.assert_allclose(one.mean(0), replicated[0], rtol=1e-5, atol=atol)

@@ -1,7 +1,7 @@
-"""Bad input fails before any device work, in words that say what to do.
+"""Bad input raises an error before any device work, and the message names the remedy.
 
-One table. A row holds a call and what must come of it, as
-"error: argument | value | remedy", regular expressions for the message.
+Each row of the table holds a call and the expected error, written as
+"error: argument | value | remedy". The parts are regular expressions.
 """
 
 import re
@@ -27,7 +27,7 @@ from tests.support.layouts import compilations, nested_vmap
 from tests.support.registry import ALGORITHMS as ALL_ALGORITHMS
 
 T = dj.topology
-# Alternating sides without a weight of one's own: an eigenvalue of -1.
+# A bipartite graph without self-weights has the eigenvalue -1.
 BIPARTITE = T.Topology((np.roll(np.eye(8), 1, 0) + np.roll(np.eye(8), -1, 0)) / 2)
 COLUMNS = T.Topology([[0.9, 0.5], [0.1, 0.5]], "columns")
 X = jax.ShapeDtypeStruct((8, 3), jnp.float32)
@@ -37,12 +37,12 @@ ADAM = optax.adam(1e-3)
 
 
 def traced(fn, x=X, axis_name="workers"):
-    """A call of one worker's function that is traced only."""
+    """Returns a call that traces one worker's function without running it."""
     return lambda: jax.eval_shape(jax.vmap(fn, axis_name=axis_name), x)
 
 
 def updated(tx, *, params=False):
-    """Traces `update` on gradients, without params unless told otherwise."""
+    """Returns a call that traces `tx.update`, without params by default."""
     return traced(lambda x: tx.update(x, tx.init(x), x if params else None))
 
 
@@ -52,7 +52,7 @@ def injected():
 
 
 class Hidden(NamedTuple):
-    """A state that evaluates away from params."""
+    """A state whose evaluation model is hidden in the optimizer state."""
 
     x: Any
 
@@ -93,7 +93,7 @@ MIXING = {
         traced(lambda x: dj.average(x, axis_name="hubs")),
         "ValueError: axis_name | 'hubs' | name that you use",
     ),
-    "axis no string": (
+    "axis not a string": (
         traced(lambda x: dj.mix(x, RING, axis_name=3)),
         'TypeError: axis_name | 3 | "workers"',
     ),
@@ -101,7 +101,7 @@ MIXING = {
         lambda: dj.average_gradients(axis_name=None),
         'TypeError: axis_name | None | "workers"',
     ),
-    "axes none": (
+    "no axes": (
         lambda: dj.gossip(RING, axis_name=()),
         r"TypeError: axis_name | \(\) | string",
     ),
@@ -125,7 +125,7 @@ MIXING = {
         updated(dj.defacto(0.1, T.ring(4)), params=True),
         "ValueError: topology | 4 workers | 8 workers",
     ),
-    "axes in no order": (
+    "axes in ambiguous order": (
         lambda: jax.eval_shape(
             dj.Workers({"a": 6, "b": 2}, devices=jax.devices()[:4]).spmd(
                 lambda x: dj.mix(x, T.ring(12), axis_name=("a", "b"))
@@ -146,7 +146,7 @@ MIXING = {
         traced(lambda x: dj.average_gradients().update(x, optax.EmptyState()), INTS),
         "TypeError: updates | int32 | astype",
     ),
-    "integers now and then": (
+    "integers, periodically averaged": (
         traced(lambda x: dj.average_every({"count": x}, 2, 0), INTS),
         r"TypeError: tree.*\['count'\] | int32 | astype",
     ),
@@ -304,7 +304,7 @@ ALGORITHMS = {
         lambda: dj.gossip(T.Topology([[1.5, -0.5], [-0.5, 1.5]])),
         "ValueError: topology | negative | Metropolis",
     ),
-    "parts": (
+    "disconnected graph": (
         lambda: dj.dsgt(0.1, HALVES),
         "ValueError: topology | halves | add edges",
     ),
@@ -312,11 +312,11 @@ ALGORITHMS = {
         lambda: dj.d_psgd(0.1, None),
         r"TypeError: topology | None | dj\.topology\.ring",
     ),
-    "inner a class": (
+    "optimizer constructor": (
         lambda: dj.accelerated_tracking(optax.sgd, RING, rounds=4),
         r"TypeError: optimizer | function sgd | optax\.adam",
     ),
-    "inner of phases": (
+    "number instead of an optimizer": (
         lambda: dj.exact_phases(0.1, RING),
         r"TypeError: optimizer | 0.1 | optax\.adam",
     ),
@@ -334,8 +334,8 @@ ALGORITHMS = {
     ),
 }
 WORKERS = {
-    "none": (lambda: dj.Workers(0), "ValueError: shape | 0 | >= 1"),
-    "half": (lambda: dj.Workers(2.5), "TypeError: shape | 2.5 | >= 1"),
+    "no workers": (lambda: dj.Workers(0), "ValueError: shape | 0 | >= 1"),
+    "2.5 workers": (lambda: dj.Workers(2.5), "TypeError: shape | 2.5 | >= 1"),
     "bool": (lambda: dj.Workers(True), "TypeError: shape | True | >= 1"),
     "no axis": (lambda: dj.Workers({}), 'ValueError: shape | {} | "workers": 8'),
     "empty axis": (
@@ -363,7 +363,10 @@ WORKERS = {
         lambda: dj.Workers({"hub": 3, "worker": 3}),
         r"ValueError: shape={'hub': 3, 'worker': 3} | 8 devices | \[:3\]",
     ),
-    "no function": (lambda: dj.Workers(8).spmd(3), "TypeError: fn | 3 | one worker's"),
+    "fn not a function": (
+        lambda: dj.Workers(8).spmd(3),
+        "TypeError: fn | 3 | one worker's",
+    ),
     "shard": (
         lambda: dj.Workers(8).shard({"x": np.ones((4, 2))}),
         r"ValueError: tree | \(4, 2\) at \['x'\] | \.replicate",
@@ -404,7 +407,7 @@ WORKERS = {
 
 
 def module_update(tx, shape, arrays, what):
-    """Traces a step with leaves that are not arrays in the gradients or params."""
+    """Traces a step whose gradients or params hold leaves that are not arrays."""
     trees = {"updates": arrays, "params": arrays, what: MODULE}
 
     def step():
@@ -414,7 +417,7 @@ def module_update(tx, shape, arrays, what):
 
 
 def counted_update(tx, shape, arrays):
-    """Traces a step whose parameters have an integer that init has not seen."""
+    """Traces a step whose params hold an integer leaf that `init` did not see."""
     grads, params = arrays | {"count": None}, arrays | {"count": np.ones(2, np.int32)}
 
     def step():
@@ -424,43 +427,43 @@ def counted_update(tx, shape, arrays):
 
 
 def table():
-    """All rows: (id, call, what the message must match)."""
+    """Yields all rows: (id, call, expected error)."""
     yield from bad_topologies.rows()
     others = bad_compression, bad_local_updates, bad_ordering, bad_asynchronous
     for rows in (module.ROWS for module in others):
         yield from ((name, *row) for name, row in rows.items())
     for group in (MIXING, ALGORITHMS, WORKERS):
         yield from ((name, *row) for name, row in group.items())
-    for name, (rate, words) in RATES.items():
-        yield f"learning_rate {name}", partial(dj.d_psgd, rate, RING), words
+    for name, (rate, expected) in RATES.items():
+        yield f"learning_rate {name}", partial(dj.d_psgd, rate, RING), expected
     for name, make in BY_NAME.items():
-        for row, (call, words) in BY_NAME_ROWS.items():
-            yield f"{name} {row}", partial(call, make), words
+        for row, (call, expected) in BY_NAME_ROWS.items():
+            yield f"{name} {row}", partial(call, make), expected
     for name, call in NOT_ARRAY_ROWS.items():
         yield f"{name} of a module", call, NOT_ARRAYS
     for name, algorithm in ALL_ALGORITHMS.items():
         if not hasattr(dj, algorithm.build.__name__):
-            continue  # begins with a part of optax, which does not check
-        tx, words = algorithm.make(0.1), NOT_ARRAYS
-        yield f"{name} init of a module", partial(tx.init, MODULE), words
+            continue  # starts with an optax transformation, which has no such checks
+        tx, expected = algorithm.make(0.1), NOT_ARRAYS
+        yield f"{name} init of a module", partial(tx.init, MODULE), expected
         arrays = jax.tree.map(lambda x: np.ones(2, np.float32), MODULE)
         for what in ("updates", "params"):
             call = partial(module_update, tx, algorithm.shape, arrays, what)
-            yield f"{name} update of a module in {what}", call, words
+            yield f"{name} update of a module in {what}", call, expected
         if algorithm.build is dj.all_reduce_sgd:
-            continue  # leaves parameters to optax
+            continue  # does not read the parameters
         call = partial(counted_update, tx, algorithm.shape, arrays)
         yield f"{name} update of a count in params", call, "TypeError: int32 | count"
     for name, tx in NEED_PARAMS.items():
-        words = f"ValueError: {name} needs params | None | update"
-        yield f"{name} without params", updated(tx), words
+        expected = f"ValueError: {name} needs params | None | update"
+        yield f"{name} without params", updated(tx), expected
 
 
 @pytest.mark.parametrize(
-    ("call", "words"), [pytest.param(*row, id=name) for name, *row in table()]
+    ("call", "expected"), [pytest.param(*row, id=name) for name, *row in table()]
 )
-def test_bad_input(call, words):
-    error, patterns = words.split(": ", maxsplit=1)
+def test_bad_input(call, expected):
+    error, patterns = expected.split(": ", maxsplit=1)
     with compilations() as compiled, pytest.raises((TypeError, ValueError)) as caught:
         call()
     message = str(caught.value)
@@ -471,8 +474,8 @@ def test_bad_input(call, words):
     assert not compiled
 
 
-def test_rates_that_are_not_known_yet_pass():
-    """Schedules and traced rates are checked by no one before they have a value."""
+def test_unknown_rates_are_accepted():
+    """Schedules and traced rates pass the checks: they have no value yet."""
     for rate in (optax.linear_schedule(1.0, 0.0, 10), np.float32(0.1), 0, jnp.ones([])):
         dj.d_psgd(rate, RING)
     tx = optax.inject_hyperparams(dj.d_psgd)(0.1, topology=RING)

@@ -1,6 +1,6 @@
-"""Which of optax's optimizers work as a base, measured on quadratics.
+"""Measures on quadratics which optax optimizers work inside the algorithms.
 
-Every public factory of optax stands in one class, whose promise is tested here and
+Every public optax factory belongs to one class, whose guarantee is tested here and
 documented in docs/optimizers.md. A factory that a newer optax adds fails
 `test_every_factory_is_classified` until it is measured and classified.
 """
@@ -24,7 +24,7 @@ from tests.support.registry import ALGORITHMS
 
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
-    # Of optax: of one alias, and within another.
+    # Deprecation warnings that one optax alias raises, and another raises internally.
     pytest.mark.filterwarnings("ignore:.*(optimistic_adam|seed).* is deprecated"),
 ]
 RING = dj.topology.ring(8)
@@ -32,7 +32,7 @@ STEPS = 900
 DRAWS = np.random.default_rng(0)
 SHAPES = {"m": (3, 2), "v": (4,)}
 CURVATURES = {k: np.linspace(0.5, 2, np.prod(s)).reshape(s) for k, s in SHAPES.items()}
-# Each worker's optimum; in the second setting all have the mean of them.
+# Two settings: one optimum per worker, and their mean as everyone's optimum.
 TARGETS = {k: DRAWS.normal(size=(8, *s)) for k, s in SHAPES.items()}
 TARGETS = {k: np.stack([t, t * 0 + t.mean(0)]) for k, t in TARGETS.items()}
 NOISE = {k: 0.3 * DRAWS.normal(size=(8, STEPS, *s)) for k, s in SHAPES.items()}
@@ -40,14 +40,14 @@ RATE = 0.04
 
 
 class Run(NamedTuple):
-    """What comes out where workers' optima differ, and where they are equal."""
+    """Results for heterogeneous and for equal optima."""
 
-    bias: np.ndarray  # [2]: distance of the mean model, averaged over the last steps
-    spread: np.ndarray  # [2]: largest distance of a last model from the mean
+    bias: np.ndarray  # [2]: error of the mean model, averaged over the last steps
+    spread: np.ndarray  # [2]: largest final distance between a model and the mean
 
 
 class Case(NamedTuple):
-    """An optimizer, and what else its `update` takes."""
+    """An optimizer and the extra arguments of its `update`."""
 
     base: Callable[[], optax.GradientTransformation]
     extra: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def run(tx, case, average=False):
-    """Trains on one device, both settings at once."""
+    """Trains on one device, in both settings at once."""
 
     def worker(target, noise):
         params = case.wrap({k: jnp.full(s, 0.5) for k, s in SHAPES.items()})
@@ -92,9 +92,9 @@ def run(tx, case, average=False):
     )
     noise = jax.tree.map(lambda x: x * case.noise, noise)
     workers = jax.vmap(worker, axis_name="workers")
-    # Compiling takes longer than these runs.
-    quickly = {"xla_backend_optimization_level": 0}
-    both = jax.jit(jax.vmap(workers, in_axes=(0, None)), compiler_options=quickly)
+    # Compilation takes longer than the runs: disable optimization.
+    unoptimized = {"xla_backend_optimization_level": 0}
+    both = jax.jit(jax.vmap(workers, in_axes=(0, None)), compiler_options=unoptimized)
     late, last = both(targets, noise)
     bias = [late[k].mean(1) - TARGETS[k].mean(1) for k in SHAPES]
     spread = [last[k] - last[k].mean(1, keepdims=True) for k in SHAPES]
@@ -106,7 +106,7 @@ def _largest(parts):
 
 
 def d_psgd(base, order="combine_then_adapt"):
-    """By hand, so that nothing is refused."""
+    """D-PSGD composed by hand, without the checks of `dj.d_psgd`."""
     return optax.chain(base, dj.gossip(RING, order=order))
 
 
@@ -115,7 +115,7 @@ def of(module, name, *args, **options):
 
 
 def scaled(base, rate=RATE):
-    """A case of a transformation that does not scale by a learning rate."""
+    """A case for a transformation that does not apply a learning rate itself."""
     return Case(lambda: optax.chain(base(), optax.scale_by_learning_rate(rate)))
 
 
@@ -130,12 +130,12 @@ def always(step, **extra_args):
 sgd = functools.partial(optax.sgd, RATE)
 
 
-def many(names, *args, module=optax):
+def cases(names, *args, module=optax):
     return {name: of(module, name, *args) for name in names.split()}
 
 
-# Linear in the gradient, with weights that all workers have in common: the mean model
-# goes where all-reduce takes it.
+# Linear in the gradient, with weights that are equal on all workers: the mean model
+# follows the model of all-reduce.
 AS_IS = {
     "add_decayed_weights": scaled(lambda: optax.add_decayed_weights(1e-3)),
     "add_noise": scaled(lambda: optax.add_noise(0.1, 0.5, 0)),
@@ -171,15 +171,15 @@ def _per_example(base):
     return lambda: optax.chain(optax.stateless(add_axis), base())
 
 
-# Each worker scales its own gradient: the mean model is that of all-reduce if workers'
-# data are alike, or if gradients are tracked.
+# Each worker rescales its own gradient: the mean model follows the model of all-reduce
+# only if the workers' data are similar or if gradients are tracked.
 RESCALES = {
-    **many("adabelief adam adamax adamaxw adamw adan amsgrad lion nadam nadamw", RATE),
-    **many("optimistic_adam_v2 radam rmsprop sign_sgd signum yogi fromage lamb", RATE),
-    **many("novograd adafactor", RATE),
-    **many("adagrad sm3", 0.3),
-    **many("acprop ademamix adopt muon", RATE, module=contrib),
-    **many("dog dowg", 1.0, module=contrib),
+    **cases("adabelief adam adamax adamaxw adamw adan amsgrad lion nadam nadamw", RATE),
+    **cases("optimistic_adam_v2 radam rmsprop sign_sgd signum yogi fromage lamb", RATE),
+    **cases("novograd adafactor", RATE),
+    **cases("adagrad sm3", 0.3),
+    **cases("acprop ademamix adopt muon", RATE, module=contrib),
+    **cases("dog dowg", 1.0, module=contrib),
     "adadelta": of(optax, "adadelta", 2.0),
     "adaptive_grad_clip": scaled(lambda: optax.adaptive_grad_clip(1.0)),
     "clip": scaled(lambda: optax.clip(1.0)),
@@ -214,7 +214,7 @@ RESCALES = {
     "simplified_ademamix": of(contrib, "simplified_ademamix", RATE / 100),
     "sophia": of(contrib, "sophia", RATE)._replace(extra=("obj_fn",)),
 }
-# They read the loss: of all workers, it must be the mean.
+# Optimizers that read the loss, which must be the mean over workers.
 READS_VALUE = {
     "momo": of(contrib, "momo", RATE),
     "momo_adam": of(contrib, "momo_adam", RATE),
@@ -224,7 +224,7 @@ READS_VALUE = {
     ),
 }
 READS_VALUE = {k: c._replace(extra=("value",)) for k, c in READS_VALUE.items()}
-# They need to move the parameters alone, on averaged gradients.
+# Optimizers that need averaged gradients and must be the only ones to move parameters.
 MOVES_ALONE = {
     "cocob": of(contrib, "cocob"),
     "dadapt_adamw": of(contrib, "dadapt_adamw"),
@@ -244,7 +244,7 @@ LINE_SEARCHES = {
     ),
     "scale_by_zoom_linesearch": of(optax, "scale_by_zoom_linesearch", 10),
 }
-# They contain other optimizers, and are of these optimizers' class.
+# Wrappers, which belong to the class of the optimizer that they wrap.
 WRAPPERS = {
     "apply_if_finite": lambda base: optax.apply_if_finite(base, 3),
     "chain": lambda base: optax.chain(base),
@@ -268,7 +268,7 @@ WRAPPERS = {
     ),
     "with_extra_args_support": optax.with_extra_args_support,
 }
-# Parts of an optimizer above: name -> whose.
+# Parts of the optimizers above: part -> optimizer.
 PARTS = {
     "hutchinson_estimator_diag_hessian": "sophia",
     "scale_by_acprop": "acprop",
@@ -298,7 +298,7 @@ PARTS = {
     "scale_by_sm3": "sm3",
     "scale_by_yogi": "yogi",
 }
-# They move to another point than the optimum, or not at all.
+# Transformations that move away from the optimum, or do not move at all.
 PROJECTS = {"centralize", "freeze", "keep_params_nonnegative", "set_to_zero"}
 NO_OPTIMIZERS = {
     "matrix_inverse_pth_root",
@@ -313,7 +313,7 @@ NO_OPTIMIZERS = {
 
 
 def factories():
-    """Public functions of optax that may give an optimizer."""
+    """Yields the public optax functions that may return an optimizer."""
     for module in (optax, contrib):
         for name, fn in vars(module).items():
             is_function = isinstance(fn, (types.FunctionType, functools.partial))
@@ -325,7 +325,7 @@ def factories():
 
 
 def test_every_factory_is_classified():
-    """Fails for what a newer optax adds: measure it, and tell docs/optimizers.md."""
+    """If a new optax factory fails here, measure it and update docs/optimizers.md."""
     classes = (AS_IS, RESCALES, READS_VALUE, MOVES_ALONE, LINE_SEARCHES, WRAPPERS)
     classified = [*PARTS, *PROJECTS, *NO_OPTIMIZERS, *(k for c in classes for k in c)]
     assert len(set(classified)) == len(classified)
@@ -335,25 +335,25 @@ def test_every_factory_is_classified():
 
 
 @pytest.mark.parametrize("name", AS_IS)
-def test_mean_model_is_that_of_all_reduce(name):
+def test_mean_model_follows_all_reduce(name):
     result = run(d_psgd(AS_IS[name].base()), AS_IS[name])
     assert result.bias.max() < 0.06
     assert result.spread.max() < 0.6
 
 
 @pytest.mark.parametrize("name", RESCALES)
-def test_scaled_by_each_worker(name):
+def test_rescaled_on_each_worker(name):
     case = RESCALES[name]
     gossiped = run(d_psgd(case.base()), case)
     assert gossiped.bias[1] < 0.1
     assert gossiped.spread.max() < 1
-    # Adaptive steps are as long at an optimum as elsewhere: trackers' noise counts.
+    # Adaptive steps do not shrink at the optimum, so the trackers' noise matters.
     assert run(dj.dsgt(case.base(), RING), case).bias.max() < 0.1
 
 
 @pytest.mark.parametrize("name", READS_VALUE)
 def test_reads_value(name):
-    """With the mean loss it works; where models stay equal, another is refused."""
+    """Converges with the mean loss; all-reduce refuses a loss that is not the mean."""
     case = READS_VALUE[name]
     tx = dj.all_reduce_sgd(case.base())
     result = run(tx, case, average=True)
@@ -373,7 +373,7 @@ def test_reads_value(name):
         jax.eval_shape(workers.spmd(functools.partial(step, average=False)), x)
 
 
-def test_a_value_that_nobody_reads_is_allowed():
+def test_unread_value_is_allowed():
     tx = dj.all_reduce_sgd(0.1)
 
     def step(x):
@@ -382,7 +382,7 @@ def test_a_value_that_nobody_reads_is_allowed():
     jax.eval_shape(dj.Workers(8).spmd(step), jnp.ones((8, 3)))
 
 
-# Every algorithm that takes an optimizer, in one of its settings.
+# One setting of every algorithm that takes an optimizer.
 SETTINGS = {
     setting.build.__name__: setting
     for setting in ALGORITHMS.values()
@@ -399,7 +399,7 @@ ALONE, TOGETHER = (
 PARAMS = {"m": jnp.ones((3, 2)), "v": jnp.ones(4)}
 
 
-def test_every_algorithm_with_an_optimizer_is_here():
+def test_every_algorithm_with_an_optimizer_is_covered():
     algorithms = {name: getattr(dj.algorithms, name) for name in dj.algorithms.__all__}
     taking = {
         name
@@ -411,7 +411,7 @@ def test_every_algorithm_with_an_optimizer_is_here():
 
 @pytest.mark.parametrize("name", MOVES_ALONE)
 def test_moves_alone(name):
-    """With averaged gradients it works; by hand under gossip it does not."""
+    """Converges with averaged gradients, but not when composed by hand with gossip."""
     case = MOVES_ALONE[name]
     for make in ALONE.values():
         make(case.base()).init(PARAMS)
@@ -435,7 +435,7 @@ def test_line_searches_are_refused(name, algorithm):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers_are_of_the_class_of_what_they_contain(name):
+def test_wrappers_belong_to_the_class_of_their_content(name):
     wrapped = WRAPPERS[name]
     with pytest.raises(ValueError, match="optimizer must not contain prodigy"):
         dj.d_psgd(wrapped(contrib.prodigy()), RING).init(PARAMS)

@@ -1,4 +1,4 @@
-"""What every algorithm must do, driven by the one registry."""
+"""Requirements on every algorithm, driven by the registry."""
 
 import functools
 
@@ -54,10 +54,10 @@ def stacked(params):
 
 @pytest.mark.parametrize("name", [n for n, a in COMMON.items() if a.finds_optimum])
 def test_converges_on_a_quadratic(name):
-    """The workers' mean reaches the optimum of the mean loss; they stay together.
+    """The workers' mean reaches the optimum of the mean loss, and workers stay close.
 
-    On average over the last steps: at a constant rate some compressors keep moving, but
-    no gradient is lost on the way.
+    At a constant rate, some compressed algorithms keep moving around the optimum. The
+    average over the last steps still reaches it, because no gradient is lost.
     """
     algorithm = COMMON[name]
     tx = algorithm.make(0.03)
@@ -81,7 +81,7 @@ def test_converges_on_a_quadratic(name):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_shapes_and_weak_types_are_kept(algorithm, dtype):
-    """State and parameters leave a step as they entered: no second compilation."""
+    """A step preserves the types of state and parameters, so it compiles once."""
     tx = algorithm.make(0.1)
     params = {"a": jnp.zeros(2, dtype), "b": jnp.zeros(3, dtype)}
     carry = (params, tx.init(params))
@@ -102,7 +102,7 @@ def test_dtypes_shapes_and_weak_types_are_kept(algorithm, dtype):
     def is_optax(node):
         return type(node).__module__.startswith("optax")
 
-    # Counters; and what is integrated over steps, which needs more digits.
+    # Counters are int32. States that are integrated over steps are float32.
     for node in jax.tree.leaves(carry[1], is_leaf=is_optax):
         assert is_optax(node) or node.dtype in (jnp.int32, jnp.float32)
 
@@ -121,12 +121,12 @@ def test_one_compilation_and_donation(algorithm):
 
 
 def path(tx, algorithm, workers, steps=9):
-    """Parameters after each of some steps, `[workers, 5]`."""
+    """Parameters after each step, shape `[steps, workers, 5]`."""
     targets = targets_of(algorithm)
     step = workers.spmd(functools.partial(train_step, tx))
     carry, found = start(tx, workers), []
     for _ in range(steps):
-        # Waiting keeps JAX 0.10's fake devices from running into each other.
+        # Wait: JAX 0.10's fake devices can block each other with many steps in flight.
         carry = jax.block_until_ready(step(carry, targets))
         found.append(stacked(carry[0]))
     return np.stack(found)
@@ -138,7 +138,7 @@ def on_one_device(algorithm):
 
 @functools.cache
 def plain(name):
-    """The path at the rate .1, on one device."""
+    """The path at learning rate 0.1 on one device."""
     algorithm = COMMON[name]
     found = path(algorithm.make(0.1), algorithm, on_one_device(algorithm))
     assert np.abs(found).max() > 0
@@ -146,14 +146,14 @@ def plain(name):
 
 
 def injected(algorithm, rate):
-    """All numbers are arrays: the optimizer's own inside it."""
+    """Injects all numbers of the algorithm and of its optimizer as arrays."""
     optimizer = algorithm.optimizer(rate, optax.inject_hyperparams)
     return inject(algorithm.build, optimizer, **algorithm.arguments)
 
 
 @pytest.mark.parametrize("name", COMMON)
 def test_inject_hyperparams(name):
-    """Numbers injected as traced values give what constant ones give."""
+    """Injected hyperparameters give the same path as constants."""
     algorithm = COMMON[name]
     found = path(injected(algorithm, 0.1), algorithm, on_one_device(algorithm))
     np.testing.assert_allclose(found, plain(name), atol=1e-6)
@@ -164,8 +164,8 @@ def falling(count):
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_an_injected_schedule_is_the_direct_one(name):
-    """Injection evaluates it in every call: so must those who call it seldom."""
+def test_injected_schedule_equals_direct_schedule(name):
+    """Both count calls of `update`, even where the optimizer runs less often."""
     algorithm = COMMON[name]
     workers = on_one_device(algorithm)
     txs = injected(algorithm, falling), algorithm.make(falling)
@@ -174,8 +174,8 @@ def test_an_injected_schedule_is_the_direct_one(name):
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_an_injected_outer_schedule_is_the_direct_one(inside):
-    """Of SlowMo over iterations; inside an outer optimizer over exchanges."""
+def test_injected_outer_schedule_equals_direct_schedule(inside):
+    """SlowMo's schedule counts iterations; an outer optimizer's counts exchanges."""
     algorithm = COMMON["local_sgd"]
     workers = on_one_device(algorithm)
     if inside:
@@ -193,7 +193,7 @@ def test_an_injected_outer_schedule_is_the_direct_one(inside):
 
 @pytest.mark.parametrize("name", COMMON)
 def test_multi_steps(name, standard_promotion):
-    """Two half-gradients through MultiSteps are one step, also across devices."""
+    """Two micro-steps of MultiSteps equal one step, also across devices."""
     algorithm = COMMON[name]
     many = optax.MultiSteps(algorithm.make(0.1), every_k_schedule=2)
     found = path(many, algorithm, dj.Workers(algorithm.shape), 18)
@@ -201,7 +201,7 @@ def test_multi_steps(name, standard_promotion):
 
 
 def test_extra_arguments_are_accepted_and_passed_on(algorithm):
-    """An argument for one transformation of a chain does not trouble the others."""
+    """Algorithms accept extra arguments of other transformations in a chain."""
     passed_on = []
 
     def needs_value(updates, state, params=None, *, value, **extra_args):
@@ -222,7 +222,7 @@ def test_extra_arguments_are_accepted_and_passed_on(algorithm):
 
 
 def test_worker_axes_may_have_other_names(algorithm):
-    """A name that is dropped on the way would not be bound."""
+    """An axis name that is not passed on would be unbound and raise an error."""
     sizes = named(algorithm.shape).values()
     words = ("axis_name",) if len(sizes) == 1 else ("hub_axis", "worker_axis")
     axes = {word: word.upper() for word in words}
@@ -240,7 +240,7 @@ def test_worker_axes_may_have_other_names(algorithm):
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_masks_leave_out(name):
+def test_masked_leaves_do_not_affect_the_others(name):
     algorithm = COMMON[name]
     workers = on_one_device(algorithm)
     masked = optax.masked(algorithm.make(0.1), {"a": True, "b": False})
@@ -250,7 +250,7 @@ def test_masks_leave_out(name):
 
 @pytest.mark.parametrize("name", COMMON)
 def test_around_an_exchange_apply_if_finite_is_refused(name):
-    """A worker whose gradient is not finite would not come to the exchange."""
+    """A worker with a non-finite gradient would skip the exchange."""
     algorithm = COMMON[name]
     tx = optax.apply_if_finite(algorithm.make(0.1), 3)
     workers = dj.Workers(algorithm.shape)
@@ -260,8 +260,8 @@ def test_around_an_exchange_apply_if_finite_is_refused(name):
 
 
 @pytest.mark.parametrize("name", COMMON)
-def test_counters_go_on_at_their_end(name, monkeypatch):
-    """What happens every few steps still does when the count has begun again."""
+def test_counters_wrap_around(name, monkeypatch):
+    """Periodic actions keep their rhythm after the counter wraps around."""
     algorithm = COMMON[name]
     workers, targets = on_one_device(algorithm), targets_of(algorithm)
 
@@ -283,7 +283,7 @@ def test_counters_go_on_at_their_end(name, monkeypatch):
     expected, draws = moved()
     monkeypatch.setattr(numbers, "LARGEST_COUNT", 30)
     found, _ = moved()
-    # Random numbers of the second round are those of the first.
+    # Random numbers repeat after wrapping: compare only the steps before.
     length = 30 - 12 if draws else 70
     jax.tree.map(
         lambda x, y: np.testing.assert_array_equal(
@@ -294,7 +294,7 @@ def test_counters_go_on_at_their_end(name, monkeypatch):
 
 
 @pytest.mark.parametrize("period", [1, 3, 4, 1000, 10**6])
-def test_a_count_keeps_its_remainder(period):
+def test_advance_preserves_the_remainder(period):
     last = numbers.LARGEST_COUNT // period * period
     for count in (0, 1, last - 1, last):
         following = int(numbers.advance(count, period))
@@ -303,7 +303,7 @@ def test_a_count_keeps_its_remainder(period):
 
 
 @pytest.mark.parametrize("num_devices", [8, 2, 1])
-def test_float32_is_kept_where_integers_are_wide(algorithm, num_devices, x64):
+def test_float32_is_kept_under_x64(algorithm, num_devices, x64):
     """Under `jax_enable_x64` index arithmetic must not mix int32 with int64."""
     workers = dj.Workers(algorithm.shape, devices=jax.devices()[:num_devices])
     tx = algorithm.make(0.1)
@@ -323,7 +323,7 @@ def test_float32_is_kept_where_integers_are_wide(algorithm, num_devices, x64):
 
 @pytest.mark.parametrize("name", COMMON)
 def test_leaves_without_entries_change_nothing(name):
-    """As in plain optax: packed for the way between devices, and in each of them."""
+    """As in plain optax, both between devices, where leaves are packed, and on one."""
     algorithm = COMMON[name]
     workers = dj.Workers(algorithm.shape, devices=jax.devices()[:2])
     tx, targets = algorithm.make(0.1), targets_of(algorithm)
@@ -348,7 +348,7 @@ def test_leaves_without_entries_change_nothing(name):
 
 
 def test_checkpoint_round_trip(algorithm, tmp_path):
-    """Saved half-way with Orbax and restored, a run ends where it would have."""
+    """A run that Orbax saves and restores half-way ends in the same state."""
     workers = on_one_device(algorithm)
     tx = algorithm.make(0.1)
     step = workers.spmd(functools.partial(train_step, tx))

@@ -3,7 +3,7 @@
 Hypothesis draws an algorithm and its options, a topology, optax wrappers, a tree,
 dtypes and a layout; see `tests/support/fuzz_cases.py`.
 `DECENTRAL_JAX_FUZZ=1000 python -m pytest -n 0 tests/contracts/test_fuzz.py` runs 1,000
-cases instead of two of each algorithm, and `DECENTRAL_JAX_FUZZ_SEED=1` others.
+cases instead of two per algorithm. `DECENTRAL_JAX_FUZZ_SEED=1` draws different cases.
 """
 
 import functools
@@ -60,7 +60,7 @@ def ends(shapes):
 def problem(case):
     """Quadratics that differ between workers, with fresh noise each iteration.
 
-    Leaves of curvatures, optima and noise, each exact in the leaf's dtype.
+    Returns curvatures, optima and noise as leaves, rounded to the leaves' dtypes.
     """
     rng = np.random.default_rng(case.seed)
 
@@ -83,9 +83,9 @@ def setting(case, shapes):
 
 
 def expected(case, rng=None):
-    """The path, leaves [n, STEPS + 1, ...].
+    """The path by the reference: leaves [n, STEPS + 1, ...].
 
-    With `rng`, every number of the problem moves by up to one unit in the last place.
+    With `rng`, perturbs each number of the problem by up to one unit in the last place.
     """
     curvature, optimum, noise = (
         np.concatenate([x.reshape(*x.shape[:axes], -1) for x in part], -1).astype(float)
@@ -141,7 +141,7 @@ def transformation(case):
         momentum = {k: given.pop(k) for k in ("momentum",) if k in given}
         make = algorithm.optimizer
         if case.injected == "optimizer":
-            # Wider numbers would widen the state of optax's momentum.
+            # float32 hyperparameters would widen the state of optax's momentum.
             narrow = jnp.bfloat16 if case.dtype == "mixed" else None
             plain = optax.sgd if make is sgd else make
             make = optax.inject_hyperparams(plain, hyperparam_dtype=narrow)
@@ -172,8 +172,8 @@ def mapped(case, fn):
     if case.layout.startswith("devices_"):
         build = flat(on_devices(int(case.layout.removeprefix("devices_"))))
     elif case.layout == "shard_map":
-        # A carry from a constant and the branches of MultiSteps are typed otherwise
-        # than what varies over workers.
+        # A scan whose carry starts from constants, and the branches of MultiSteps, mix
+        # types that vary over workers with types that do not.
         check_vma = not (case.scan or case.multi_steps)
         build = flat(functools.partial(shard_map, check_vma=check_vma))
     else:
@@ -182,7 +182,7 @@ def mapped(case, fn):
 
 
 def found(case):
-    """The path, leaves [n, STEPS + 1, ...], by the library."""
+    """The path by the library: leaves [n, STEPS + 1, ...]."""
     tx = transformation(case)
 
     def iteration(curvature, optimum, params, state, noise):
@@ -190,11 +190,11 @@ def found(case):
             c * (x - o) + e
             for c, x, o, e in zip(curvature, params, optimum, noise, strict=True)
         ]
-        # MultiSteps takes the mean of two parts, which is the gradient.
+        # MultiSteps averages the two parts; their mean is the gradient.
         for share in (0.5, 1.5) if case.multi_steps else (1,):
             part = [g * jnp.asarray(share, g.dtype) for g in gradient]
             updates, state = tx.update(part, state, params)
-            # optax's own updates take an injected rate's dtype.
+            # optax's own updates take the dtype of an injected rate.
             if case.injected == "no":
                 assert [u.dtype for u in updates] == [x.dtype for x in params]
             params = optax.apply_updates(params, updates)
@@ -223,7 +223,7 @@ def found(case):
     path = [params]
     for t in range(STEPS):
         now = [x[:, t] for x in noise]
-        # Waiting keeps fake devices from running into each other.
+        # Wait: with many steps in flight, fake devices can block each other.
         params, state = jax.block_until_ready(
             step(curvature, optimum, params, state, now)
         )
@@ -232,7 +232,7 @@ def found(case):
 
 
 def errors(case):
-    """Of each leaf, in units in its dtype's last place; and the largest allowed."""
+    """Yields per leaf: error and largest allowed error, in units in the last place."""
     algorithm = ALGORITHMS[case.algorithm]
     with jax.enable_x64(case.dtype == "float64"):
         paths = jax.tree.map(np.asarray, found(case))
@@ -247,10 +247,10 @@ def errors(case):
 
 
 def sensitivity(case):
-    """How far one unit in the last place of the problem moves the reference, in units.
+    """Condition number of the reference: output change per unit of input change.
 
-    A power iteration may start almost orthogonal to the matrix's largest direction, and
-    then magnifies rounding. The largest of eight random moves.
+    A power iteration that starts almost orthogonal to the leading singular vector
+    magnifies rounding. Returns the largest change of eight random perturbations.
     """
     rng, wanted = np.random.default_rng(0), expected(case)
     unit = np.finfo(float).eps
@@ -266,13 +266,13 @@ def sensitivity(case):
 def check(case):
     for error, allowed in errors(case):
         if error > allowed and case.dtype == "float64":
-            # Rounding errors of all operations are magnified alike.
+            # An ill-conditioned case magnifies the rounding errors of all operations.
             allowed *= max(1.0, sensitivity(case))
         assert error <= allowed
 
 
 def each(count, run, **options):
-    """Runs some cases of each algorithm: drawn together, some would come seldom."""
+    """Runs `count` cases per algorithm: drawn together, some would be rare."""
     bounded = settings(
         max_examples=count,
         deadline=None,
@@ -285,18 +285,18 @@ def each(count, run, **options):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_equals_reference(name):
-    # The first case that Hypothesis draws is the simplest one.
+    # Run at least two: the first case that Hypothesis draws is the simplest one.
     each(max(2, COUNT // len(ALGORITHMS)), check)(name)
 
 
-def test_an_algorithm_of_the_registry_alone(monkeypatch):
-    """Those without options here are drawn with the options of the registry."""
+def test_algorithm_that_only_the_registry_describes(monkeypatch):
+    """Algorithms without fuzz options take their options from the registry."""
     monkeypatch.setitem(ALGORITHMS, "sgp", from_registry(registry.ALGORITHMS["sgp"]))
     each(2, check)("sgp")
 
 
 def test_all_kinds_of_cases_are_drawn():
-    """What is never drawn is a hole. Nothing is run here."""
+    """The draws cover every option. The cases themselves do not run here."""
     seen = Counter()
 
     def count(case):

@@ -1,7 +1,7 @@
-"""Hyperparameters that optax.inject_hyperparams makes arrays mean what numbers mean.
+"""Hyperparameters that `optax.inject_hyperparams` turns into arrays act like numbers.
 
-Which there are is read off the signatures: a new factory or argument is tested too, or
-asks for a value in one of the tables.
+The tests read the hyperparameters from the signatures of all factories. A new argument
+needs a value in one of the tables.
 """
 
 import functools
@@ -20,8 +20,8 @@ import decentral_jax as dj
 from tests.support.injection import FLOATS, inject
 from tests.support.layouts import LAYOUTS, Shape, named
 
-# What shapes the program. An exchange in every second step keeps the layout of error
-# feedback's state independent of `detach`.
+# Arguments that determine the structure of the program. With `period` 2, the layout of
+# error feedback's state does not depend on `detach`.
 SHAPING = {
     "delay": 1,
     "fragments": 2,
@@ -37,7 +37,7 @@ SHAPING = {
     "sketch": 4,
     "tau": 1,
 }
-# Its schedules have tests of their own, beside those of the algorithms.
+# Arguments that are not tested here. Other tests cover schedules of the learning rate.
 OTHERS: dict[str, Any] = {
     "learning_rate": 0.125,
     "compressor": dj.compression.random_block(2),
@@ -47,7 +47,7 @@ OTHERS: dict[str, Any] = {
     "topology": dj.topology.ring(8).lazy(0.75),
     "trace": dj.traces.uniform_delay(3, 100, num_workers=8),
 }
-# What `asynchronous` passes to its inner optimizer.
+# Extra arguments that `asynchronous` passes to its inner optimizer.
 PASSED = {"scale_by_staleness": {"staleness": 3}}
 STEPS = 6
 
@@ -80,7 +80,7 @@ SHAPED = [(n, a) for n in FACTORIES for a in numbers(n) if a in SHAPING]
 
 
 def arguments(name, which=0):
-    """A value of each argument that is a number or has no default."""
+    """Values for all arguments that are numbers or have no default."""
     values = OTHERS | SHAPING | {a: pair[which] for a, pair in FLOATS.items()}
     taken = inspect.signature(getattr(dj, name)).parameters
     return {a: value for a, value in values.items() if a in taken}
@@ -102,14 +102,14 @@ def shape_of(name) -> Shape:
 
 @pytest.fixture
 def promotion(request):
-    """Strict, but where optax is handed several dtypes."""
+    """Strict dtype promotion, except where optax receives several dtypes."""
     mixed = request.node.callspec.params.get("dtype") == "mixed"
     with jax.numpy_dtype_promotion("standard" if mixed else "strict"):
         yield
 
 
 def start(dtype=jnp.float32):
-    """Parameters, and each worker's optimum."""
+    """Parameters, and one optimum per worker."""
     first, second = (jnp.float32, jnp.bfloat16) if dtype == "mixed" else [dtype] * 2
     params = {"a": jnp.zeros(2, first), "b": jnp.ones((2, 3), second)}
     rng = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def step(name, tx, params, state, optimum):
 
 
 def scanned(name, tx, dtype=jnp.float32, layout="vmap"):
-    """The path, and the models that are evaluated at its end."""
+    """Runs one scan; returns the path and the final models from `eval_params`."""
     params, optima = start(dtype)
 
     def run(optimum):
@@ -145,7 +145,7 @@ def scanned(name, tx, dtype=jnp.float32, layout="vmap"):
 
 
 def one_by_one(name, steps, change=lambda t, state: state):
-    """The path by one transformation a step, and by hand in between."""
+    """The path of one transformation per step; `change` edits the state before each."""
     params, optima = start()
     states = steps[0].init(params)
     carry = jax.tree.map(
@@ -163,7 +163,7 @@ def one_by_one(name, steps, change=lambda t, state: state):
     return path
 
 
-def same(found, expected):
+def assert_close(found, expected):
     # A few units in the last place.
     def compare(x, y):
         assert x.dtype == y.dtype
@@ -174,8 +174,8 @@ def same(found, expected):
     jax.tree.map(compare, found, expected)
 
 
-def changing(t):
-    """Which of the two values is used in a step: others at exchanges, too."""
+def value_index(t):
+    """Index of the value that step t uses; exchanges use both values."""
     return 0 if t % 3 == 0 else 1
 
 
@@ -187,16 +187,16 @@ def test_every_number_has_a_value_here(name):
 @pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
 @pytest.mark.parametrize("name", FLOATING)
-def test_arrays_mean_what_numbers_mean(name, dtype):
+def test_injected_arrays_act_like_numbers(name, dtype):
     expected = scanned(name, build(name), dtype)
     layout = "folded_2" if dtype == "float32" else "vmap"
-    same(scanned(name, injected(name), dtype, layout), expected)
+    assert_close(scanned(name, injected(name), dtype, layout), expected)
 
 
 @pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("name", FLOATING)
 def test_a_sweep_of_numbers(name):
-    """Traced and batched numbers, passed directly."""
+    """Hyperparameters may be traced and batched arrays."""
     names = [a for a in numbers(name) if a in FLOATS]
 
     def run(values):
@@ -207,7 +207,7 @@ def test_a_sweep_of_numbers(name):
     found = jax.vmap(run)(pairs)
     parts = [jax.tree.map(lambda x, i=which: x[i], found) for which in (0, 1)]
     for which, part in enumerate(parts):
-        same(part, scanned(name, build(name, which)))
+        assert_close(part, scanned(name, build(name, which)))
     differences = jax.tree.map(lambda x, y: np.abs(x - y).max(), *parts)
     assert max(jax.tree.leaves(differences)) > 1e-2
 
@@ -215,24 +215,24 @@ def test_a_sweep_of_numbers(name):
 @pytest.mark.usefixtures("promotion")
 @pytest.mark.parametrize("name", FLOATING)
 def test_numbers_that_change_from_step_to_step(name):
-    """By a schedule, or by hand in the state, as if each step had its own number."""
+    """A schedule, or an edit of the state, equals one transformation per value."""
     names = [a for a in numbers(name) if a in FLOATS]
     direct = [build(name, which) for which in (0, 1)]
-    expected = one_by_one(name, [direct[changing(t)] for t in range(STEPS)])
+    expected = one_by_one(name, [direct[value_index(t)] for t in range(STEPS)])
 
     def schedule(pair):
         return lambda count: jnp.where(count % 3 == 0, *map(jnp.float32, pair))
 
     scheduled = injected(name, **{a: schedule(FLOATS[a]) for a in names})
-    same(one_by_one(name, [scheduled] * STEPS), expected)
+    assert_close(one_by_one(name, [scheduled] * STEPS), expected)
 
     def change(t, state):
         for a in names:
             old = state.hyperparams[a]
-            state.hyperparams[a] = jnp.full_like(old, FLOATS[a][changing(t)])
+            state.hyperparams[a] = jnp.full_like(old, FLOATS[a][value_index(t)])
         return state
 
-    same(one_by_one(name, [injected(name)] * STEPS, change), expected)
+    assert_close(one_by_one(name, [injected(name)] * STEPS, change), expected)
 
 
 @pytest.mark.parametrize(("name", "argument"), SHAPED)
@@ -249,8 +249,8 @@ def test_numbers_that_shape_the_program_are_refused(name, argument):
 
 
 @pytest.mark.parametrize("name", ["apam", "amsgrad", "project"])
-def test_a_function_that_is_no_schedule_is_refused(name, standard_promotion):
-    """Taken for a schedule, it is called with the count, and gives an array."""
+def test_a_function_that_is_not_a_schedule_is_refused(name, standard_promotion):
+    """optax would take it for a schedule and replace it with an array."""
     given = arguments(name)
     static = [a for a in given if a != "projection"]
     tx = optax.inject_hyperparams(getattr(dj, name), static_args=static)(**given)
@@ -269,7 +269,7 @@ def test_a_number_out_of_range_is_refused_where_it_is_known():
 @pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
 @pytest.mark.parametrize("name", ["detag", "defacto"])
 def test_a_wider_number_in_the_optimizer(name, dtype, standard_promotion):
-    """It widens the optimizer's steps and state, but not in every iteration."""
+    """A float32 rate may widen the state in `init`, but no step changes its dtypes."""
     inject = optax.inject_hyperparams(optax.sgd, hyperparam_dtype=jnp.float32)
     optimizer = inject(0.125, momentum=0.5)
     tx = getattr(dj, name)(optimizer, OTHERS["topology"], rounds=2)
@@ -285,7 +285,7 @@ def test_a_wider_number_in_the_optimizer(name, dtype, standard_promotion):
 
 
 def test_numbers_in_half_precision_are_computed_with_in_float32():
-    """What follows from them, here 1 / 3, is not rounded to half precision."""
+    """Values derived from them, here 1 / 3, are not rounded to half precision."""
     tx = dj.sgd_ia(1.0, ratio=jnp.bfloat16(3.0), detach=0.0)
 
     def run(x):

@@ -1,8 +1,8 @@
 """Ordinary one-worker programs give the same numbers in every layout.
 
 The programs and the tolerance are in one_worker_programs.py. All programs of a layout
-are compiled as one; where that fails, each is run by itself, so that the message names
-the programs at fault.
+compile as one. If this fails, each program runs alone, so that the message names the
+programs at fault.
 """
 
 import functools
@@ -54,17 +54,17 @@ def run(workers, data, names):
 
 
 def faults(run, data, expected):
-    """One line for each program that fails or differs."""
+    """Returns one line per program that fails or differs."""
     try:
         return programs.differences(run(data, list(PROGRAMS)), expected)
     except Exception:
-        told = []
+        reports = []
     for name in PROGRAMS:
         try:
-            told += programs.differences(run(data, [name]), {name: expected[name]})
+            reports += programs.differences(run(data, [name]), {name: expected[name]})
         except Exception as error:
-            told.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-    return told or ["no program fails by itself, but all together do"]
+            reports.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+    return reports or ["every program passes alone, but all of them fail together"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,8 +72,8 @@ def test_equals_vmap(layout):
     shape, num_devices = LAYOUTS[layout]
     workers = dj.Workers(shape, devices=jax.devices()[:num_devices])
     data, expected = data_and_expected()
-    told = faults(functools.partial(run, workers), data, expected)
-    assert not told, f"{layout}:\n" + "\n".join(told)
+    reports = faults(functools.partial(run, workers), data, expected)
+    assert not reports, f"{layout}:\n" + "\n".join(reports)
 
 
 def test_equals_vmap_on_two_processes(capfd, monkeypatch):
@@ -91,7 +91,7 @@ def test_equals_vmap_on_two_processes(capfd, monkeypatch):
 
 
 def by_hand(step, check_vma):
-    """One worker per device."""
+    """Maps `step` with `jax.shard_map`, one worker per device."""
     mesh = Mesh(np.array(jax.devices()[:N]), ("workers",), axis_types=(AxisType.Auto,))
 
     def one_device(data):
@@ -107,7 +107,7 @@ def by_hand(step, check_vma):
 
 
 def steps_of(make):
-    """Training steps as `shard_map(check_vma=True)` accepts them, without a scan."""
+    """Training steps without a scan, which `shard_map(check_vma=True)` accepts."""
 
     def run(data):
         tx = make("workers")
@@ -154,5 +154,5 @@ def test_library_under_own_shard_map(check_vma):
     data, _ = data_and_expected()
     expected = programs.compiled(jax.jit(jax.vmap(step, axis_name="workers")), data)
     found = programs.compiled(by_hand(step, check_vma), data)
-    told = programs.differences(found, expected)
-    assert not told, "\n".join(told)
+    reports = programs.differences(found, expected)
+    assert not reports, "\n".join(reports)

@@ -18,7 +18,7 @@ from benchmarks.one_device.precision import BLOCK, RING, TOP, TRACE
 
 STEPS, SEEDS = 4000, 2
 distance = functools.partial(precision.distances, steps=STEPS, seeds=SEEDS)
-YARDSTICK = "all_reduce_sgd"
+BASELINE = "all_reduce_sgd"
 
 
 @functools.cache
@@ -28,15 +28,15 @@ def measured(name, dtype):
 
 
 @pytest.mark.parametrize("name", precision.ALGORITHMS)
-def test_half_precision_costs_what_rounding_the_parameters_costs(name):
-    """Within twice the distance in float32, plus what all-reduce pays."""
-    rounding = measured(YARDSTICK, "bfloat16")
+def test_half_precision_costs_no_more_than_rounding_the_parameters(name):
+    """Bound: twice the distance in float32, plus that of all-reduce in bfloat16."""
+    rounding = measured(BASELINE, "bfloat16")
     allowed = 2 * measured(name, "float32") + rounding
     assert measured(name, "bfloat16") <= allowed
 
 
 def test_d2_in_float32_follows_float64(x64):
-    """Its correction adds up over all steps; its sum over workers stays 0."""
+    """D2 integrates its correction over all steps; its sum over workers stays 0."""
     with jax.numpy_dtype_promotion("standard"):
         wide = distance("d2", jnp.dtype(jnp.float64)).mean()
         narrow = distance("d2", jnp.dtype(jnp.float32)).mean()
@@ -46,9 +46,9 @@ def test_d2_in_float32_follows_float64(x64):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", precision.INVARIANTS)
 def test_invariants_hold_to_rounding_after_many_steps(name, dtype):
-    """What docstrings call equal is, to some roundings of float32.
+    """The equalities that docstrings state hold to a few float32 roundings.
 
-    D2's correction is exchanged alone, and so vanishes with the differences.
+    D2 exchanges only differences, so its rounding error vanishes together with them.
     """
     with jax.numpy_dtype_promotion("standard"):
         error = precision.invariant(name, jnp.dtype(dtype), STEPS)
@@ -72,8 +72,8 @@ SMALL_STEPS = {
 }
 
 
-def way(tx, dtype):
-    """The share of the way from 0.5 to the mean optimum that the model has taken."""
+def fraction_covered(tx, dtype):
+    """Fraction of the distance from 0.5 to the mean optimum that the model covers."""
     targets = jnp.linspace(0.9, 1.1, 8)[:, None] * jnp.ones(5)
     step = jax.vmap(functools.partial(one_step, tx), axis_name="workers")
     params = jnp.full((8, 5), 0.5, dtype)
@@ -96,17 +96,19 @@ def one_step(tx, params, state, target):
 
 @pytest.mark.parametrize("name", SMALL_STEPS)
 @pytest.mark.usefixtures("standard_promotion")
-def test_small_steps_add_up(name):
-    """Where bfloat16 parameters alone, as all-reduce has them, stay where they are."""
-    assert way(dj.all_reduce_sgd(SMALL), jnp.bfloat16) == 0
-    narrow, wide = (way(SMALL_STEPS[name](), x) for x in (jnp.bfloat16, jnp.float32))
+def test_small_steps_accumulate(name):
+    """With all-reduce SGD, rounding to bfloat16 parameters loses every such step."""
+    assert fraction_covered(dj.all_reduce_sgd(SMALL), jnp.bfloat16) == 0
+    narrow, wide = (
+        fraction_covered(SMALL_STEPS[name](), x) for x in (jnp.bfloat16, jnp.float32)
+    )
     assert wide > 0.8
     np.testing.assert_allclose(narrow, wide, atol=0.02)
 
 
 @pytest.mark.parametrize("detach", [0.0, 0.3])
-def test_what_is_not_sent_adds_up(detach):
-    """Small entries behind a large one, which alone is sent."""
+def test_unsent_entries_accumulate(detach):
+    """The compressor sends one large entry; the small ones stay in the residual."""
     tx = dj.error_feedback(dj.compression.top_k(k=1), detach=detach)
     update = jnp.tile(jnp.array([1000.0, 1.0, 1.0], jnp.bfloat16), (8, 1))
 
@@ -118,8 +120,8 @@ def test_what_is_not_sent_adds_up(detach):
     np.testing.assert_array_equal(state.residual[:, 1:], 900)
 
 
-def test_moments_add_up():
-    """Of a gradient that stays the same, the moments come near to its powers."""
+def test_moments_accumulate():
+    """For a constant gradient, the moments approach its powers."""
     tx, steps = dj.amsgrad(0.1, b2=0.999), 4000
     gradient = jnp.full(3, 1.5, jnp.bfloat16)
     state = jax.lax.scan(
@@ -133,8 +135,8 @@ def test_moments_add_up():
 
 
 @pytest.mark.parametrize("name", ["detag", "defacto"])
-def test_long_phases_add_up(name):
-    """A phase's mean gradient is right, though each one is a small part of it."""
+def test_long_phases_accumulate(name):
+    """A phase's mean gradient is accurate, although each gradient adds little."""
     rounds = 1000
     tx = getattr(dj, name)(0.1, RING, rounds=rounds)
     ones = jnp.ones((8, 3), jnp.bfloat16)

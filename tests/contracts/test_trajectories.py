@@ -1,4 +1,4 @@
-"""Whole trajectories equal plain NumPy references, wherever the workers live."""
+"""Whole trajectories equal plain NumPy references in every layout."""
 
 import functools
 
@@ -62,7 +62,7 @@ def trajectory(tx, axis_name="workers"):
             new = optax.apply_updates(params, updates)
             return (new, state), flatten(new)
 
-        # A scan's carry must enter as it leaves: different on each worker.
+        # A scan's carry needs one type throughout: varying over workers.
         start = jax.tree.map(
             lambda x: WorkerAxis.bind(axis_name).varying(x), (params, tx.init(params))
         )
@@ -79,12 +79,12 @@ def expected(name):
     return np.swapaxes(path, 0, 1)
 
 
-# All on one device is left to test_common.py, which compares it with eight devices.
-EVERYWHERE = [layout for layout in LAYOUTS if layout != "one_device"]
+# test_common.py covers one device: it compares one device with eight.
+COMPARED_LAYOUTS = [layout for layout in LAYOUTS if layout != "one_device"]
 CASES = [
     (name, layout)
     for name, algorithm in ALGORITHMS.items()
-    for layout in (("folded_2",) if algorithm.variant else EVERYWHERE)
+    for layout in (("folded_2",) if algorithm.variant else COMPARED_LAYOUTS)
 ]
 
 
@@ -109,7 +109,7 @@ def test_equals_reference_in_float32(name):
 
 
 def test_references_move():
-    """The comparison is not one of zeros."""
+    """The references move away from zero, so the comparisons are meaningful."""
     for name in ALGORITHMS:
         last = expected(name)[:, -1]
         assert np.abs(last).max() > 0.1

@@ -1,4 +1,4 @@
-"""The examples that people copy run, and learn: Flax linen, nnx, the README."""
+"""The documented examples run and learn: Flax linen, Flax nnx, and the README."""
 
 import importlib.util
 import re
@@ -34,7 +34,7 @@ def test_readme_example_runs(capsys):
 
     def batches():
         for _ in range(40):
-            # Fake devices of JAX 0.10 run into each other with many steps in flight.
+            # With many steps in flight, fake devices of JAX 0.10 can block each other.
             jax.block_until_ready(names.get("loss"))
             yield batch
 
@@ -51,7 +51,7 @@ def test_readme_example_runs(capsys):
 
 
 def test_two_set_up_commands():
-    """The README has exactly two commands to set up; .ci/run takes the second."""
+    """The README has exactly two setup commands; .ci/run runs the second."""
     text = (ROOT / "README.md").read_text()
     commands = re.findall(r"^pip install.*$", text, re.M)
     assert len(commands) == 2

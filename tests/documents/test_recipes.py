@@ -1,7 +1,7 @@
 """The recipes for clusters start processes that train together.
 
-`mpirun` is real; `srun` and `ssh` are played by shell scripts that run their commands
-here; of the JobSet the command and environment are taken.
+`mpirun` is real. Shell scripts stand in for `srun` and `ssh` and run the commands on
+this machine. The JobSet test takes the command and environment from the manifest.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent.parent.parent / "docs" / "recipes"
 ENDS = [f"process {i} of 2: [0. 1. 2.]" for i in range(2)]
 
 FAKES = {
-    # Two tasks on one node, as SLURM tells them.
+    # Two tasks on one node, with the environment variables that SLURM sets.
     "srun": """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 for i in 0 1; do
@@ -49,7 +49,7 @@ def free_port():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a command where train.py is, and returns what processes say at the end."""
+    """Runs a command next to train.py and returns the processes' final lines."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in FAKES.items():
@@ -62,7 +62,7 @@ def run(tmp_path, monkeypatch):
     port = free_port()
     monkeypatch.setenv("PORT", str(port))
     monkeypatch.setenv("JOB", str(port - FIRST_PORT))
-    # Not on all of the machine's addresses.
+    # Listen on loopback only.
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"127.0.0.1:{port}")
     monkeypatch.setenv("XLA_FLAGS", "")
 
@@ -114,7 +114,7 @@ def test_jobset(run, tmp_path):
     values = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert values["DECENTRAL_JAX_NUM_PROCESSES"] == str(spec["completions"])
     assert spec["parallelism"] == spec["completions"]
-    assert values["DECENTRAL_JAX_PROCESS_ID"] is None  # by the pod's index
+    assert values["DECENTRAL_JAX_PROCESS_ID"] is None  # set from the pod's index
     # The same names with this machine's values start two processes.
     values |= {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{os.environ['PORT']}",

@@ -1,6 +1,6 @@
-"""The engine with Ray: processes that fail, that are killed, on two nodes of a cluster.
+"""The engine with Ray: failing processes, killed processes, and a two-node cluster.
 
-All of it talks over loopback. `DECENTRAL_JAX_KILLS=20` kills in twenty runs.
+All traffic stays on loopback. `DECENTRAL_JAX_KILLS=20` kills a process in twenty runs.
 """
 
 import collections
@@ -21,7 +21,7 @@ import pytest
 
 from decentral_jax import engine
 
-# Ray starts processes by forking, of which JAX warns.
+# Ray forks processes, and JAX warns about forks.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 KILLS = int(os.environ.get("DECENTRAL_JAX_KILLS", "2"))
@@ -31,7 +31,7 @@ GRADIENTS = 300
 
 @pytest.fixture(autouse=True, scope="module")
 def ray():
-    """Ray, which may send functions of this module to other processes."""
+    """Ray, set up to send functions of this module to other processes."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = pytest.importorskip("ray", reason="needs Ray: pip install decentral_jax[ray]")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -41,18 +41,18 @@ def ray():
 
 @pytest.fixture
 def no_cluster(ray):
-    """Ray is started by the engine; these tests come before those of the cluster."""
+    """The engine starts Ray: these tests run before those of the cluster."""
     assert not ray.is_initialized()
 
 
 @pytest.fixture(scope="module")
 def cluster(ray):
-    """Two nodes, each with processes of its own, on 127.0.0.1."""
+    """A cluster of two nodes on 127.0.0.1, each with its own processes."""
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 2, "node_ip_address": "127.0.0.1"}
     with pytest.MonkeyPatch.context() as patch:
-        # Ray would replace the loopback address by that of a network card.
+        # Ray would replace the loopback address with that of a network interface.
         patch.setattr(
             "ray._private.services.get_node_ip_address", lambda *_: "127.0.0.1"
         )
@@ -84,7 +84,7 @@ start = functools.partial(
 
 
 def assert_replayed(result):
-    """The trace and the batches' indices give the parameters."""
+    """Replaying the trace and the batch indices gives the parameters."""
     iterates = [np.zeros(3, np.float32)]
     for k, (worker, index) in enumerate(
         zip(result.trace.workers, result.batch_indices, strict=True)
@@ -95,7 +95,7 @@ def assert_replayed(result):
 
 
 class Targets:
-    """Batches that go on after an error; one process ends."""
+    """Batches that continue after an error; one process exits."""
 
     def __init__(self, worker, died):
         self.worker, self.died = worker, died
@@ -117,9 +117,9 @@ class Targets:
 
 
 def test_failures(tmp_path):
-    """Without a cluster, Ray is started: one fails, one process ends, a third goes on.
+    """One worker raises, one process exits, and the third continues.
 
-    Together they give a run that can be replayed.
+    The run can be replayed. Without a cluster, the engine starts Ray.
     """
     result = start(
         batches=lambda worker: Targets(worker, tmp_path / "died"),
@@ -135,7 +135,7 @@ def test_failures(tmp_path):
 
 @pytest.mark.usefixtures("no_cluster")
 def test_a_generator_that_raises(tmp_path):
-    """It is made anew in its process: no batch is lost."""
+    """The engine recreates the generator in its process: no batch is lost."""
 
     def batches(worker):
         for index in range(10):
@@ -170,7 +170,7 @@ def listening(pid):
 @pytest.mark.usefixtures("no_cluster")
 @pytest.mark.skipif(not shutil.which("ss"), reason="needs ss of iproute2")
 def test_loopback_only_and_an_interrupt():
-    """No process of Ray listens elsewhere, and Ctrl-C does not wait for a busy one."""
+    """Ray listens on loopback only, and Ctrl-C does not wait for a busy actor."""
 
     def batches(worker):
         for index in itertools.count():
@@ -207,7 +207,7 @@ def test_loopback_only_and_an_interrupt():
 
 @pytest.mark.usefixtures("no_cluster")
 def test_ray_elsewhere_is_stopped(ray, monkeypatch):
-    """Should Ray not start on loopback, it does not stay."""
+    """If Ray starts on another address, the engine shuts it down."""
     monkeypatch.setattr(
         "ray._private.services.resolve_ip_for_localhost", lambda _: "127.0.0.2"
     )
@@ -251,7 +251,7 @@ def test_two_nodes(ray, cluster, tmp_path):
 
 @pytest.mark.usefixtures("cluster")
 def test_busy_actors_are_ended(tmp_path):
-    """In a cluster that goes on."""
+    """The engine ends them, although the cluster keeps running."""
 
     def batches(worker):
         (tmp_path / str(worker)).write_text(str(os.getpid()))
@@ -273,7 +273,7 @@ def test_busy_actors_are_ended(tmp_path):
 
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_a_killed_process(cluster, tmp_path, seed, caplog):
-    """`kill -9` at a random moment: each gradient is one entry, applied once."""
+    """`kill -9` at a random time. Each gradient adds to one entry, exactly once."""
     rng = np.random.default_rng(seed)
     victim, wait = rng.integers(2), rng.uniform(0, 1)
 

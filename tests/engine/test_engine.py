@@ -1,4 +1,4 @@
-"""The engine applies each gradient once, survives its workers, and never hangs."""
+"""The engine applies each gradient once, survives failing workers, and never hangs."""
 
 import functools
 import io
@@ -30,7 +30,7 @@ def quadratic(x, batch):
 
 
 def target(worker, index):
-    """A batch; each is another."""
+    """A batch that identifies its worker and index."""
     return np.array([worker, index, worker * index], np.float32) / 8
 
 
@@ -41,7 +41,7 @@ def endless(worker, seconds=0.0):
 
 
 class Source:
-    """Batches that go on after an error, as generators do not."""
+    """Batches that continue after an error, unlike a generator."""
 
     def __init__(self, worker, batch=target, fails=lambda index: False, seconds=0.0):
         self.worker, self.batch, self.fails = worker, batch, fails
@@ -61,7 +61,7 @@ class Source:
 
 
 ONE = jax.devices()[:1]
-# On one device most runs compile once.
+# On one device, most runs share one compilation.
 start = functools.partial(
     engine.run, quadratic, X, optimizer=optax.sgd(RATE), devices=ONE
 )
@@ -78,7 +78,7 @@ def no_thread_left():
 
 
 def replayed(result, batch=target, rate=RATE):
-    """The trace and the batches' indices give the iterates."""
+    """Replays the trace and the batch indices; returns the last iterate."""
     iterates = [X]
     for k, (worker, index) in enumerate(
         zip(result.trace.workers, result.batch_indices, strict=True)
@@ -123,7 +123,7 @@ def test_replay(bound):
 
 
 def test_the_bound_holds_fast_workers_back():
-    """Slow workers take their turns; without a bound they fall far behind."""
+    """With a bound, workers take turns; without one, slow workers fall far behind."""
     run = functools.partial(
         start,
         batches=lambda i: endless(i, 0.04 * (i >= 2)),
@@ -139,7 +139,7 @@ def test_the_bound_holds_fast_workers_back():
 
 
 def test_the_bound_with_equally_old_parameters():
-    """Two slow workers start from the same parameters: one more tick is kept free."""
+    """Two slow workers hold the same parameters: the bound reserves a step for each."""
 
     def slowly(batch):
         time.sleep(0.1 if np.asarray(batch)[0] >= 2 / 8 else 0)
@@ -177,11 +177,11 @@ def test_synchronous_is_the_mean():
     result = start(batches=endless, num_gradients=14, num_workers=4, synchronous=True)
     x = X
     for k in range(4):
-        at_last = 2 if k == 3 else 4
-        chosen = 4 * k + np.arange(at_last)
+        arrived = 2 if k == 3 else 4
+        chosen = 4 * k + np.arange(arrived)
         indices = result.batch_indices[chosen]
         np.testing.assert_array_equal(indices, k)
-        if k == 3:  # the last two to take are those that arrived first
+        if k == 3:  # the last round takes the two gradients that arrive first
             break
         x = x - RATE * (x - np.mean([target(i, k) for i in range(4)], 0))
     ends = [
@@ -193,11 +193,11 @@ def test_synchronous_is_the_mean():
     np.testing.assert_array_equal(result.staleness_counts, [14])
 
 
-def test_synchronous_with_trouble():
-    """A refused and a failed gradient are made up for within their round."""
+def test_synchronous_with_refused_and_failed_gradients():
+    """Another gradient replaces a refused or failed one within its round."""
 
     def batch(worker, index):
-        # The second draw of worker 1 fails, so it is one behind.
+        # The second draw of worker 1 fails, so its index is one behind its draws.
         return target(worker, index) if (worker, index) != (0, 1) else X + np.nan
 
     sources = [
@@ -221,7 +221,7 @@ def one_hot(worker, index):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_killed_worker(seed, caplog):
-    """Each gradient is one entry: all are applied once, and none is lost."""
+    """Each gradient adds to one entry: all are applied once, and none is lost."""
     rng = np.random.default_rng(seed)
     victim, draw = rng.integers(4), rng.integers(1, 10)
     pauses = rng.uniform(0, 0.002, 4)
@@ -229,14 +229,12 @@ def test_a_killed_worker(seed, caplog):
         Source(i, one_hot, lambda d, i=i: (i, d) == (victim, draw), pauses[i])
         for i in range(4)
     ]
-    # Late enough that the victim surely gets to its draw.
-    enough = functools.partial(
-        engine.run, lambda x, batch: batch, np.zeros(400, np.float32)
-    )
-    result = enough(
+    result = engine.run(
+        lambda x, batch: batch,
+        np.zeros(400, np.float32),
         sources.__getitem__,
         optax.sgd(1.0),
-        90,
+        90,  # enough for the victim to reach its failing draw
         num_workers=4,
         max_staleness=6,
         devices=ONE,
@@ -252,7 +250,7 @@ def test_a_killed_worker(seed, caplog):
 
 
 def test_a_failing_gradient():
-    """The batch is lost with the worker, which goes on with the next one."""
+    """A failing worker loses its batch and continues with the next one."""
     broken = []
 
     def check(batch):
@@ -294,8 +292,8 @@ def test_a_worker_fails_at_the_first_batch():
     np.testing.assert_allclose(result.params, replayed(result), rtol=1e-5)
 
 
-def test_nobody_waits_for_a_worker_that_starts_again():
-    """Its parameters are gone with it, and do not grow stale."""
+def test_the_bound_ignores_a_restarting_worker():
+    """It holds no parameters that could become stale, so the others continue."""
 
     class Slow(Source):
         def __next__(self):
@@ -311,7 +309,7 @@ def test_nobody_waits_for_a_worker_that_starts_again():
 
 
 def test_an_exiting_worker():
-    """A thread that is told to exit counts as failed."""
+    """SystemExit in a worker's thread counts as a failure."""
 
     def batches(worker):
         yield target(worker, 0)
@@ -324,7 +322,7 @@ def test_an_exiting_worker():
 @pytest.mark.parametrize("draw", [0, 3])
 @pytest.mark.parametrize("wrap", [iter, functools.partial(map, np.copy)])
 def test_a_generator_that_raises(draw, wrap):
-    """It is made anew: the batch that raised is retried, and none is lost."""
+    """The engine recreates it and retries the failed batch: none is lost."""
     raised = []
 
     def batches(worker):
@@ -346,8 +344,8 @@ def test_a_generator_that_raises(draw, wrap):
     np.testing.assert_allclose(result.params, replayed(result), rtol=1e-5)
 
 
-def test_a_generator_that_cannot_be_made_anew():
-    """A finished generator is reported; it is no end of the data."""
+def test_a_generator_that_cannot_be_recreated():
+    """A generator that raised is an error, not the end of the data."""
 
     def batches(worker):
         yield target(worker, 0)
@@ -364,7 +362,7 @@ def test_a_generator_that_cannot_be_made_anew():
     assert "return a new iterator" in str(caught.value.__cause__)
 
 
-def test_batches_that_are_shorter_when_made_anew():
+def test_recreated_batches_that_are_shorter():
     calls = []
 
     def batches(worker):
@@ -381,7 +379,7 @@ def test_batches_that_are_shorter_when_made_anew():
 
 
 def test_an_end_after_an_error_is_an_end():
-    """Of an iterator that has gone on: nothing is made anew, nobody fails again."""
+    """An iterator that continued after an error may end without another failure."""
 
     class Short(Source):
         def __next__(self):
@@ -473,7 +471,7 @@ def loss(x, batch):
         "a mistake": (lambda x, batch: x @ jnp.ones(4), "worker 0 it raised TypeError"),
     }.values(),
 )
-def test_no_gradient(gradient, message):
+def test_invalid_gradient_functions(gradient, message):
     with pytest.raises(ValueError, match=message):
         engine.run(gradient, X, endless, optax.sgd(0.1), 5, num_workers=1)
 
@@ -516,7 +514,7 @@ def test_bad_arguments(name):
 @pytest.mark.parametrize("draws", [0, 3])
 @pytest.mark.parametrize("mode", [{"synchronous": True}, {"max_staleness": 3}])
 def test_a_hanging_worker(draws, mode, caplog):
-    """The error names it; the other threads are joined, and it ends when it can."""
+    """The error names it, and the engine joins the other threads."""
     wake = threading.Event()
 
     def batches(worker):
@@ -530,14 +528,14 @@ def test_a_hanging_worker(draws, mode, caplog):
         start(batches=batches, num_gradients=10**6, num_workers=4, timeout=0.3, **mode)
     assert time.monotonic() - begin < 10
     assert [thread.name for thread in threads()] == ["decentral_jax worker 1"]
-    assert "left behind: decentral_jax worker 1" in caplog.text
+    assert "threads still running: decentral_jax worker 1" in caplog.text
     wake.set()
     for thread in threads():
         thread.join(5)
 
 
 def test_interrupt():
-    """Ctrl-C while the master waits."""
+    """Ctrl-C interrupts the waiting master."""
     main, wake = threading.main_thread().ident, threading.Event()
     timer = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
 
@@ -558,7 +556,7 @@ def test_interrupt():
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_error_does_not_wait_for_busy_workers(error):
-    """The caller gets it within about a second, whatever the timeout."""
+    """The caller receives it within about a second, regardless of the timeout."""
     wake = threading.Event()
 
     def batches(worker):
@@ -588,7 +586,7 @@ def test_busy_workers_are_joined():
 
 
 def test_devices(monkeypatch):
-    """Worker i computes on device i modulo their number."""
+    """Worker i computes on device i modulo the number of devices."""
     seen = set()
     on = Gradients.on
 
@@ -634,7 +632,7 @@ def test_nothing_is_compiled_while_the_clock_runs(monkeypatch, synchronous):
 
 
 def keeping():
-    """A state that holds the parameters themselves, twice."""
+    """A transformation whose state holds the parameters themselves, twice."""
 
     def init(params):
         return params, params
@@ -646,7 +644,7 @@ def keeping():
 
 
 def test_kept_parameters_survive_donation():
-    """Of the caller and of a worker that still computes, though state is donated."""
+    """Donating the state deletes no parameters of the caller or of a busy worker."""
     params = {"x": jnp.zeros(3)}
     result = engine.run(
         lambda params, batch: {"x": quadratic(params["x"], batch)},
@@ -663,7 +661,7 @@ def test_kept_parameters_survive_donation():
 
 
 def test_gradients_that_are_the_parameters():
-    """Arrays that pass through a program unchanged are not taken over."""
+    """Arrays that a program returns unchanged are not donated."""
     result = engine.run(
         lambda x, batch: x, jnp.ones(3), endless, optax.sgd(0.5), 9, num_workers=3
     )
@@ -683,7 +681,7 @@ def test_any_optimizer():
 
 @pytest.mark.usefixtures("x64")
 def test_double_precision():
-    """The caller's setting holds in the workers' threads."""
+    """The caller's precision setting applies in the workers' threads."""
 
     def batches(worker):
         while True:
@@ -758,7 +756,7 @@ def test_progress_line(terminal):
         assert (others, end) == ([""], "\n")
 
 
-def test_trace_is_one(tmp_path):
+def test_trace_can_be_saved(tmp_path):
     result = start(batches=endless, num_gradients=12, num_workers=3)
     result.trace.save(tmp_path / "trace.npz")
     loaded = dj.traces.load(tmp_path / "trace.npz")

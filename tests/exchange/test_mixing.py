@@ -1,4 +1,4 @@
-"""Mixing equals the dense matrix product, wherever the workers live."""
+"""Mixing equals the dense matrix product in every layout."""
 
 import functools
 import math
@@ -33,7 +33,7 @@ def accelerated(topology, rounds):
     return now
 
 
-# name -> (one worker's function, the matrix it stands for at a step)
+# name -> (one worker's function, the equivalent matrix at a step)
 CASES = {
     "ring": (lambda x, t: dj.mix(x, RING), lambda t: RING.matrix),
     "directed": (lambda x, t: dj.mix(x, DIRECTED), lambda t: DIRECTED.matrix),
@@ -51,7 +51,7 @@ CASES = {
         lambda x, t: dj.average_by_factors(x, STAR),
         lambda t: COMPLETE.matrix,
     ),
-    # The gradient of all workers' losses together, in every layout.
+    # The gradient of the sum of all workers' losses, in every layout.
     "gradient": (
         lambda x, t: jax.grad(lambda x: jnp.sum(dj.mix(x, DIRECTED) ** 2))(x),
         lambda t: 2 * DIRECTED.matrix.T @ DIRECTED.matrix,
@@ -66,7 +66,7 @@ DATA = np.random.default_rng(0).normal(size=(N, 3))
 
 @functools.cache
 def mixed_by(layout):
-    """Every case in one program, so that it is compiled once."""
+    """All cases as one program, which compiles once."""
 
     def every_case(x, t):
         return {name: case[0](x, t) for name, case in CASES.items()}
@@ -90,18 +90,18 @@ def test_equals_the_matrix_product(layout, x64):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_stays_with_the_neighbors(layout, x64):
-    # Slots that some workers do not use point at worker 0.
-    step, sick = 3, 0
-    sick_data = jnp.asarray(DATA).at[sick].set(jnp.nan)
-    results = mixed_by(layout)(sick_data, jnp.full(N, step))
+    # Message slots that a worker does not use refer to worker 0.
+    step, faulty = 3, 0
+    faulty_data = jnp.asarray(DATA).at[faulty].set(jnp.nan)
+    results = mixed_by(layout)(faulty_data, jnp.full(N, step))
     for name in ("ring", "directed", "varied"):
-        neighbors = CASES[name][1](step)[:, sick] != 0
+        neighbors = CASES[name][1](step)[:, faulty] != 0
         assert 1 < neighbors.sum() < N
         is_nan = np.isnan(results[name]).any(1)
         np.testing.assert_array_equal(is_nan, neighbors, err_msg=name)
 
 
-# Relative and absolute accuracy; half precision is rounded once, to 8 bits.
+# Relative and absolute tolerances. Half precision is rounded once, to 8 bits.
 ACCURACY = {"float64": (0, 1e-12), "float32": (0, 1e-6), "bfloat16": (2**-8, 1e-6)}
 
 
@@ -130,13 +130,13 @@ def test_trees_of_several_dtypes(layout, x64):
             assert (y.dtype, y.shape) == (x.dtype, x.shape)
             want = np.tensordot(matrix, np.asarray(x, np.float64), 1)
             rtol, atol = ACCURACY[x.dtype.name]
-            if got is mean:  # an all-reduce rounds half precision in each of its sums
+            if got is mean:  # an all-reduce rounds half precision after each addition
                 rtol, atol = 0, max(N * rtol, atol)
             np.testing.assert_allclose(np.asarray(y, float), want, rtol, atol)
 
 
 def test_many_neighbors(x64):
-    """More than collectives.DENSE_FROM: a matrix product on one device."""
+    """More neighbors than `DENSE_FROM`: a matrix product on one device."""
     dense = dj.topology.erdos_renyi(32, 0.95, seed=0)
     rounds = [dense, dj.topology.erdos_renyi(32, 0.9, seed=1)]
     schedule = dj.topology.schedule(rounds)
@@ -201,7 +201,7 @@ def residual(x):
 
 
 def test_contraction_is_the_spectral_prediction(x64):
-    """lambda a round plain; sqrt(eta) accelerated, from the slowest direction."""
+    """Factor per round of the slowest mode: lambda, or sqrt(eta) when accelerated."""
     rounds, second, eta = 20, RING.second_eigenvalue, momentum(RING)
     slowest = jnp.asarray(np.cos(2 * np.pi * np.arange(N) / N))
 
@@ -218,7 +218,7 @@ def test_contraction_is_the_spectral_prediction(x64):
 
 
 def test_residual_after_ten_rounds(x64):
-    """The design's numbers: storing a mixed z_{r-1} instead would give 2.4e-2."""
+    """Storing a mixed z_{r-1} instead would give 2.4e-2."""
 
     def both(x):
         plain = lax.fori_loop(0, 10, lambda _, x: dj.mix(x, RING), x)
@@ -243,8 +243,8 @@ def test_one_worker():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_mean_overflows_in_no_layout(layout, dtype):
-    """The mean of representable values is representable: their sum need not be."""
+def test_means_do_not_overflow(layout, dtype):
+    """The mean of representable values is representable, even if their sum is not."""
     large = float(jnp.finfo(dtype).max) / 4
     x = jnp.full((8, 4), large, dtype)
     means = {
@@ -262,8 +262,8 @@ def test_a_mean_overflows_in_no_layout(layout, dtype):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("num_devices", [8, 2, 1])
-def test_what_is_not_finite_reaches_neighbors_only(num_devices, bad):
-    """Also with so many neighbors that a matrix product takes the sums."""
+def test_nonfinite_values_reach_only_neighbors(num_devices, bad):
+    """Also with dense topologies, for which a matrix product computes the sums."""
     n = 32
     workers = dj.Workers(n, devices=jax.devices()[:num_devices])
     x = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
@@ -286,8 +286,8 @@ def test_what_is_not_finite_reaches_neighbors_only(num_devices, bad):
     ("layout", "n"),
     [("vmap", 8), ("folded_2", 8), ("shard_map", 8), ("vmap", 32), ("folded_4", 32)],
 )
-def test_workers_give_what_others_take(layout, n):
-    """The sum of all differences is 0 to their own rounding, not to the values'."""
+def test_differences_sum_to_zero(layout, n):
+    """The sum of all differences is zero up to their own rounding, not the values'."""
     topologies = [dj.topology.ring(n), dj.topology.star(n)]
     topologies.append(dj.topology.erdos_renyi(n, 0.4, seed=2))
     sent_as = [jnp.float32, jnp.bfloat16]
@@ -304,7 +304,7 @@ def test_workers_give_what_others_take(layout, n):
     for topology in topologies:
         for dtype in sent_as:
             change = np.asarray(next(found), np.float64)
-            # On one device nothing is sent, and many neighbors are one product.
+            # On one device, a dense topology uses one product, which casts nothing.
             whole = layout == "vmap" and topology.max_degree > 24
             sent = np.asarray(x if whole else x.astype(dtype), np.float64)
             expected = topology.matrix @ sent - sent
@@ -316,7 +316,7 @@ def test_workers_give_what_others_take(layout, n):
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_mean_of_integers_and_booleans(layout, wide):
-    """Metrics are counts and truths; their mean is a float, in every layout."""
+    """The mean of integer and Boolean metrics is a float in every layout."""
     with jax.enable_x64(wide):
         counts, right = np.arange(8, dtype=np.int32), np.arange(8) % 4 == 0
         tree = {"count": counts, "right": right, "unsigned": counts.astype(np.uint8)}

@@ -1,4 +1,4 @@
-"""The programs that mixing becomes: messages, control flow, an outer vmap over runs."""
+"""Programs that mixing traces to: messages, control flow, an outer vmap over runs."""
 
 import functools
 from collections import Counter
@@ -23,14 +23,14 @@ COMPLETE = dj.topology.complete(N)
 ONE_PEER = dj.topology.one_peer_exponential(N)
 BASE = dj.topology.base_graph(N, 2)
 VARIED = dj.topology.schedule([STAR, dj.topology.exponential(N)])
-# Everyone hears of the workers behind, and the last of the first.
+# Each worker receives from all workers of higher index; the last also from the first.
 _weights = np.triu(np.ones((N, N))) + np.outer(np.eye(N)[-1], np.eye(N)[0])
 DIRECTED = Topology(_weights / _weights.sum(0), "directed")
 DATA = np.random.default_rng(0).normal(size=(N, 3))
 
 
 def messages(topology, tree, layout="shard_map", n=N):
-    """Sizes and dtypes of what each ppermute of the traced program carries."""
+    """Dtype and size of the operand of each `ppermute` in the traced program."""
     fn = LAYOUTS[layout](lambda x: dj.mix(x, topology, step=0), n)
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), tree)
     jaxpr = jax.make_jaxpr(fn)(stacked)
@@ -58,7 +58,7 @@ TREE = {
     [RING, STAR, RANDOM, dj.topology.path(N), DIRECTED, dj.topology.exponential(N)],
     ids=lambda topology: topology.name,
 )
-def test_max_degree_messages_a_dtype(topology):
+def test_max_degree_messages_per_dtype(topology):
     degree = topology.max_degree
     expected = [("bfloat16", 5)] * degree + [("float32", 10)] * degree
     assert messages(topology, TREE) == expected
@@ -78,12 +78,12 @@ def test_each_branch_of_a_schedule_sends_its_own_round(schedule):
         if switch.primitive.name == "cond"
     ]
     degrees = [one.max_degree for one in schedule]
-    # What a round sends may be weighed in a switch of its own.
+    # A second switch may apply the weights; it sends nothing.
     assert [messages for messages in switches if any(messages)] == [degrees]
     assert primitives(step, *arguments)["ppermute"] == sum(degrees)
 
 
-def test_big_leaves_travel_alone():
+def test_big_leaves_get_their_own_messages():
     full = BUCKET_BYTES // 4
     tree = {
         "big": struct((full,), jnp.float32),
@@ -106,7 +106,7 @@ def stacked_ones(dtypes=("float32",)):
     return [jnp.ones((N, 3), dtype) for dtype in dtypes]
 
 
-def test_complete_graph_is_one_all_reduce_a_dtype():
+def test_complete_graph_is_one_all_reduce_per_dtype():
     fn = LAYOUTS["shard_map"](lambda x: dj.mix(x, COMPLETE))
     counts = primitives(fn, stacked_ones(("float32", "float32", "bfloat16")))
     all_reduces = sum(counts[name] for name, kind in KINDS.items() if "psum" in name)
@@ -115,7 +115,7 @@ def test_complete_graph_is_one_all_reduce_a_dtype():
 
 
 @pytest.mark.parametrize("name", ["detagm_phase_end", "defacto"])
-def test_a_cond_on_the_counter_stays_one_under_vmap(name):
+def test_cond_on_the_counter_stays_a_cond_under_vmap(name):
     tx = ALGORITHMS[name].make(0.1)
     state = jax.vmap(tx.init)(jnp.ones((N, 3)))
     counts = primitives(
@@ -152,27 +152,27 @@ def test_no_collective_under_vmap():
 
 def control_flow(x, flag, t):
     """A user's own control flow around every kind of exchange."""
-    ways = exchanges(t)
+    every = exchanges(t)
     return {
-        "cond": [lax.cond(flag, way, lambda x: 0 * x, x) for way in ways],
-        "scan": [lax.scan(lambda c, _, w=w: (w(c), 0), x, None, 2)[0] for w in ways],
+        "cond": [lax.cond(flag, fn, lambda x: 0 * x, x) for fn in every],
+        "scan": [lax.scan(lambda c, _, f=f: (f(c), 0), x, None, 2)[0] for f in every],
         "scan steps": lax.scan(
             lambda c, i: (dj.mix(c, ONE_PEER, step=i), 0), x, jnp.arange(3)
         )[0],
-        "switch": lax.switch(t, ways, x),
-        # A value that is the same on all workers, packed with one that is not.
+        "switch": lax.switch(t, every, x),
+        # A value that is equal on all workers, packed with one that varies.
         "constant": dj.mix((jnp.ones(2), x), RING),
         "constant mean": dj.average((jnp.ones(2), x)),
     }
 
 
 def straight(x, t):
-    """What `control_flow` must come to, without it."""
-    ways = exchanges(t)
-    once = [way(x) for way in ways]
+    """The results of `control_flow`, computed without control flow."""
+    functions = exchanges(t)
+    once = [fn(x) for fn in functions]
     return {
         "cond": once,
-        "scan": [way(y) for way, y in zip(ways, once, strict=True)],
+        "scan": [fn(y) for fn, y in zip(functions, once, strict=True)],
         "scan steps": once[1],
         "switch": once[3],
         "constant": (jnp.ones(2), once[0]),
@@ -181,7 +181,7 @@ def straight(x, t):
 
 
 def test_in_a_users_control_flow(x64):
-    """Under shard_map(check_vma=True), which checks that branches agree in type."""
+    """`shard_map(check_vma=True)` checks that the types of branches agree."""
     x, t = jnp.asarray(DATA), jnp.full(N, 3)
     got = LAYOUTS["shard_map"](control_flow)(x, jnp.full(N, True), t)
     want = LAYOUTS["vmap"](straight)(x, t)
@@ -211,7 +211,7 @@ def several_algorithms():
 
 @functools.cache
 def runs_one_by_one():
-    """Two runs' parameters after 8 steps: shape [2, N, 3] an algorithm."""
+    """Parameters of two runs after 8 steps: shape [2, N, 3] per algorithm."""
     init, step = several_algorithms()
     step = LAYOUTS["vmap"](step)
     finals = []
@@ -230,7 +230,7 @@ def run_data():
 
 @pytest.mark.parametrize("layout", ["vmap", "shard_map"])
 def test_an_outer_vmap_over_runs(layout, x64):
-    """The step counter is batched then, and each run equals the run alone."""
+    """Batches the step counter too; each run equals the same run alone."""
     init, step = several_algorithms()
     params = dict.fromkeys(STATEFUL, jnp.zeros((2, N, 3)))
     states = jax.vmap(jax.vmap(init))(params[STATEFUL[0]])
@@ -243,8 +243,8 @@ def test_an_outer_vmap_over_runs(layout, x64):
         np.testing.assert_allclose(params[name], expected, atol=1e-12, err_msg=name)
 
 
-# JAX turns a cond on a batched counter into a select on its operands; a branch's
-# constant array is one of them, varies then, and fails where the branch marks it so.
+# JAX turns a cond on a batched counter into a select over its operands. They include
+# the constant arrays of a branch, which then vary; marking them as varying fails.
 FAILS_IN_JAX = (
     "d_psgd_atc_schedule",
     "dsgt_schedule",

@@ -1,4 +1,4 @@
-"""Plans: few rounds, every round a partial permutation, together W X."""
+"""Plans: the fewest rounds of partial permutations that together compute W X."""
 
 import networkx as nx
 import numpy as np
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import decentral_jax as dj
 from decentral_jax._exchange.plans import cached_plan, make_plan, partial_permutations
 
-SLOW = [HealthCheck.too_slow]  # machines under load are no failure
+SLOW = [HealthCheck.too_slow]  # a loaded machine is not a failure
 
 
 def largest_degree(edges):
@@ -39,7 +39,7 @@ def digraphs(draw):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 @given(digraphs())
-def test_random_digraphs_take_largest_degree_rounds(case):
+def test_random_digraphs_take_as_many_rounds_as_their_degree(case):
     assert_fewest_partial_permutations(*case)
 
 
@@ -54,7 +54,7 @@ def test_no_edges_take_no_rounds():
 
 
 def test_erdos_renyi_on_64_workers():
-    """The fact in the design: 13 rounds, where a split by offset takes 63."""
+    """A coloring needs 13 rounds; a split by offset would need 63."""
     topology = dj.topology.erdos_renyi(64, 0.1, seed=1)
     edges = list(topology.graph.edges)
     assert_fewest_partial_permutations(edges, 64)
@@ -74,7 +74,7 @@ def test_each_round_of_a_regular_graph_uses_every_worker():
 
 
 def rows_sent(plan):
-    """(sender, receiver) -> how many rows travel."""
+    """Maps each pair (sender, receiver) to the number of rows that it sends."""
     return {pair: one.rows.shape[1] for one in plan.rounds for pair in one.pairs}
 
 
@@ -84,11 +84,11 @@ def test_folded_ring_sends_one_row_each_way():
 
 
 def test_folded_plans_send_only_rows_that_are_needed():
-    # On two devices a ring's halves share two borders: both go in one message.
+    # On two devices, the halves of a ring share two borders: one message carries both.
     assert rows_sent(make_plan(dj.topology.ring(8).matrix, 2)) == {(0, 1): 2, (1, 0): 2}
-    # Of a path's halves only the ends of the middle edge are needed.
+    # The halves of a path need only the two ends of the middle edge.
     assert rows_sent(make_plan(dj.topology.path(8).matrix, 2)) == {(0, 1): 1, (1, 0): 1}
-    # Everyone needs the star's centre, and the centre needs all.
+    # All workers need the center of a star, and the center needs all workers.
     plan = make_plan(dj.topology.star(6).matrix, 3)
     assert set(rows_sent(plan)) == {(0, 1), (0, 2), (1, 0), (2, 0)}
     assert len(plan.rounds) == 2
@@ -128,7 +128,7 @@ def layouts(draw):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 @given(layouts())
-def test_a_plan_is_the_matrix_product(case):
+def test_plan_equals_the_matrix_product(case):
     matrix, num_devices = case
     x = np.random.default_rng(0).normal(size=(len(matrix), 3))
     plan = make_plan(matrix, num_devices)

@@ -21,7 +21,7 @@ def run(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fails(run, capsys):
-    """Runs a command that ends with one line for the user, and exit status 2."""
+    """Asserts that a command exits with status 2 and one line of error message."""
 
     def fails(message, *arguments):
         with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Accuracy against delay, and asynchronous runs by the clock, on small runs."""
+"""Small runs: accuracy versus delay, and wall-clock time of asynchronous training."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_delays(run):
         )
 
     assert accuracy("0", "200") > 0.85
-    # Late gradients slow the start.
+    # Delayed gradients slow down the start of training.
     assert accuracy("100", "50") < accuracy("0", "50") - 0.02
 
 
@@ -45,7 +45,7 @@ def test_time_and_speedup(run):
     rows = read(out / "time_logistic_digits.csv")
     assert len(rows) == 2 * 3 * 2 * 3
     assert {row["speeds"] for row in rows} == {"equal", "one 3x slower"}
-    # The rate that learns is chosen.
+    # Tuning selects the rate that learns.
     rates = {row["method"]: row["rate"] for row in rows}
     assert rates["asynchronous SGD"] == "1.0"
 
@@ -56,7 +56,7 @@ def test_time_and_speedup(run):
             if (row["speeds"], row["method"], k % 3) == (speeds, method, 2)
         )
 
-    # 20 gradients of 20 ms each; with a slow worker synchronous ones take 60 ms.
+    # 20 gradients of 20 ms each, or 60 ms if all workers wait for a slow one.
     assert seconds("equal", "synchronous AMSGrad") > 0.38
     assert seconds("one 3x slower", "synchronous AMSGrad") > 3 * 0.38
     assert seconds("one 3x slower", "asynchronous AMSGrad") > 60 / (7 / 3) * 0.019
@@ -68,7 +68,7 @@ def test_time_and_speedup(run):
     }
     for row in rows:
         this = row["method"], row["seed"]
-        # 60 gradients of 20 ms each, shared: sleeping takes that, or longer.
+        # The workers share 60 gradients, each of which sleeps for at least 20 ms.
         assert taken[*this, row["workers"]] > 60 / int(row["workers"]) * 0.019
         expected = taken[*this, "1"] / taken[*this, row["workers"]]
         assert float(row["speedup"]) == pytest.approx(expected)

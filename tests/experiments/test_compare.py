@@ -1,4 +1,4 @@
-"""The experiments run from the command line and write what they promise."""
+"""The experiments run from the command line and write the documented files."""
 
 import functools
 
@@ -26,7 +26,7 @@ def test_compare(run, capsys):
     assert len(rows) == len(names) * 2 * 2
     assert names == set(chosen)
     seconds = {row["algorithm"]: float(row["simulated_seconds"]) for row in rows}
-    # The slow worker: 24 gradients of 20 ms for those that wait, none for the other.
+    # Algorithms that wait need at least 24 gradients of 20 ms on the slow worker.
     assert seconds["MLL-SGD"] < 0.3 < 0.48 < seconds["Local SGD"] < 0.5
     assert seconds["all-reduce SGD"] > 0.5
     printed = capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_compare(run, capsys):
 
 
 def test_every_algorithm_of_compare_traces():
-    """On every number of workers that the command line takes."""
+    """For several numbers of workers that the command line accepts."""
     for n in (2, 3, 8):
         setting = small_setting(parts=np.zeros((n, 4), int))
         entries = catalog.everything(dj.topology.ring(n).lazy(0.5), rounds=2)
@@ -59,7 +59,7 @@ def test_detag_figures(run):
 
 
 def test_def_figures(run):
-    """DEF sends a share of dense SGD's bytes; its averaged form is the same run."""
+    """DEF sends a fraction of dense SGD's bytes; DEF-A evaluates the same run."""
     out = run("def", *QUICK, "--ratios", "16", "--model", "logistic") / "def"
     assert (out / "ratio_16.png").stat().st_size > 10_000
     rows = {
@@ -68,7 +68,7 @@ def test_def_figures(run):
     }
     end = {name: rows[name, "0", "24"] for name in ("dense SGD", "DEF", "DEF-A")}
     sent = {name: float(row["megabytes_sent"]) for name, row in end.items()}
-    # 640 weights and 10 biases: 40 + 1 of them travel.
+    # The blocks send 40 of 640 weights and 1 of 10 biases.
     assert sent["DEF"] == pytest.approx(sent["dense SGD"] * 41 / 650, rel=1e-3)
     assert end["DEF"]["consensus_distance"] == end["DEF-A"]["consensus_distance"]
     assert end["DEF"]["train_loss"] != end["DEF-A"]["train_loss"]
@@ -128,7 +128,7 @@ def small_setting(**changes):
 
 
 def test_runs_in_one_program_equal_runs_alone():
-    """Rates and seeds that share a program do not touch each other."""
+    """Rates and seeds in one program are independent of each other."""
     topology = dj.topology.ring(8).lazy(0.5)
     together = loop.train(lambda rate: dj.dsgt(rate, topology), small_setting())
     alone = loop.train(
@@ -170,7 +170,7 @@ def test_parts_of_the_detag_options():
     assert set(models.MODELS) >= {"small_mlp", "logistic", "resnet20"}
 
 
-def test_compare_leaves_no_algorithm_out_but_asynchronous_ones(monkeypatch):
+def test_compare_covers_all_synchronous_algorithms(monkeypatch):
     called = set()
 
     def record(name, real, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""The herding test, against the plain order server and its bound."""
+"""Herding equals the reference's order server, and training equals plain SGD."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def test_herding(run):
             ]
         )
 
-    # Flat in the number of workers, where the others grow.
+    # D-GraB's bound stays flat in the number of workers; the others grow.
     assert bound("D-GraB", 12) < 1.3 * bound("D-GraB", 2)
     assert bound("ID-GraB, pairs", 12) > 1.5 * bound("ID-GraB, pairs", 2)
     assert bound("D-GraB", 12) < bound("ID-GraB, mean", 12) < bound("D-RR", 12)
@@ -74,7 +74,7 @@ def test_bad_options(fails, arguments, message):
 
 
 def test_training(run):
-    """Digits, two numbers of workers: D-GraB ends lower than random orders."""
+    """On digits, D-GraB ends at a lower loss than random orders."""
     arguments = ["--tasks", "logistic", "--rates", "0.4", "--epochs", "6"]
     arguments += ["--seeds", "2", "--workers", "4", "8"]
     out = run("d-grab", "--parts", "training", *arguments) / "d_grab"
@@ -89,7 +89,7 @@ def test_training(run):
     }
     for workers in ("4", "8"):
         for seed in ("0", "1"):
-            # One start and one first epoch for all, and a better end.
+            # All methods share the start and the first epoch; D-GraB ends lower.
             for epoch in ("0", "1"):
                 ends = {
                     loss[workers, method, seed, epoch]
@@ -101,7 +101,7 @@ def test_training(run):
 
 
 def test_training_equals_plain_sgd():
-    """One worker and all examples in one epoch: pairs in order, by NumPy."""
+    """One worker and one epoch equal minibatch SGD in NumPy."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(6, 20)).astype(np.float32), rng.normal(size=(6, 6))
     task = tasks.Task(

@@ -1,4 +1,4 @@
-"""Images: every file format, every broken file, the split."""
+"""Images: all file formats, broken files, and the split between workers."""
 
 import gzip
 import io
@@ -364,7 +364,9 @@ def test_cifar10_pickle_cannot_call_anything_else(tmp_path: Path):
 
     attack = pickle.dumps(Attack(), protocol=2)
     pickle.loads(attack)
-    assert (tmp_path / "attacked").exists()  # it does work where it is allowed to
+    assert (
+        tmp_path / "attacked"
+    ).exists()  # the attack works with an unrestricted unpickler
     (tmp_path / "attacked").unlink()
 
     write_batches(tmp_path, raw_arrays((32, 32, 3)))
@@ -427,7 +429,7 @@ def test_partition_unshuffled_is_sorted_by_label():
 def test_partition_shuffled_is_uniform():
     labels = np.repeat(np.arange(4), 10)
     draws = np.stack([images.partition(labels, 4, 100, seed=s) for s in range(2000)])
-    # Where an example lands is uniform over the workers: standard error 0.01.
+    # Each example goes to a uniformly random worker: standard error 0.01.
     share = (draws[:, 0, :, None] == np.arange(40)).any(1).mean(0)
     np.testing.assert_allclose(share, 0.25, atol=0.05)
     assert all(len(np.unique(draw)) == 40 for draw in draws[:20])

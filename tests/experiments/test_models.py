@@ -15,7 +15,7 @@ from experiments.training import models
 
 
 def filled(shapes: Any, seed: int = 0) -> Any:
-    """Draws values of the given shapes and dtypes, far cheaper than ``model.init``."""
+    """Draws values of the given shapes and dtypes, far cheaper than `model.init`."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_conv_and_its_gradient_equal_flax(shape, kernel_size, strides, padding):
             "kernel": images(*kernel_shape, dtype=np.float64),
             "bias": images(4, dtype=np.float64),
         }
-        # Weights that differ everywhere, so that no two positions can be confused.
+        # Distinct weights, so that swapped positions change the loss.
         weights = images(*jax.eval_shape(flax.apply, {"params": params}, x).shape)
 
         def run(model: nn.Module, params: Any, x: Any):
@@ -83,7 +83,7 @@ def test_conv_and_its_gradient_equal_flax(shape, kernel_size, strides, padding):
     assert dtypes(actual) == {np.dtype(np.float64)}
 
 
-def test_conv_starts_as_flax_does():
+def test_conv_has_the_initial_values_of_flax():
     x = images(1, 4, 4, 3)
     key = jax.random.key(3)
     ours = models.Conv(5).init(key, x)
@@ -160,7 +160,7 @@ CASES = {
 }
 
 
-# Float32 is left to the other tests: what would widen it widens bfloat16 too.
+# Other tests cover float32: a promotion that widens it also widens bfloat16.
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -230,26 +230,26 @@ def test_resnet20_has_the_published_size_and_shapes(norm: str):
         captured["intermediates"][f"Conv_{i}"]["__call__"][0].shape[1:]
         for i in range(21)
     ]
-    # Each later stage has one convolution more, its shortcut.
+    # Each later stage has one additional convolution: its shortcut.
     assert outputs == [(32, 32, 16)] * 7 + [(16, 16, 32)] * 7 + [(8, 8, 64)] * 7
 
 
-def with_other_neighbors(x: np.ndarray) -> np.ndarray:
-    """Changes every example of a batch but the first."""
+def with_other_batch_neighbors(x: np.ndarray) -> np.ndarray:
+    """Changes all examples of a batch except the first."""
     return np.concatenate([x[:1], 2 + x[1:] ** 2])
 
 
-# One test, not two: most of its time is the first call's compilation.
+# One test instead of two: the first call's compilation dominates the run time.
 def test_resnet20_group_norm_sees_one_example_and_blocks_add_their_input():
     model, x = models.ResNet20(10, width=2), images(4, 8, 8, 3)
     variables = filled(init_shapes(model, x))
     logits = model.apply(variables, x, train=True)
-    changed = model.apply(variables, with_other_neighbors(x), train=True)
+    changed = model.apply(variables, with_other_batch_neighbors(x), train=True)
     np.testing.assert_allclose(logits[0], changed[0], rtol=1e-4, atol=1e-4)
     assert not np.allclose(logits[1], changed[1], rtol=1e-4, atol=1e-4)
 
-    # Without scales and biases the blocks of the first stage add nothing: what enters
-    # the second stage is what left the very first layer.
+    # With zero scales and biases, the blocks of the first stage add nothing: input of
+    # the second stage is the output of the very first layer.
     params = variables["params"]
     for i in range(1, 7):
         zeros = jax.tree.map(np.zeros_like, params[f"GroupNorm_{i}"])
@@ -268,7 +268,7 @@ def test_resnet20_batch_norm_keeps_running_statistics():
     ones = jax.tree.map(np.ones_like, variables["batch_stats"])
     variables = variables | {"batch_stats": ones}
     logits = model.apply(variables, x)
-    changed = model.apply(variables, with_other_neighbors(x))
+    changed = model.apply(variables, with_other_batch_neighbors(x))
     np.testing.assert_allclose(logits[0], changed[0], rtol=1e-4, atol=1e-4)
 
     trained, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -308,7 +308,7 @@ def tokens(*shape: int) -> np.ndarray:
 
 
 LSTM = models.LSTMLanguageModel(7, width=4)
-# 4 gates of 32 x 32 kernels from input and state, and a bias each, in two layers.
+# Two layers with 4 gates: per gate, two 32 x 32 kernels (input, state) and a bias.
 LSTM_SIZE = 1000 * 32 + 2 * 4 * (2 * 32 * 32 + 32)
 
 
@@ -357,7 +357,7 @@ def test_lstm_equals_numpy():
     np.testing.assert_allclose(actual, inputs @ embedding.T, rtol=1e-4, atol=1e-6)
 
 
-def test_lstm_sees_no_later_token():
+def test_lstm_is_causal():
     model, x = LSTM, tokens(6)
     apply = jax.jit(functools.partial(model.apply, filled(init_shapes(model, x))))
     logits = apply(x)
@@ -372,7 +372,7 @@ def test_lstm_output_is_tied_to_the_embedding():
     params = filled(init_shapes(model, x))
     apply = jax.jit(model.apply)
     logits = apply(params, x)
-    # Token 6 is not in x: its row acts on its own logit alone.
+    # Token 6 is not in x, so its embedding affects only its own logit.
     params["params"]["Embed_0"]["embedding"][6] *= 3
     changed = apply(params, x)
     np.testing.assert_array_equal(changed[:, :6], logits[:, :6])
@@ -398,7 +398,7 @@ class FlaxLeNet(nn.Module):
         (LSTM, LSTM, tokens(2, 3, 5)),
     ],
 )
-def test_each_workers_loss_and_gradient_of_each_example(
+def test_per_worker_and_per_example_loss_and_gradient(
     model: nn.Module, reference: nn.Module, x: np.ndarray
 ):
     shapes = init_shapes(model, x[0])
@@ -410,13 +410,13 @@ def test_each_workers_loss_and_gradient_of_each_example(
 
         return jax.value_and_grad(loss)(params)
 
-    of_all = jax.vmap(functools.partial(gradient, model), (None, 0))
+    per_example = jax.vmap(functools.partial(gradient, model), (None, 0))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *workers)
-    value, actual = jax.jit(jax.vmap(of_all))(stacked, x)
-    of_one = jax.jit(functools.partial(gradient, reference))
+    value, actual = jax.jit(jax.vmap(per_example))(stacked, x)
+    single = jax.jit(functools.partial(gradient, reference))
     for w, params in enumerate(workers):
         for i in range(3):
-            expected_value, expected = of_one(params, x[w, i])
+            expected_value, expected = single(params, x[w, i])
             np.testing.assert_allclose(value[w, i], expected_value, rtol=1e-5)
             for a, b in zip(
                 jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
@@ -441,8 +441,8 @@ def test_registry_builds_every_model():
     assert models.get_model("resnet20_batch", 7) == models.ResNet20(7, norm="batch")
 
 
-def test_the_binary_model_is_half_of_two_classes():
-    """Its gradient is that of the second class's weights, as of logits (0, z)."""
+def test_the_binary_model_equals_one_of_two_classes():
+    """Its gradient equals that of the second class, as for logits (0, z)."""
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     y = np.array([0, 1, 1, 0, 1])
 

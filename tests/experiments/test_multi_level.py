@@ -29,7 +29,7 @@ def test_hierarchy_rates_and_slots(run):
     losses = [last("hierarchy", name) for name in ("distributed SGD", "MLL-SGD")]
     assert max(losses) < 0.6
     assert len({*losses, last("hierarchy", "Local SGD")}) == 3
-    # Steps taken count.
+    # Workers that take more steps reach a lower loss.
     assert last("hierarchy", "MLL-SGD") < last("rates", "all .55") - 0.05
     waited = {
         row["algorithm"]: float(row["simulated_seconds"])
@@ -41,7 +41,7 @@ def test_hierarchy_rates_and_slots(run):
 
 
 def test_shapes(run):
-    """One hub, and hubs of one worker."""
+    """One hub with all workers, and hubs with one worker each."""
     shape = ["--hubs", "2", "--workers", "1", "--parts", "shapes"]
     out = run("mll-sgd", *SMALL, *shape) / "mll_sgd"
     names = {row["algorithm"] for row in report.read_csv(out / "mll_sgd.csv")}

@@ -1,4 +1,4 @@
-"""Tables: the best rates that are marked, and what stands in which row."""
+"""Tables: marks at the best rates, and the layout of rows and columns."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ RATES = (0.1, 0.2, 0.4)
 
 
 def result(name, losses):
-    """Two seeds whose final train losses at the three rates are these."""
+    """A result of two seeds with the given final training losses at the three rates."""
     loss = np.array(losses)[:, None, None] * np.ones((3, 2, 2))
     curves = Curves(np.array([10, 20]), loss, loss / 10, loss, 1.0)
     return Result(name, curves, np.array([1.0, 2.0]), np.zeros(2), RATES)
@@ -38,7 +38,7 @@ def test_comparison():
     assert "edge" not in report.comparison([INSIDE], "A title").markdown()
 
 
-def test_summary_has_the_fewer_as_columns():
+def test_summary_uses_the_smaller_set_as_columns():
     two = report.summary({"none": [INSIDE, EDGE], "some": [EDGE, INSIDE]}, "digits")
     inside, edge = "10.0 ± 0.0, 1.000 (0.2)", "10.0 ± 0.0, 1.000 (0.4*)"
     assert two.columns == ("algorithm", "none", "some")

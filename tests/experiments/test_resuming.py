@@ -1,4 +1,4 @@
-"""What an interrupted experiment has finished is not computed again."""
+"""A resumed experiment does not repeat the parts that it has finished."""
 
 import dataclasses
 
@@ -28,14 +28,14 @@ HERDING = "d-grab --parts herding --vectors 240 --shared-by 2 --rounds 2"
 DELAYS = "apam --models logistic --parts delay --delays 0 1 2 --iterations 4"
 TIME = "apam --models logistic --parts speedup --workers 1 --speedup-workers 1 2"
 
-# From the command: who computes, which call of it is interrupted, and what is written.
+# command -> (owner and name of the computation, interrupted call, file written)
 CASES = {
     COMPARE + " --seeds 1": (results, "train", 2, "compare.csv"),
     LEVELS + " --parts hierarchy --seeds 1": (
         *(multi_level, "train", 3),
         "mll_sgd/mll_sgd.csv",
     ),
-    # Two calls a method: the rates, then the seeds at the best one.
+    # Two calls per method: the rates, then the seeds at the best rate.
     TRAINING + " --epochs 1 --rates 0.1 0.2 --seeds 2": (
         *(ordered, "train", 4),
         "d_grab/logistic_digits.csv",
@@ -48,19 +48,19 @@ CASES = {
     ),
     TIME + " --gradients 4 --points 2 --seeds 2 --adaptive-rates 0.1": (
         *(real_time.Trainer, "_train", 3),
-        None,  # holds the time
+        None,  # measured times differ between runs
     ),
 }
 
 
 @pytest.mark.parametrize("command", CASES)
-def test_goes_on(run, monkeypatch, command):
+def test_resumes_after_an_interrupt(run, monkeypatch, command):
     owner, name, interrupted, file = CASES[command]
     arguments = [word.replace("_SGD", " SGD") for word in command.split()]
     real, known, stop, calls = getattr(owner, name), [], None, 0
 
     def compute(*args, **kwargs):
-        """Truly computes once; what it found is given again, for time."""
+        """Computes each result once and replays it afterwards, to save time."""
         nonlocal calls
         calls += 1
         if calls == stop:
@@ -80,7 +80,7 @@ def test_goes_on(run, monkeypatch, command):
     calls, stop = 0, interrupted
     with pytest.raises(KeyboardInterrupt):
         run(*arguments)
-    # Where two calls make a part, the first of them was in vain.
+    # If a part takes two calls, an interrupt of the second repeats the first.
     calls, stop = (interrupted - 1) // 2 * 2 if owner is ordered else interrupted - 1, 0
     written = run(*arguments, "--resume")
     assert calls == total
@@ -94,11 +94,11 @@ def test_goes_on(run, monkeypatch, command):
 
 def test_memory(tmp_path, monkeypatch):
     options = compare.Compare(out=tmp_path, resume=True)
-    asked = []
+    computed = []
 
     def recall(options, name):
         def compute():
-            asked.append(name)
+            computed.append(name)
             return {"x": np.arange(3), "seconds": 1.5}
 
         recalled = resuming.memory(options).recall(name, compute)
@@ -108,23 +108,23 @@ def test_memory(tmp_path, monkeypatch):
     for _ in range(2):
         recall(options, "a")
     recall(options, "b")
-    assert asked == ["a", "b"]
-    # With other options, or without being told to go on, it is computed.
+    assert computed == ["a", "b"]
+    # Other options, or `resume=False`, compute again.
     recall(dataclasses.replace(options, batch_size=2), "a")
     recall(dataclasses.replace(options, resume=False), "a")
-    assert asked == ["a", "b", "a", "a"]
+    assert computed == ["a", "b", "a", "a"]
     recall(options, "a")
-    assert asked == ["a", "b", "a", "a"]
-    # Nor is what other code has computed.
+    assert computed == ["a", "b", "a", "a"]
+    # Results of other code are not reused.
     monkeypatch.setattr(resuming, "code", lambda: "other")
     recall(options, "a")
-    assert asked == ["a", "b", "a", "a", "a"]
-    # A folder may be moved.
+    assert computed == ["a", "b", "a", "a", "a"]
+    # The output folder may move.
     moved = dataclasses.replace(options, out=tmp_path / "elsewhere")
     assert resuming.memory(moved).folder.name == resuming.memory(options).folder.name
 
 
-def test_memory_adds_up_what_its_parts_took(tmp_path, monkeypatch):
+def test_memory_adds_up_the_seconds_of_its_parts(tmp_path, monkeypatch):
     options = compare.Compare(out=tmp_path, resume=True)
     clock = iter([1.0, 3.5, 10.0, 11.0])
     monkeypatch.setattr(resuming.time, "perf_counter", lambda: next(clock))
@@ -134,7 +134,7 @@ def test_memory_adds_up_what_its_parts_took(tmp_path, monkeypatch):
     assert resuming.memory(compare.Compare(out=tmp_path, seeds=9)).seconds() == 0
 
 
-def test_results_say_where_they_come_from(tmp_path, monkeypatch):
+def test_results_record_their_provenance(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["experiments", "compare", "--out", "my results"])
     output = report.Output(compare.Compare(out=tmp_path, kappa=0.3))
     output.csv("x", [{"a": 1, "b": 2.5}])
@@ -148,7 +148,7 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     ]
     for text in texts:
         assert "command: python -m experiments compare --out 'my results'" in text
-        # All options, not only those that the command line names.
+        # All options, not only those on the command line.
         assert "options: Compare(seeds=5, " in text
         assert "kappa=0.3, rounds=4," in text
         assert f"version: decentral_jax {dj.__version__}" in text

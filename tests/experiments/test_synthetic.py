@@ -1,4 +1,4 @@
-"""The synthetic target: D-PSGD far behind, D2 and DSGT close, DeTAG best."""
+"""The synthetic problem: DeTAG is best, DSGT and D2 are close, D-PSGD is far behind."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
-"""The documentation's tables: what stands in them comes from the commands they name.
+"""The documentation's tables come from the commands that they name.
 
-Nothing is trained here but one run of a few steps: whether a table is stale is told by
+The tests train only one run of a few steps. To find stale tables, run
 `python -m experiments tables --list`.
 """
 
@@ -35,7 +35,7 @@ SMALL_PRINT = re.compile(
 )
 
 
-def test_every_comment_has_an_entry_and_every_entry_its_comment():
+def test_comments_in_pages_match_the_entries_of_runs():
     found = [
         (page, name, table)
         for page, text in PAGES.items()
@@ -64,8 +64,8 @@ def test_every_picture_of_a_run_is_on_its_page():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_command_has_measured_says_when(page):
-    """Tables after the first command on a page, and all benchmarks, are in comments."""
+def test_measurements_are_in_dated_blocks(page):
+    """Blocks enclose all tables after a page's first command, and all benchmarks."""
     text = PAGES[page].replace("Benchmarks run one by one: `python -m benchmarks.", "")
     inside = [m.span() for blocks in (TABLES, BY_HAND) for m in blocks.finditer(text)]
 
@@ -83,14 +83,14 @@ def test_what_a_command_has_measured_says_when(page):
         assert re.search(rf"<small>{WHEN}\.</small>", body)
 
 
-def test_nothing_is_by_hand_without_need():
+def test_registered_hand_written_blocks_exist():
     used = {name for text in PAGES.values() for name, _ in BY_HAND.findall(text)}
     assert used == set(tables.BY_HAND)
 
 
 @pytest.mark.parametrize("name", tables.RUNS)
 def test_small_print(name):
-    """Command, date, commit and versions; old results at least what is known."""
+    """The small print has command, date, commit, and, for recorded code, versions."""
     run = tables.RUNS[name]
     found = [b for n, _, b in TABLES.findall(PAGES[run.page]) if n == name]
     prints = [SMALL_PRINT.findall(body) for body in found]
@@ -103,8 +103,8 @@ def test_small_print(name):
 
 
 @pytest.mark.parametrize("name", tables.RUNS)
-def test_tables_have_a_head_and_mark_edges(name):
-    """A best rate at the end of its grid has a star, and no other one has."""
+def test_tables_have_a_header_and_mark_edges(name):
+    """A star marks a best rate if and only if it is at the edge of its grid."""
     run = tables.RUNS[name]
     for owner, _, body in TABLES.findall(PAGES[run.page]):
         if owner != name:
@@ -139,7 +139,7 @@ def commands():
 
 
 def options_of(command):
-    """What the command's parser makes of it, and its help; nothing is run."""
+    """Returns the parsed options of a command and its help text, without running it."""
     module, *words = shlex.split(command)
     parse = cli.parse if module == "experiments" else parser_of(module)
     found = parse(words)
@@ -161,7 +161,7 @@ def parser_of(module):
         def parse_args(self, args=None, namespace=None):
             raise Parsed(real(self, words, namespace))
 
-        # Benchmarks set the environment for the devices that they want.
+        # Benchmarks set environment variables for their devices.
         with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
             found = importlib.import_module(module)
             if hasattr(found, "__path__"):
@@ -203,7 +203,7 @@ QUICK = tables.Run("page.md", "synthetic --iterations 20 --seeds 1", ("synthetic
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """One run of a few steps, its page, and the command as users call it."""
+    """Returns a function that calls `tables` on a page with one short run."""
     monkeypatch.setattr(tables, "RUNS", {"quick": QUICK})
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -227,7 +227,7 @@ def quick(monkeypatch, tmp_path):
     return run
 
 
-def test_writes_and_knows_what_is_stale(quick, monkeypatch, capsys):
+def test_writes_tables_and_detects_stale_ones(quick, monkeypatch, capsys):
     text = quick()
     assert text.startswith("Before.\n\n<!-- table: quick/synthetic -->\n")
     assert text.endswith("<!-- end of table -->\n\nAfter.\n")
@@ -243,7 +243,7 @@ def test_writes_and_knows_what_is_stale(quick, monkeypatch, capsys):
     quick("--list")
     assert "quick" in (listed := capsys.readouterr().out)
     assert "up to date" in listed
-    # Other code, or another command, makes it stale; so does a picture that is missing.
+    # Changed code, a changed command, or a missing picture makes a table stale.
     changes = [
         lambda patch: patch.setattr(tables, "code", lambda: "0" * 16),
         lambda patch: patch.setitem(

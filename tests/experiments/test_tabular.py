@@ -34,7 +34,7 @@ def test_a9a_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
         assert actual.shape == np.shape(array)
 
 
-def test_the_folder_itself_and_the_first_name_win(tmp_path: Path):
+def test_the_folder_itself_and_the_first_name_take_precedence(tmp_path: Path):
     write_files(tmp_path, {"a": "own"}, zipped=True)
     write_files(tmp_path / "sub", {"a": "sub", "b": "other"})
     path, content = read_file(tmp_path, "sub", "a", "b")
@@ -80,7 +80,7 @@ def test_broken_gzip_is_named(tmp_path: Path):
 
 
 def m4(train: dict[str, Any], test: dict[str, Any]) -> dict[str, str]:
-    """Writes quoted rows as published: training rows are filled up with nothing."""
+    """Writes quoted rows as published: empty cells pad the training rows."""
 
     def rows(series: dict[str, Any], fill: int) -> str:
         lines = [[f"V{i}" for i in range(1, fill + 2)]]
@@ -100,7 +100,7 @@ TEST = {"W1": RNG.uniform(900, 1100, 13).round(2), "W2": RNG.uniform(1, 2, 13)}
 
 
 def assert_is_window(x: np.ndarray, y: np.ndarray, values: np.ndarray):
-    """Undoes the scaling: the geometric mean of the inputs has the logarithm 0."""
+    """Undoes the scaling, which divides by the geometric mean of the inputs."""
     assert x.dtype == y.dtype == np.float32
     level = np.prod(values[:20]) ** (1 / 20)
     np.testing.assert_allclose(level * np.exp(x), values[:20], rtol=1e-6)
@@ -132,12 +132,12 @@ def test_m4_windows_and_tests_hold_the_series(
 )
 def test_m4_windows_may_be_fewer(tmp_path: Path, windows: int, kept):
     write_files(tmp_path, m4(TRAIN, TEST))
-    every = tabular.load_m4_weekly(tmp_path)
+    complete = tabular.load_m4_weekly(tmp_path)
     some = tabular.load_m4_weekly(tmp_path, windows)
     rows = [0, *(1 + i for i in kept)]
-    np.testing.assert_array_equal(some.x_train, every.x_train[rows])
-    np.testing.assert_array_equal(some.y_train, every.y_train[rows])
-    np.testing.assert_array_equal(some.x_test, every.x_test)
+    np.testing.assert_array_equal(some.x_train, complete.x_train[rows])
+    np.testing.assert_array_equal(some.y_train, complete.y_train[rows])
+    np.testing.assert_array_equal(some.x_test, complete.x_test)
 
 
 def test_m4_missing_file_is_named(tmp_path: Path):
@@ -172,7 +172,7 @@ def test_m4_refuses_bad_arguments(tmp_path: Path):
         tabular.load_m4_weekly(tmp_path, 0)
 
 
-def test_smape_is_m4s():
+def test_smape_is_that_of_m4():
     forecast = np.array([[1.0, 3.0], [0.0, -2.0]])
     actual = np.array([[3.0, 1.0], [5.0, -2.0]])
     np.testing.assert_allclose(tabular.smape(forecast, actual), (100 + 100 + 200) / 4)

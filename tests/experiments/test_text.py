@@ -28,14 +28,14 @@ def test_python_is_split_into_words_and_signs(monkeypatch):
     assert loaded.vocabulary == 9
     assert_tokens(loaded.tokens_train, [7, 5, 8, 2, 1, 3, 1, 6, 4, 1])
     assert_tokens(loaded.tokens_test, [6, 0])
-    # Of the words that occur once, only the first in alphabetic order remain.
+    # Among words that occur once, the vocabulary keeps the alphabetically first.
     loaded = text.load_text("python", vocabulary=4)
     assert loaded.vocabulary == 4
     assert_tokens(loaded.tokens_train, [0, 0, 0, 2, 1, 3, 1, 0, 0, 1])
     assert_tokens(loaded.tokens_test, [0, 0])
 
 
-def test_python_needs_no_file_and_is_of_use():
+def test_python_needs_no_file_and_is_large_enough():
     loaded = text.load_text("python")
     assert loaded.vocabulary == 1000
     total = loaded.tokens_train.size + loaded.tokens_test.size
@@ -62,13 +62,13 @@ FILES = {
 def test_wikitext2_is_read(tmp_path: Path, zipped: bool, sub_folder: str):
     write_files(tmp_path / sub_folder, FILES, zipped)
     loaded = text.load_text("wikitext2", tmp_path)
-    # By number: unknown, end of line, a, c, A; then "A" before "a" as upper case.
+    # Numbers 0 to 4: unknown, end of line, a, c, A.
     assert loaded.vocabulary == 5
     assert_tokens(loaded.tokens_train, [3, 0, 3, 4, 0, 0, 2, 1, 1, 2])
     assert_tokens(loaded.tokens_test, [1, 0, 2, 0, 0, 1, 1, 0, 3, 0, 1])
 
 
-def test_wikitext2_trains_on_the_validation_text_without_another(tmp_path: Path):
+def test_wikitext2_trains_on_the_validation_text_if_alone(tmp_path: Path):
     write_files(tmp_path, {k: v for k, v in FILES.items() if k != "train.txt"})
     loaded = text.load_text("wikitext2", tmp_path)
     assert_tokens(loaded.tokens_train, [1, 1, 3, 2])

@@ -1,4 +1,4 @@
-"""The model of time, against sums done by hand."""
+"""The wall-clock model equals sums computed by hand."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ FLAT = {"workers": 3}
 SPEEDS = np.array([1.0, 2.0, 4.0])
 
 
-def test_alone_nobody_waits():
+def test_without_communication_no_worker_waits():
     found = finish_times(np.tile(SPEEDS, (3, 1)), [NOTHING], FLAT)
     np.testing.assert_allclose(found, np.arange(4)[:, None] * SPEEDS)
 
@@ -25,15 +25,15 @@ def test_alone_nobody_waits():
 def test_an_all_reduce_waits_for_the_slowest():
     links = {"workers": Link(latency=0.5, bandwidth=200.0)}
     found = finish_times(np.tile(SPEEDS, (4, 1)), [NOTHING, cost(ALL)], FLAT, links)
-    # Two steps of the slowest, half a second of latency, half a second of bytes.
+    # Two steps of the slowest worker, 0.5 s of latency, and 0.5 s of transfer.
     np.testing.assert_allclose(found[1], SPEEDS)
     np.testing.assert_allclose(found[2], 9)
     np.testing.assert_allclose(found[3], 9 + SPEEDS)
     np.testing.assert_allclose(found[4], 18)
 
 
-def test_gossip_waits_for_those_who_send_to_one():
-    """On a path 0 - 1 - 2 a delay travels one hop a step."""
+def test_gossip_waits_for_the_senders():
+    """On a path 0 - 1 - 2, a delay travels one hop per step."""
     pairs = frozenset({(0, 1), (1, 0), (1, 2), (2, 1)})
     gossip = cost(dj.Collective("ppermute", "workers", 2, 0.0, pairs))
     compute = np.ones((3, 3))
@@ -46,8 +46,8 @@ def test_gossip_waits_for_those_who_send_to_one():
     np.testing.assert_allclose(finish_times(compute, [one_way], FLAT)[1], [10, 1, 10])
 
 
-def test_levels_wait_for_their_own():
-    """Workers wait inside their hub, or for the same worker of other hubs."""
+def test_workers_wait_within_their_level():
+    """Workers wait within their hub, or for the same worker of other hubs."""
     levels = {"hub": 2, "worker": 2}
     compute = np.array([[1.0, 2.0, 3.0, 4.0]])
     inside = cost(dj.Collective("all-reduce", "worker", 1, 0.0))
@@ -72,7 +72,7 @@ def test_steps_take_slots_by_their_rates():
 
 
 def test_the_clock_of_a_real_algorithm():
-    """Local SGD of period 2: everyone meets in every second step."""
+    """Local SGD with period 2: all workers synchronize in every second step."""
     tx = dj.local_sgd(0.1, period=2)
     params = np.zeros(10, np.float32)
     log = dj.communication_costs(tx, params, axis_sizes=FLAT)

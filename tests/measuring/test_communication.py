@@ -1,4 +1,4 @@
-"""Traffic read off the traced program equals the formulas in the docstrings."""
+"""Traffic counted in the traced program equals the formulas in the docstrings."""
 
 import jax
 import jax.extend
@@ -58,7 +58,7 @@ def test_accelerated_mix_counts_its_loop(rounds):
 
 
 def test_average_by_factors_counts_each_factor():
-    # Up from the leaves, the centre hears seven one by one; down it sends to seven.
+    # The center receives from seven leaves in turn, then sends to seven.
     result = cost(lambda x: dj.average_by_factors(x, STAR), X)
     assert result.bytes_sent == 14 * BYTES
     result = cost(lambda x: dj.average_by_factors(x, RING), X)
@@ -76,7 +76,7 @@ def test_a_schedule_sends_its_rounds(schedule):
         assert result.is_exact
     unknown = cost(fn, X, jax.ShapeDtypeStruct((), jnp.int32))
     assert unknown.bytes_sent == schedule.max_degree * BYTES
-    # Whether it matters that the round is unknown depends on the rounds.
+    # If all rounds send the same number of bytes, an unknown round is exact.
     assert unknown.is_exact == (len({one.max_degree for one in schedule}) == 1)
 
 
@@ -93,12 +93,12 @@ def test_buckets_by_dtype():
 
 
 @pytest.mark.parametrize("num_devices", [8, 4, 1])
-def test_the_answer_belongs_to_the_algorithm(num_devices):
-    """Not to the layout: as if each worker had a device of its own. Nothing runs."""
+def test_the_cost_does_not_depend_on_the_layout(num_devices):
+    """The cost is as if each worker had its own device. Nothing runs."""
     workers = dj.Workers(N, devices=jax.devices()[:num_devices])
     step = workers.spmd(lambda x, t: dj.mix(dj.mix(x, RING), BASE, step=t))
     x, t = np.zeros((N, 10), np.float32), workers.shard(np.full(N, 1))
-    # Scalars are evaluated, by operations that JAX compiles once a process.
+    # The first call evaluates scalars, with operations that JAX compiles only once.
     dj.communication_cost(step, x, t)
     with compilations() as compiled:
         result = dj.communication_cost(step, x, t)
@@ -181,12 +181,12 @@ def test_nested_programs():
         result = cost(fn, X)
         assert result.collectives == ppermutes(2, 2 * BYTES), name
         assert result.is_exact
-    # The gradient sends as much again; remat repeats what it needs.
+    # The backward pass sends the same number of bytes again.
     loss = jax.grad(lambda x: jnp.sum(once(x) ** 2))
     assert cost(loss, X).bytes_sent == 4 * BYTES
 
 
-def test_pairs_are_who_sends_to_whom():
+def test_pairs_are_senders_and_receivers():
     (ring,) = cost(once, X).collectives
     assert ring.pairs == {(i, (i + k) % N) for i in range(N) for k in (1, N - 1)}
     (everyone,) = cost(dj.average, X).collectives
@@ -223,7 +223,7 @@ def test_branches():
     for index, sent in enumerate([ALL_REDUCE, 2 * BYTES, 0]):
         known = cost(heavy_or_light, np.int32(index), X)
         assert (known.bytes_sent, known.is_exact) == (sent, True)
-    # Out of range is clipped, as lax.switch does.
+    # An index out of range is clipped, as in `lax.switch`.
     assert cost(heavy_or_light, np.int32(9), X).bytes_sent == 0
     unknown = cost(heavy_or_light, jax.ShapeDtypeStruct((), jnp.int32), X)
     assert (unknown.bytes_sent, unknown.is_exact) == (2 * BYTES, False)
@@ -301,7 +301,7 @@ def test_the_table(capsys):
     ]
     print(cost(heavy_or_light, jax.ShapeDtypeStruct((), jnp.int32), X))
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "(an upper branch, or a loop counted once)"
+    assert last == "(not exact: counts the heavier branch, or one loop iteration)"
 
 
 def _primitive(name):
@@ -327,7 +327,7 @@ UNLISTED = {"ragged_all_to_all": _ragged} | {
 
 @pytest.mark.parametrize("name", UNLISTED)
 def test_unlisted_collectives_are_named(name):
-    """Of unknown cost: the answer is not exact, and says why."""
+    """Collectives of unknown cost make the result inexact, and it names them."""
 
     def step(x):
         return jax.lax.fori_loop(0, 2, lambda _, x: UNLISTED[name](x), x)
@@ -341,7 +341,7 @@ def test_unlisted_collectives_are_named(name):
         assert alone.is_exact
 
 
-def test_what_sends_nothing_is_exact():
+def test_programs_that_send_nothing_are_exact():
     def step(x):
         return x + jax.lax.axis_index("workers").astype(x.dtype) + x.sum(0)
 
@@ -350,8 +350,8 @@ def test_what_sends_nothing_is_exact():
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
-def test_wide_arguments_are_taken_silently(dtype):
-    """As a call takes them: warnings are errors here."""
+def test_wide_arguments_raise_no_warning(dtype):
+    """As in an ordinary call, 64-bit arguments raise no warning."""
     workers = dj.Workers(4)
     step = workers.spmd(lambda y: dj.average(y.astype(jnp.float32)))
     labels = np.zeros((4, 6), dtype)

@@ -1,4 +1,4 @@
-"""The model to evaluate, where an algorithm sees only some of the leaves."""
+"""Evaluation models of algorithms that see only some of the leaves."""
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ BLOCK = dj.compression.random_block(2)
 
 
 def train(tx, params, layout, shape=N, head="head"):
-    """A few steps on the head's quadratic; the model to evaluate after them."""
+    """Trains on the head's quadratic; returns the evaluation model and params."""
     axis_name = tuple(named(shape))
 
     def run(target):
         p = jax.tree.map(lambda x: x + jnp.zeros_like(x), params)
         state = tx.init(p)
         for _ in range(STEPS):
-            # Gradients of frozen leaves are there, and not to be used.
+            # Frozen leaves have gradients too, which must not be used.
             grads = jax.tree.map(lambda x: jnp.full_like(x, 7), p)
             grads = {**grads, head: p[head] - target}
             updates, state = tx.update(grads, state, p)
@@ -38,7 +38,7 @@ def train(tx, params, layout, shape=N, head="head"):
 @pytest.mark.parametrize("wrapper", ["masked", "partition"])
 @pytest.mark.parametrize("name", COMMON)
 def test_frozen_leaves_are_kept_and_change_nothing(name, wrapper):
-    """The head alone, and the head beside a frozen backbone, end alike."""
+    """A head trains equally with and without a frozen backbone."""
     algorithm = COMMON[name]
     tx = algorithm.make(0.1)
     trained = {"backbone": False, "head": True}
@@ -61,8 +61,8 @@ def test_frozen_leaves_are_kept_and_change_nothing(name, wrapper):
 
 @pytest.mark.parametrize("layout", ["vmap", "shard_map"])
 @pytest.mark.parametrize("detach", [0.0, 0.3])
-def test_models_that_follow_from_the_parameters(detach, layout):
-    """The residual belongs to the trained leaves, and meets theirs alone."""
+def test_models_computed_from_the_parameters(detach, layout):
+    """The residual is added to the trained leaves only."""
     feedback = dj.error_feedback(BLOCK, detach=detach, evaluate="averaged")
     tx = optax.chain(optax.sgd(0.1), feedback)
     expected, _ = train(tx, {"head": jnp.zeros(4)}, "vmap")
@@ -91,7 +91,7 @@ GROUPS = {
 @pytest.mark.parametrize("layout", ["vmap", "folded_2", "shard_map"])
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_leaves_have_their_own_models(name, layout):
-    """Large leaves compressed, small ones not: each is as if trained alone."""
+    """Compressed large leaves and plain small leaves train as if alone."""
     large, small = GROUPS[name]
     tx = optax.partition(
         {"large": large, "small": small}, {"kernel": "large", "head": "small"}

@@ -1,4 +1,4 @@
-"""Traffic over one period: bytes of each step, and the period that is found."""
+"""Traffic over one period: bytes per step, and detection of the period."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def all_reduce(size, n=N):
 
 ALL = all_reduce(BYTES)
 
-# Bytes that a worker sends in each step of one period, with 40 bytes of parameters.
+# Bytes sent per worker in each step of one period, with 40 bytes of parameters.
 # Rounds of `SCHEDULE`: a ring, a star and a random graph of degree 7.
 PER_STEP = {
     "all_reduce_sgd": (ALL,),
@@ -46,14 +46,14 @@ PER_STEP = {
     "detagm_phase_end": (0, 0, 3 * 4 * BYTES),
     "defacto": (0, 0, 0, 0, *[2 * BYTES] * 4),
     "defacto_tree": (0, 0, *[2 * BYTES] * 7),
-    # Half of the entries, a third of them, both times in whole entries.
+    # Fractions of the entries, rounded up to whole entries.
     "ef_sgd_block": (all_reduce(BYTES / 2),),
     "ef_sgd_random_k_period": (0, all_reduce(BYTES / 2)),
-    # Signs in 2 bytes and a scale of 4 to all others.
+    # Signs in 2 bytes and a scale in 4 bytes, to all other workers.
     "ef_sgd_sign": ((N - 1) * 6,),
     "def_sgd_block": (all_reduce(4 * 4),),
     "def_a_sgd": (all_reduce(BYTES / 2),),
-    # Five values and five places to all others.
+    # Five values and five indices, to all other workers.
     "def_sgd_top_k_period": (0, 0, (N - 1) * 5 * 8),
     "step_ahead_whole": ((N - 1) * 4 * 8,),
     "partial_feedback": (all_reduce(BYTES / 2),),
@@ -67,7 +67,7 @@ PER_STEP = {
     "diloco": (0, 0, 0, ALL),
     "mll_sgd": (0, BYTES, 0, BYTES, 0, 2 * BYTES),
     "mll_sgd_uneven": (0, 0, BYTES, 0, 0, 2 * BYTES),
-    # Where hubs exchange, each of four workers carries 3 of 12 entries, 2 for padding.
+    # Between hubs, each of four workers sends 3 of 12 entries, including 2 for padding.
     "mll_sgd_two_hubs": (all_reduce(40, 4), all_reduce(48, 4) + 12),
     "hl_sgd": (0, all_reduce(40, 4)) * 2 + (0, all_reduce(48, 4) + 12),
     "hl_sgd_uneven": (0, all_reduce(40, 4)) * 2 + (0, all_reduce(48, 4) + 12),
@@ -79,7 +79,7 @@ PER_STEP = {
     "qg_dsgdm": (2 * BYTES,),
     "qg_dsgdm_schedule": (2 * BYTES, 7 * BYTES, 7 * BYTES),
 }
-# Sent leaf by leaf, so that it needs two of them: six entries, and four.
+# Fragments are whole leaves: this needs two leaves, with six and four entries.
 TREES = {
     "diloco_fragments": {"kernel": X.update(shape=(6,)), "bias": X.update(shape=(4,))}
 }
@@ -90,7 +90,7 @@ PER_STEP["diloco_fragments"] = (0, all_reduce(24), 0, 0, all_reduce(16))
 def test_one_period_of_every_algorithm(name):
     algorithm = ALGORITHMS[name]
     expected = PER_STEP.get(name, algorithm.sent)
-    assert expected is not None, f"give {name} in the registry the bytes it sends"
+    assert expected is not None, f"set `sent` of {name} in the registry"
     costs = dj.communication_costs(
         algorithm.make(0.1), TREES.get(name, X), axis_sizes=named(algorithm.shape)
     )
@@ -105,7 +105,7 @@ STEPS = ("d_psgd_one_peer", "dsgt_atc_one_peer", "detagm_phase_end", "defacto")
 
 @pytest.mark.parametrize("name", [*STEPS, "all_reduce_sgd", "dsgt", "d2", "detag"])
 def test_each_step_is_the_cost_of_its_state(name):
-    """The same costs from states with their counters set by hand."""
+    """Setting the counters in the state by hand gives the same costs."""
     tx = ALGORITHMS[name].make(0.1)
     costs = dj.communication_costs(tx, X, axis_sizes=AXES)
     workers = dj.Workers(N)
@@ -121,7 +121,7 @@ def test_each_step_is_the_cost_of_its_state(name):
 
 
 def gossip_when(condition):
-    """Gossip on a ring in the steps whose number meets a condition."""
+    """Gossip on a ring in the steps for which `condition(step)` is true."""
     gossip = dj.d_psgd(0.1, RING)
 
     def init_fn(params):
@@ -141,7 +141,7 @@ def gossip_when(condition):
 
 
 def found(tx, steps=None, params=X, sizes=AXES, **extra_args):
-    """The period, and which of the steps send more than a counter."""
+    """Returns the period, and a flag per step that sends more than a counter."""
     costs = dj.communication_costs(tx, params, steps, axis_sizes=sizes, **extra_args)
     return costs.period, [int(cost.bytes_sent >= BYTES) for cost in costs]
 
@@ -170,7 +170,7 @@ def test_periods_of_conditions(name):
     condition, expected = CONDITIONS[name]
     tx = gossip_when(condition)
     assert found(tx) == (len(expected), expected)
-    # The smallest period, also from the steps themselves.
+    # The period is the smallest one: the costs of two periods repeat.
     _, twice = found(tx, 2 * len(expected))
     assert twice == expected * 2
 
@@ -205,7 +205,7 @@ def test_unknown_conditions_are_not_exact():
 
 
 COMPOSED = {
-    # The schedule moves on once in five steps, and sends in every step.
+    # The schedule advances once in five steps but sends in every step.
     "MultiSteps": (optax.MultiSteps(dj.d_psgd(0.1, ONE_PEER), 5), AXES, 15),
     "chain": (
         optax.chain(dj.gossip(ONE_PEER), dj.average_parameters(period=4)),
@@ -231,7 +231,7 @@ COMPOSED = {
         AXES,
         3,
     ),
-    "hubs take turns": (
+    "schedule of hubs": (
         dj.mll_sgd(
             *(0.1, dj.topology.schedule([dj.topology.ring(4), dj.topology.path(4)])),
             tau=2,
@@ -248,14 +248,14 @@ COMPOSED = {
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_periods_of_compositions(name, standard_promotion):
-    """Counters anywhere in the state; twice the period sends the same twice."""
+    """The search finds counters anywhere in the state."""
     tx, sizes, period = COMPOSED[name]
     costs = dj.communication_costs(tx, X, axis_sizes=sizes)
     assert costs.period == len(costs) == period
 
 
-def test_partners_of_messages_belong_to_the_period():
-    """One-peer rounds send alike, but to others."""
+def test_the_period_includes_the_partners_of_messages():
+    """One-peer rounds send equally many bytes, but to different workers."""
     costs = dj.communication_costs(dj.d_psgd(0.1, ONE_PEER), X, axis_sizes=AXES)
     assert len(set(costs)) == 1
     assert len({costs[t].collectives[0].pairs for t in range(3)}) == 3

@@ -1,9 +1,8 @@
 """Asynchronous workers of one master: arrivals, replays, optimizers, projections.
 
-A gradient is a function (w, x, k) -> g, [d]: worker w's stochastic gradient at x of
-tick or step k. An optimizer is a function without arguments that returns a `step`,
-with a state of its own: (x, g, divisor=1) -> next x, its step size being divided by
-`divisor`.
+A gradient is a function (w, x, k) -> g, [d]: worker w's stochastic gradient at x in
+tick or step k. An optimizer is a function without arguments that returns a stateful
+`step`: (x, g, divisor=1) -> next x. `divisor` divides the step size.
 """
 
 import numpy as np
@@ -12,17 +11,17 @@ from .basics import rate
 
 
 def arrivals_from_speeds(seconds, num_ticks):
-    """Whose gradient reaches the master at each tick, and how stale it is.
+    """Returns the worker and the staleness of the gradient that arrives at each tick.
 
-    All workers receive x_0 at time 0. A gradient takes only the time to compute it;
-    of those that arrive at the same time, the lowest worker's is first. The gradient
-    of tick k makes x_{k+1} of x_k; its worker receives x_{k+1} at once and starts
-    anew, so that it may be the next again, at the same time, if that takes 0 seconds.
-    The clock of a worker is the sum of its durations, in float64.
+    All workers receive x_0 at time 0. Only the computation of gradients takes time. If
+    several gradients arrive at the same time, the one of the lowest worker comes first.
+    The gradient of tick k turns x_k into x_{k+1}. Its worker receives x_{k+1} at once
+    and starts the next gradient. If this takes 0 seconds, the same worker may come next
+    at the same time. A worker's clock is the sum of its durations, in float64.
 
     Args:
-      seconds: how long worker w's n-th gradient takes, not negative, [workers,
-        gradients]; a row that is used up is used again from its beginning.
+      seconds: nonnegative duration of worker w's n-th gradient, [workers, gradients].
+        The durations of a row repeat.
       num_ticks: number of arrivals.
 
     Returns:
@@ -55,17 +54,17 @@ def replay(
     """A master with stale gradients: Xu et al., Math. Prog. Comp. 2023, distributed.
 
     g_k = gradient(workers[k], x_{k - staleness[k]}, k); x_{k+1} = step(x_k, g_k).
-    With one worker, this takes tick k's sample at an old iterate; `delayed` takes an
-    old step's gradient, of its sample at its iterate.
+    With one worker, this evaluates tick k's sample at an old iterate; `delayed` applies
+    the gradient of an old step's sample at that step's iterate.
 
     Args:
       x0: start, [d].
-      gradient: (w, x, k) -> g; asked for at each tick, though it may be refused.
+      gradient: (w, x, k) -> g; called at each tick, even if its gradient is refused.
       workers: the worker w of each tick, [K].
       staleness: tau of each tick k, from 0 to k, [K].
       optimizer: e.g. `amsgrad(...)`.
-      max_staleness: a gradient with tau above it is refused: x_{k+1} = x_k, with the
-        optimizer as it was; the tick counts for the staleness of others all the same.
+      max_staleness: largest tau that is applied. Otherwise, x_{k+1} = x_k and the
+        optimizer's state stays; the tick still counts for the staleness of others.
       staleness_aware: divide the step size by max(1, tau), Zhang et al., IJCAI 2016.
 
     Returns:
@@ -86,11 +85,11 @@ def replay(
 
 
 def held(iterates, workers, staleness, num_workers):
-    """What each worker holds when x_0, x_1, ... are there, like these: [., n, d].
+    """The iterate that each worker holds once x_t exists, for each t: [., n, d].
 
-    After its gradient of tick k a worker waits until the iterate of its next one is
-    there, x_{k' - tau'}, or takes it at once if it was there before. If there is no
-    next one, it takes x_{k+1}.
+    After its gradient of tick k, a worker takes the iterate of its next gradient,
+    x_{k' - tau'}, as soon as it exists. If there is no next gradient, the worker takes
+    x_{k+1}.
     """
     num_ticks = len(workers)
     result = np.empty((len(iterates), num_workers, iterates.shape[1]))
@@ -107,16 +106,16 @@ def held(iterates, workers, staleness, num_workers):
 
 
 def delayed(x0, gradient, delays, optimizer):
-    """One worker, whose gradients come late.
+    """One worker with delayed gradients.
 
     g_k = gradient(0, x_k, k);  x_{k+1} = step(x_k, g_{max(k - delays[k], 0)}).
-    This takes an old step's gradient, of its sample at its iterate; `replay` takes
-    tick k's sample at an old iterate.
+    This applies the gradient of an old step's sample at that step's iterate; `replay`
+    evaluates tick k's sample at an old iterate.
 
     Args:
       x0: start, [d].
-      gradient: (w, x, k) -> g; asked for once a step.
-      delays: delay of each step, not negative, [K].
+      gradient: (w, x, k) -> g; called once per step.
+      delays: nonnegative delay of each step, [K].
       optimizer: e.g. `amsgrad(...)`.
 
     Returns:
@@ -132,7 +131,7 @@ def delayed(x0, gradient, delays, optimizer):
 
 
 def synchronous(x0, gradient, num_workers, num_steps, optimizer):
-    """The mean of all workers' gradients a step.
+    """Synchronous training with the mean of all workers' gradients.
 
     x_{k+1} = step(x_k, (1 / n) sum_w gradient(w, x_k, k)).
 
@@ -155,7 +154,7 @@ def synchronous(x0, gradient, num_workers, num_steps, optimizer):
 
 
 def ask(gradient, w, x, k):
-    """Worker w's gradient of tick or step k at x, in float64."""
+    """Worker w's gradient at x in tick or step k, in float64."""
     return np.array(gradient(w, x.copy(), k), dtype=np.float64)
 
 
@@ -177,7 +176,7 @@ def sgd(lr):
 def momentum_sgd(lr, beta):
     """Heavy ball: m <- beta m + g,  x <- x - lr m,  m = 0 at first.
 
-    The divisor does not enter m.
+    The divisor does not affect m.
     """
 
     def start():
@@ -219,23 +218,23 @@ def adam(lr, b1=0.9, b2=0.999, eps=1e-8):
 
 
 def amsgrad(lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, projection=None):
-    """AMSGrad as the master of APAM has it, Xu et al., Math. Prog. Comp. 2023.
+    """AMSGrad as in the master of APAM, Xu et al., Math. Prog. Comp. 2023.
 
-    g <- g + weight_decay x, x being the master's iterate, however stale g is;
+    g <- g + weight_decay x, where x is the master's iterate even if g is stale;
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  vhat <- max(vhat, v);
     x <- Proj(x - alpha_k m / (sqrt(vhat) + eps)),
     alpha_k = lr sqrt(1 - b2^k) / (1 - b1^k),  k = 1, 2, ...;  m = v = vhat = 0 at
-    first. k counts the steps taken, not the gradients refused. With eps = 0, this is
-    `adam` as long as no entry of v falls. The projection is the Euclidean one, after
-    the divisor.
+    first. k counts the steps taken, not refused gradients. With eps = 0, this equals
+    `adam` as long as no entry of v decreases. The Euclidean projection follows the
+    step, which includes the divisor.
 
     Args:
-      lr: step size, or a schedule of the steps taken before.
+      lr: step size, or a schedule that maps the number of previous steps to it.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root.
       weight_decay: coefficient of x in the gradient.
-      projection: x -> the nearest point of a convex set; none unless given.
+      projection: x -> the nearest point of a convex set. None means no projection.
     """
 
     def start():

@@ -1,4 +1,4 @@
-"""What every reference needs: one gossip round, all gradients, a step size."""
+"""Helpers of all references: one gossip round, all gradients, a step size."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def mix(W, X):
 
 
 def gradients(grad_fn, t, X):
-    """The gradients of iteration t, worker i's taken at X[i]."""
+    """The gradients of iteration t, evaluated at X[i] for worker i."""
     G = np.zeros_like(X)
     for i in range(len(X)):
         G[i] = grad_fn(t, i, X[i].copy())
@@ -23,7 +23,7 @@ def gradients(grad_fn, t, X):
 
 
 def same_start(x0, n):
-    """n copies of x0, one a worker: shape [n, d]."""
+    """n copies of x0, one per worker: shape [n, d]."""
     return np.array([np.array(x0, dtype=np.float64) for _ in range(n)])
 
 
@@ -33,6 +33,6 @@ def rate(learning_rate: float | Callable[[int], float], t: int) -> float:
 
 
 def check_order(order):
-    """Raises ValueError unless `order` names one of the two orders of a step."""
+    """Raises ValueError unless `order` is one of the two valid orders."""
     if order not in ("combine_then_adapt", "adapt_then_combine"):
         raise ValueError(f"unknown order {order!r}")

@@ -54,8 +54,8 @@ def quantize(v, bits, uniform):
 
     Args:
       v: the vector, [d].
-      bits: bits an entry.
-      uniform: draws from [0, 1), [d]; uniform ones make E C(v) = v.
+      bits: bits per entry.
+      uniform: samples from [0, 1), [d]. If they are uniform, E C(v) = v.
     """
     scale = np.max(np.abs(v))
     if scale == 0:
@@ -79,7 +79,7 @@ class DetachedRun(NamedTuple):
 
     params: np.ndarray  # y_i, shape=(steps + 1, n, d)
     shared: np.ndarray  # x, shape=(steps + 1, d)
-    errors: np.ndarray  # e_i, and what came since the exchange, shape=(steps + 1, n, d)
+    errors: np.ndarray  # e_i plus steps since the exchange, shape=(steps + 1, n, d)
 
 
 class AveragedRun(NamedTuple):
@@ -101,7 +101,7 @@ class ChocoRun(NamedTuple):
     """Trajectories of CHOCO-SGD."""
 
     params: np.ndarray  # x_i, shape=(steps + 1, n, d)
-    copies: np.ndarray  # xh_i, what the neighbors hold, shape=(steps + 1, n, d)
+    copies: np.ndarray  # xh_i, which the neighbors hold, shape=(steps + 1, n, d)
 
 
 class PowerRun(NamedTuple):
@@ -129,12 +129,12 @@ def def_sgd(
       compress: (t, i, v) -> C(v), worker i's compressor of iteration t.
       detach: lambda_d.
       momentum: beta.
-      period: iterations an exchange. As in the authors' program, in those where period
-        does not divide t + 1 a worker takes its step alone, y_i <- y_i - gamma_t m_i,
-        and p_i has the sum of its steps since the last exchange.
+      period: iterations per exchange. As in the authors' program, if period does not
+        divide t + 1, a worker takes a local step, y_i <- y_i - gamma_t m_i. In an
+        exchange, p_i includes all of its steps since the last exchange.
 
     Returns:
-      A DetachedRun, before each iteration and after the last.
+      A DetachedRun with the values before each iteration and after the last.
     """
     return pef_sgd(
         grad_fn, x0, n, learning_rate, steps, compress, detach, 1.0, momentum, period
@@ -155,7 +155,7 @@ def pef_sgd(
 ):
     """Partial error feedback, Abdi and Fekri, AAAI 2020, a baseline of DEF's paper.
 
-    p_i = feedback e_i + gamma_t m_i; else as `def_sgd`, arguments and result too.
+    p_i = feedback e_i + gamma_t m_i. All else, arguments, and result: see `def_sgd`.
     """
     x = np.array(x0, dtype=np.float64)
     E = same_start(np.zeros_like(x), n)
@@ -180,7 +180,7 @@ def pef_sgd(
 def def_a_model(run):
     """The model that DEF-A evaluates, x - mean_i e_i, [steps + 1, d].
 
-    Xu and Huang, ICML 2022, DEF-A; `run` is what `def_sgd` returned.
+    Xu and Huang, ICML 2022, DEF-A. `run` is the result of `def_sgd`.
     """
     return run.shared - run.errors.mean(1)
 
@@ -193,7 +193,7 @@ def sgd_ia(grad_fn, x0, n, learning_rate, steps, delta, detach, momentum=0.0):
     of DEF with delta = 1 / ratio. Other arguments as in `def_sgd`.
 
     Returns:
-      An AveragedRun, before each iteration and after the last.
+      An AveragedRun with the values before each iteration and after the last.
     """
     x = z = np.array(x0, dtype=np.float64)
     m = np.zeros_like(x)
@@ -233,7 +233,7 @@ def cser(
     """CSER, Xie et al., NeurIPS 2020, Algorithm 2.
 
     With p_i = gamma_t m_i, m_i <- beta m_i + g_i(x_i):
-    p'_i, r_i = PSync(p_i, C2); x_i <- x_i - p'_i; e_i <- e_i - r_i; and, where the
+    p'_i, r_i = PSync(p_i, C2); x_i <- x_i - p'_i; e_i <- e_i - r_i; and, if the
     period divides t + 1, e'_i, r_i = PSync(e_i, C1); x_i <- x_i - e_i + e'_i;
     e_i <- r_i.
 
@@ -243,13 +243,13 @@ def cser(
       n: number of workers.
       learning_rate: gamma, a float or a callable of t.
       steps: number of iterations.
-      compress: (t, i, v) -> C2(v), of the updates.
-      reset_compress: (t, i, v) -> C1(v), of the errors.
-      period: iterations an error reset, H.
+      compress: (t, i, v) -> C2(v), the compressor of the updates.
+      reset_compress: (t, i, v) -> C1(v), the compressor of the errors.
+      period: H, iterations per error reset.
       momentum: beta.
 
     Returns:
-      A ResetRun, before each iteration and after the last.
+      A ResetRun with the values before each iteration and after the last.
     """
     X = same_start(x0, n)
     E, M = np.zeros_like(X), np.zeros_like(X)
@@ -287,7 +287,7 @@ def choco_sgd(
       momentum: beta.
 
     Returns:
-      A ChocoRun, before each iteration and after the last.
+      A ChocoRun with the values before each iteration and after the last.
     """
     n = len(matrix)
     X = same_start(x0, n)
@@ -313,7 +313,7 @@ def powersgd(grad_fn, x0, n, learning_rate, steps, rank, q0, momentum=0.0):
 
     M_i = g_i(x) + e_i; P = orthonormal columns of mean_i M_i Q; Q_i = M_i^T P;
     e_i <- M_i - P Q_i^T; Q <- mean_i Q_i; m <- beta m + P Q^T; x <- x - gamma_t m.
-    The momentum is the heavy ball, where the paper steps by P Q^T + m.
+    The momentum is heavy-ball momentum; the paper steps by P Q^T + m instead.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
@@ -326,7 +326,7 @@ def powersgd(grad_fn, x0, n, learning_rate, steps, rank, q0, momentum=0.0):
       momentum: beta.
 
     Returns:
-      A PowerRun, before each iteration and after the last.
+      A PowerRun with the values before each iteration and after the last.
 
     Raises:
       ValueError: if q0 is not [b, rank].

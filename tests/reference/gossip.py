@@ -1,4 +1,4 @@
-"""One gossip round an iteration, without a tracker: D-PSGD and D2."""
+"""One gossip round per iteration without gradient tracking: D-PSGD and D2."""
 
 import numpy as np
 

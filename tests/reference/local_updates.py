@@ -1,4 +1,4 @@
-"""Several local updates a round, hubs, slow and quasi-global momentum, push-sum."""
+"""Local updates, hubs, slow momentum, quasi-global momentum, and push-sum."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def local_sgd(grad_fn, x0, workers, learning_rate, steps, period):
       workers: number of workers n.
       learning_rate: gamma, a float or a callable of t.
       steps: number of iterations; an unfinished period ends without an average.
-      period: iterations from average to average H.
+      period: H, iterations between two averages.
 
     Returns:
       Parameters before each iteration and after the last, [steps + 1, n, d].
@@ -38,7 +38,7 @@ def hub_matrix(W, hub_shares):
 
     Args:
       W: symmetric doubly stochastic matrix, [D, D].
-      hub_shares: each hub's share of the data b, positive, of sum 1, [D].
+      hub_shares: b, each hub's positive share of the data, summing to 1, [D].
 
     Returns:
       H, [D, D].
@@ -62,20 +62,20 @@ def multi_level(
     After each tau ticks, for each hub d, with v_dk = share_dk / sum_l share_dl:
       z_d = sum_k v_dk x_dk, and after each q tau ticks, z_d <- sum_j H_dj z_j;
       x_dk <- z_d for each k.
-    The paper has no momentum; m_i stays with its worker. The step size follows
-    the ticks; the paper's is constant.
+    The paper has no momentum; here, m_i stays with its worker. The step size is a
+    schedule over ticks; in the paper, it is constant.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
       x0: common start, [d].
-      H: matrix of the hubs, row d with which hub d averages, [D, D].
-      shares: share of all data of worker k of hub d, of sum 1, [D, N]; a share may
-        be 0, a hub's sum may not.
+      H: mixing matrix of the hubs, [D, D]. Row d holds the weights of hub d.
+      shares: share of the data of worker k of hub d, summing to 1, [D, N]. A share may
+        be 0; the sum of a hub may not.
       operates: (t, i) -> whether worker i takes a step in tick t.
       learning_rate: gamma, a float or a callable of t.
       steps: number of ticks.
-      tau: ticks from average to average within a hub.
-      q: averages within a hub for each average between hubs.
+      tau: ticks between two averages within a hub.
+      q: averages within a hub per average between hubs.
       momentum: heavy-ball coefficient of each worker.
 
     Returns:
@@ -121,10 +121,10 @@ def slowmo(
     """SlowMo, Wang et al., ICLR 2020, Algorithm 1, on local heavy-ball SGD.
 
     Each iteration: m_i <- momentum m_i + g_i(x_i),  x_i <- x_i - gamma_t m_i.
-    After each `period` iterations, x being what all had at the period's start:
+    After each `period` iterations, with x the common model at the period's start:
       u <- slow_momentum u + (x - mean_i x_i) / gbar,  x <- x - slow_rate gbar u,
       x_i <- x for each i; the m_i are kept (the paper's "maintain").
-    gbar is the mean of the period's gamma_t; in the paper these are equal.
+    gbar is the mean of the period's gamma_t, which are equal in the paper.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
@@ -132,7 +132,7 @@ def slowmo(
       workers: number of workers n.
       learning_rate: gamma, a float or a callable of t.
       steps: number of iterations; an unfinished period ends without an average.
-      period: iterations from slow step to slow step.
+      period: iterations between two slow steps.
       slow_rate: step size alpha of the slow step.
       slow_momentum: coefficient beta of the slow buffer u.
       momentum: heavy-ball coefficient of each worker.
@@ -173,14 +173,14 @@ def diloco(
     fragments,
     weight_decay=1e-4,
 ):
-    """DiLoCo, Douillard et al., 2023, Algorithm 1, exchanged in fragments.
+    """DiLoCo, Douillard et al., 2023, Algorithm 1, with an exchange in fragments.
 
     Iteration t, AdamW (Loshchilov and Hutter, ICLR 2019) on each worker, k = t + 1:
       m_i <- .9 m_i + .1 g_i,  v_i <- .999 v_i + .001 g_i^2,
       x_i <- x_i - gamma_t ((m_i / (1 - .9^k)) / (sqrt(v_i / (1 - .999^k)) + 1e-8)
                             + weight_decay x_i).
     Fragment p of P, after each k with k = (p + 1) period // P (mod period), on its
-    coordinates, theta being the outer model, theta = x0 at first:
+    coordinates, with the outer model theta, initially x0:
       D = mean_i (theta - x_i),  b <- outer_momentum b + D,
       theta <- theta - outer_rate (D + outer_momentum b),  x_i <- theta for each i.
     The fragments are those of Douillard et al., Streaming DiLoCo, 2025, without its
@@ -192,9 +192,9 @@ def diloco(
       workers: number of workers n.
       learning_rate: gamma, a float or a callable of t.
       steps: number of iterations.
-      period: iterations from exchange to exchange of a fragment H.
+      period: H, iterations between two exchanges of a fragment.
       outer_rate: step size of the outer Nesterov step.
-      outer_momentum: its coefficient.
+      outer_momentum: momentum coefficient of the outer Nesterov step.
       fragments: P index arrays, a partition of range(d).
       weight_decay: AdamW's decoupled weight decay.
 
@@ -266,13 +266,13 @@ def sgp(grad_fn, x0, matrices, learning_rate, steps, momentum=0.0):
 
     z_t = x_t / w_t,  m_t = momentum m_{t-1} + g_t(z_t),
     x_{t+1} = P_t (x_t - gamma_t m_t),  w_{t+1} = P_t w_t,  w_0 = 1.
-    Algorithm 1 has no momentum; here it is heavy-ball on each worker.
+    Algorithm 1 has no momentum; this adds heavy-ball momentum on each worker.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
       x0: common start, [d].
       matrices: column-stochastic P_t, [n, n] each, used in turn; P_t[i, j] is the
-        weight with which i takes what j sent.
+        weight of the message from j to i.
       learning_rate: gamma, a float or a callable of t.
       steps: number of iterations.
       momentum: heavy-ball coefficient of each worker.

@@ -1,4 +1,4 @@
-"""Orders of the examples by gradient balancing: GraB, pair balancing, CD-GraB."""
+"""Example orders from gradient balancing: GraB, pair balancing, CD-GraB."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ import numpy as np
 def examples(order, batch_size):
     """The batches of one epoch, each of exactly `batch_size` examples.
 
-    If `batch_size` does not divide N, the last batch is filled up with the first
-    examples of the same order, again and again if `batch_size` > N.
+    If `batch_size` does not divide N, the first examples of the same order fill the
+    last batch, repeatedly if `batch_size` > N.
 
     Args:
       order: the examples in the order of the epoch, [N].
-      batch_size: examples a batch.
+      batch_size: examples per batch.
 
     Returns:
       ceil(N / batch_size) lists of indices.
@@ -33,8 +33,8 @@ def grab(order, G, mu):
 
     Args:
       order: the examples in the order of the epoch, [N].
-      G: their gradients, G[t] that of order[t], [N, d].
-      mu: what is taken off every gradient, [d].
+      G: the gradients of the examples, where G[t] belongs to order[t], [N, d].
+      mu: the vector that is subtracted from every gradient, [d].
 
     Returns:
       The order of the next epoch, [N].
@@ -62,7 +62,7 @@ def pair_balance(order, G):
     positions 2p and 2p + 1, with d = G[2p] - G[2p + 1], l = p, R = N - 1 - p:
       <r, d> <= 0: next[l] = order[2p], next[R] = order[2p + 1], r += d;
       otherwise:   next[l] = order[2p + 1], next[R] = order[2p], r -= d.
-    If N is odd, the last example goes to the place in the middle.
+    If N is odd, the last example goes to the middle position.
 
     Args and returned value as in `grab`, without `mu`.
     """
@@ -87,13 +87,13 @@ def pair_balance(order, G):
 def d_grab(orders, G):
     """All workers' next orders by CD-GraB, one running sum for all of them.
 
-    Cooper et al., NeurIPS 2023, Algorithms 2 and 3. As `pair_balance`, except that
-    each pair of positions takes the workers j = 0..m-1 in sequence with the same r,
-    every worker having its own next order.
+    Cooper et al., NeurIPS 2023, Algorithms 2 and 3. Like `pair_balance`, but each pair
+    of positions processes the workers j = 0..m-1 in sequence with the same r. Every
+    worker has its own next order.
 
     Args:
       orders: the workers' examples in the order of the epoch, [m, N].
-      G: their gradients, G[j, t] that of orders[j, t], [m, N, d].
+      G: the gradients, where G[j, t] belongs to orders[j, t], [m, N, d].
 
     Returns:
       The orders of the next epoch, [m, N].
@@ -125,21 +125,21 @@ def run(
 ):
     """The orders of all epochs.
 
-    The gradients of an epoch are asked for once for each worker and example; those
-    that fill up the last batch enter neither an order nor a mean. The mean of `grab`
-    is that of the same worker's N gradients of the epoch before, 0 in the first.
+    Each epoch evaluates the gradient once per worker and example. The examples that
+    fill the last batch affect neither orders nor means. `grab` uses the mean of the
+    same worker's N gradients in the previous epoch, and 0 in the first epoch.
 
     Args:
-      method: "grab" or "pair_balance", each worker by itself, or "d_grab".
+      method: "grab" or "pair_balance", on each worker separately, or "d_grab".
       gradient_of: (epoch, worker, example) -> gradient, [d].
-      num_examples: examples a worker N.
-      num_workers: number of workers m.
+      num_examples: N, examples per worker.
+      num_workers: m, number of workers.
       epochs: number of epochs.
-      batch_size: examples a batch; without influence on the orders.
-      start: orders of the first epoch, [m, N]; 0..N-1 for all unless given.
+      batch_size: examples per batch, which does not affect the orders.
+      start: orders of the first epoch, [m, N]. The default is 0..N-1 for all workers.
 
     Returns:
-      The order of each epoch and the one that would come next, [epochs + 1, m, N].
+      The order of each epoch and of the one after the last, [epochs + 1, m, N].
     """
     if method not in ("grab", "pair_balance", "d_grab"):
         raise ValueError(f"unknown method {method!r}")

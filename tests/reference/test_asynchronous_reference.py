@@ -1,4 +1,4 @@
-"""The asynchronous reference against hand results, closed forms and brute force."""
+"""The asynchronous reference against results by hand, closed forms, brute force."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from . import asynchronous
 
 D, K = 3, 12  # dimension, ticks
 X0 = [1, -2, 3]  # integers: the references must compute in float64
-# Of two workers that take 2 and 3 seconds, but any up to k would do.
+# The trace of two workers that take 2 and 3 seconds; any staleness up to k is valid.
 WORKERS = [0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0, 1]
 STALENESS = [0, 1, 1, 0, 2, 1, 1, 1, 0, 2, 1, 1]
 OPTIMIZERS = {
@@ -29,27 +29,27 @@ def gradient(w, x, k):
     return (w + 1) * x**3 / 9 + noise
 
 
-def given_as(values):
-    """Gradients of k alone."""
+def from_table(values):
+    """Gradients that depend on k only."""
     return lambda w, x, k: values[k]
 
 
 def recorder(gradient):
-    """The same function and the list of what it was asked for."""
-    asked = []
+    """Returns the same function and a list that records the arguments of its calls."""
+    calls = []
 
     def recording(w, x, k):
-        asked.append((w, tuple(x), k))
+        calls.append((w, tuple(x), k))
         return gradient(w, x, k)
 
-    return recording, asked
+    return recording, calls
 
 
 def alone(optimizer, gradients, x0=0.0):
-    """The iterates of an optimizer that is given these gradients, [K + 1]."""
+    """The iterates of an optimizer with the given gradients, [K + 1]."""
     x0 = np.reshape(x0, -1)
     zeros = [0] * len(gradients)
-    return asynchronous.replay(x0, given_as(gradients), zeros, zeros, optimizer)[:, 0]
+    return asynchronous.replay(x0, from_table(gradients), zeros, zeros, optimizer)[:, 0]
 
 
 def close(actual, expected, rtol=1e-12, atol=1e-13):
@@ -61,7 +61,7 @@ def close(actual, expected, rtol=1e-12, atol=1e-13):
 
 
 def test_arrivals_by_hand():
-    """At 2, 3, 4, 6, 6, 8, 9 seconds."""
+    """Arrivals at 2, 3, 4, 6, 6, 8, 9 seconds."""
     arrivals = asynchronous.arrivals_from_speeds([[2], [3]], 7)
     assert arrivals == [(0, 0), (1, 1), (0, 1), (0, 0), (1, 2), (0, 1), (1, 1)]
     assert asynchronous.arrivals_from_speeds([[2], [3]], 12) == list(
@@ -72,7 +72,7 @@ def test_arrivals_by_hand():
 
 
 def test_arrivals_of_changing_durations():
-    """At 1, 5, 6, 7, 11 and, of the second, at 2, 4, 6, 8, 10 seconds."""
+    """Arrivals of worker 0 at 1, 5, 6, 7, 11 and of worker 1 at 2, 4, 6, 8, 10 s."""
     assert asynchronous.arrivals_from_speeds([[1, 4, 1], [2, 2, 2]], 10) == [
         (0, 0),
         (1, 1),
@@ -87,14 +87,14 @@ def test_arrivals_of_changing_durations():
     ]
 
 
-def test_arrivals_at_once():
-    """At 2, 2 and, of the second, at 1, 2, 3 seconds."""
+def test_simultaneous_arrivals():
+    """Arrivals of worker 0 at 2 and 2 and of worker 1 at 1, 2, 3 seconds."""
     arrivals = asynchronous.arrivals_from_speeds([[2, 0, 9], [1, 1, 1]], 5)
     assert arrivals == [(1, 0), (0, 1), (0, 0), (1, 2), (1, 0)]
 
 
 def test_the_clock_is_a_float64_sum():
-    """0.1 + 0.1 + 0.1 > 0.3, and 2^24 + 1 > 2^24 unlike in float32."""
+    """In float64, 0.1 + 0.1 + 0.1 > 0.3, and 2^24 + 1 > 2^24, unlike in float32."""
     arrivals = asynchronous.arrivals_from_speeds([[0.1], [0.3]], 4)
     assert arrivals == [(0, 0), (0, 0), (1, 2), (0, 1)]
     seconds = np.array([[2**24, 1], [2**24, 2**24]], dtype=np.float32)
@@ -109,7 +109,7 @@ def test_equal_workers_take_turns(n):
 
 
 def test_a_worker_three_times_slower():
-    """In 3 seconds, 9 gradients of the others and 1 of its own."""
+    """In 3 seconds, 9 gradients of the other workers and 1 of the slow one arrive."""
     arrivals = asynchronous.arrivals_from_speeds([[1], [3], [1], [1]], 1000)
     staleness = [tau for w, tau in arrivals if w == 1]
     assert len(staleness) == 100
@@ -120,7 +120,7 @@ def test_a_worker_three_times_slower():
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 999))
 @few
 def test_arrivals_by_sorting(n, gradients, seed):
-    """All arrivals of all workers, sorted by time, then by worker."""
+    """Sorts the arrivals of all workers by time, then by worker."""
     seconds = np.random.default_rng(seed).integers(0, 4, (n, gradients))
     arrivals = asynchronous.arrivals_from_speeds(seconds, 20)
     assert len(arrivals) == 20
@@ -137,7 +137,7 @@ def test_arrivals_by_sorting(n, gradients, seed):
 
 
 def test_replay_by_hand():
-    """x - g / 2 with g = x of the tick before: 1, 1/2, 0, -1/4, -1/4, -1/8, 0."""
+    """x - g / 2 with g the previous x: 1, 1/2, 0, -1/4, -1/4, -1/8, 0."""
     iterates = asynchronous.replay(
         [1], lambda w, x, k: x, [0] * 6, [0] + [1] * 5, asynchronous.sgd(0.5)
     )
@@ -147,7 +147,7 @@ def test_replay_by_hand():
 
 
 def test_delayed_by_hand():
-    """x - g_j / 2 with g_j = x_j + j: g_0 = 1, g_1 = 3/2, taken as 0, 0, 1, 1, 0."""
+    """x - g_j / 2 with g_j = x_j + j, for j = 0, 0, 1, 1, 0: g_0 = 1, g_1 = 3/2."""
     iterates = asynchronous.delayed(
         [1], lambda w, x, k: x + k, [0, 1, 1, 2, 9], asynchronous.sgd(0.5)
     )
@@ -155,7 +155,7 @@ def test_delayed_by_hand():
 
 
 def test_synchronous_by_hand():
-    """x - g / 2 with g the mean of x + k, x + k + 2, x + k + 4: 3, 5/2, 9/4."""
+    """x - g / 2 with g = 3, 5/2, 9/4, the means of x + k, x + k + 2, x + k + 4."""
     iterates = asynchronous.synchronous(
         [1], lambda w, x, k: x + k + 2 * w, 3, 3, asynchronous.sgd(0.5)
     )
@@ -163,49 +163,49 @@ def test_synchronous_by_hand():
 
 
 @every_optimizer
-def test_what_is_asked_for(name):
-    """Of each tick's worker, at the iterate it has received, once."""
+def test_calls_of_the_gradient(name):
+    """One call per tick, for its worker, at the iterate that the worker received."""
     optimizer = OPTIMIZERS[name]
-    recording, asked = recorder(gradient)
+    recording, calls = recorder(gradient)
     iterates = asynchronous.replay(X0, recording, WORKERS, STALENESS, optimizer)
     assert iterates.shape == (K + 1, D)
-    assert asked == [
+    assert calls == [
         (WORKERS[k], tuple(iterates[k - STALENESS[k]]), k) for k in range(K)
     ]
-    recording, asked = recorder(gradient)
+    recording, calls = recorder(gradient)
     iterates = asynchronous.delayed(X0, recording, STALENESS, optimizer)
     assert iterates.shape == (K + 1, D)
-    assert asked == [(0, tuple(iterates[k]), k) for k in range(K)]
-    recording, asked = recorder(gradient)
+    assert calls == [(0, tuple(iterates[k]), k) for k in range(K)]
+    recording, calls = recorder(gradient)
     iterates = asynchronous.synchronous(X0, recording, 2, K, optimizer)
     assert iterates.shape == (K + 1, D)
-    assert asked == [(w, tuple(iterates[k]), k) for k in range(K) for w in (0, 1)]
+    assert calls == [(w, tuple(iterates[k]), k) for k in range(K) for w in (0, 1)]
 
 
 @every_optimizer
-def test_what_the_optimizer_is_given(name):
-    """The same iterates, with the gradients known beforehand."""
+def test_gradients_that_the_optimizer_receives(name):
+    """Gradients computed in advance give the same iterates."""
     optimizer = OPTIMIZERS[name]
     zeros = [0] * K
     x = asynchronous.replay(X0, gradient, WORKERS, STALENESS, optimizer)
     G = [gradient(WORKERS[k], x[k - STALENESS[k]], k) for k in range(K)]
-    y = asynchronous.replay(X0, given_as(G), zeros, zeros, optimizer)
+    y = asynchronous.replay(X0, from_table(G), zeros, zeros, optimizer)
     np.testing.assert_array_equal(x, y)
     delays = [3, 0, 5, 1, 2, 3, 4, 0, 1, 20, 3, 2]
     x = asynchronous.delayed(X0, gradient, delays, optimizer)
     of = [0, 1, 0, 2, 2, 2, 2, 7, 7, 0, 7, 9]
     G = [gradient(0, x[j], j) for j in of]
-    y = asynchronous.replay(X0, given_as(G), zeros, zeros, optimizer)
+    y = asynchronous.replay(X0, from_table(G), zeros, zeros, optimizer)
     np.testing.assert_array_equal(x, y)
     x = asynchronous.synchronous(X0, gradient, 3, K, optimizer)
     G = [np.mean([gradient(w, x[k], k) for w in range(3)], axis=0) for k in range(K)]
-    y = asynchronous.replay(X0, given_as(G), zeros, zeros, optimizer)
+    y = asynchronous.replay(X0, from_table(G), zeros, zeros, optimizer)
     close(x, y)
 
 
 @every_optimizer
-def test_without_staleness_all_are_one(name):
-    """A plain loop."""
+def test_without_staleness_all_methods_are_equal(name):
+    """All methods equal a plain loop."""
     optimizer = OPTIMIZERS[name]
     step, x = optimizer(), np.array(X0, dtype=np.float64)
     expected = [x]
@@ -222,7 +222,7 @@ def test_without_staleness_all_are_one(name):
 
 
 def test_replay_and_delayed_differ_in_the_sample():
-    """They are one if and only if the gradient is of x alone."""
+    """They are equal if and only if the gradient depends on x only."""
     tau = [0, 1, 2, 1, 0, 3, 2, 2, 8, 5, 1, 4]
     optimizer = OPTIMIZERS["sgd"]
 
@@ -241,17 +241,17 @@ def test_replay_and_delayed_differ_in_the_sample():
 @every_optimizer
 @pytest.mark.parametrize("bound", [0, 1])
 def test_refused_gradients_leave_everything_unchanged(name, bound):
-    """As if these ticks had not been, for the iterates and the optimizer's state."""
+    """Iterates and optimizer state are as if the refused ticks had not occurred."""
     optimizer = OPTIMIZERS[name]
     G = np.random.default_rng(0).normal(size=(K, D))
-    recording, asked = recorder(given_as(G))
+    recording, calls = recorder(from_table(G))
     iterates = asynchronous.replay(
         X0, recording, WORKERS, STALENESS, optimizer, max_staleness=bound
     )
-    assert [k for _, _, k in asked] == list(range(K))
+    assert [k for _, _, k in calls] == list(range(K))
     taken = [k for k in range(K) if STALENESS[k] <= bound]
     zeros = [0] * len(taken)
-    expected = asynchronous.replay(X0, given_as(G[taken]), zeros, zeros, optimizer)
+    expected = asynchronous.replay(X0, from_table(G[taken]), zeros, zeros, optimizer)
     steps = np.cumsum([0] + [k in taken for k in range(K)])
     np.testing.assert_array_equal(iterates, expected[steps])
 
@@ -277,7 +277,7 @@ def test_no_gradient_is_refused_within_the_bound():
     ],
 )
 def test_staleness_aware_by_hand(optimizer):
-    """All steps for g = 1 are 0.6; with tau = 0, 1, 2, 3, they are 1, 1, 1/2, 1/3."""
+    """Steps for g = 1 are 0.6, times 1, 1, 1/2, 1/3 for tau = 0, 1, 2, 3."""
     iterates = asynchronous.replay(
         [0],
         lambda w, x, k: np.ones(1),
@@ -294,8 +294,8 @@ def test_staleness_aware_by_hand(optimizer):
 
 
 @every_optimizer
-def test_staleness_does_not_enter_the_moments(name):
-    """Only the one step is shortened; the next are the same, weight decay aside."""
+def test_staleness_does_not_affect_the_moments(name):
+    """Without weight decay, staleness shortens one step and leaves the others."""
     optimizer = OPTIMIZERS[name]
     if name == "amsgrad":
         optimizer = asynchronous.amsgrad(0.1, 0.8, 0.7, 1e-3)
@@ -304,7 +304,7 @@ def test_staleness_does_not_enter_the_moments(name):
     steps = [
         np.diff(
             asynchronous.replay(
-                X0, given_as(G), [0] * K, tau, optimizer, staleness_aware=aware
+                X0, from_table(G), [0] * K, tau, optimizer, staleness_aware=aware
             ),
             axis=0,
         )
@@ -315,11 +315,11 @@ def test_staleness_does_not_enter_the_moments(name):
 
 
 def test_the_divisor_comes_before_the_projection():
-    """From 0, a step of 6 / 2 to a box up to 2 ends at 2, not at 1."""
+    """From 0, a step of 6 / 2 into a box with upper limit 2 ends at 2, not at 1."""
     optimizer = asynchronous.amsgrad(6, 0, 0, 0, projection=asynchronous.box(-9, 2))
     x = asynchronous.replay(
         [0],
-        given_as(np.array([[1], [-1], [-1]])),
+        from_table(np.array([[1], [-1], [-1]])),
         [0] * 3,
         [0, 1, 2],
         optimizer,
@@ -336,19 +336,19 @@ def test_the_divisor_comes_before_the_projection():
         ([1, 0], "staleness 1 at tick 0, expected 0 to 0"),
     ],
 )
-def test_staleness_from_0_to_k(tau, message):
+def test_staleness_must_lie_between_0_and_k(tau, message):
     with pytest.raises(ValueError, match=message):
         asynchronous.replay(X0, gradient, [0, 0], tau, OPTIMIZERS["sgd"])
 
 
-def test_as_many_workers_as_staleness():
+def test_workers_and_staleness_must_have_equal_lengths():
     with pytest.raises(ValueError, match="shorter"):
         asynchronous.replay(X0, gradient, [0, 0], [0], OPTIMIZERS["sgd"])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_computes_in_float64_and_keeps_its_iterates(dtype):
-    """With float32 gradients, and with gradients that write to x or are reused."""
+    """Gradients may be float32, write to x, or return the same array each time."""
     shared = np.zeros(D, dtype)
 
     def writing(w, x, k):
@@ -384,7 +384,7 @@ def test_sgd_by_hand():
 
 
 def test_momentum_sgd_by_hand():
-    """m = 2, 2, -1, -1/2."""
+    """The momentum is m = 2, 2, -1, -1/2."""
     optimizer = asynchronous.momentum_sgd(2, 0.5)
     np.testing.assert_array_equal(
         alone(optimizer, [2, 1, -2, 0], 1), [1, -3, -7, -5, -4]
@@ -392,7 +392,7 @@ def test_momentum_sgd_by_hand():
 
 
 def test_adam_by_hand():
-    """Bias-corrected, m = 1, 7/3 and v = 1, 39/7."""
+    """With bias correction, m = 1, 7/3 and v = 1, 39/7."""
     x = alone(asynchronous.adam(2, 0.5, 0.75, 3), [1, 3])
     close(np.diff(x), [-2 / 4, -2 * (7 / 3) / (np.sqrt(39 / 7) + 3)])
 
@@ -406,7 +406,7 @@ def test_amsgrad_by_hand():
 
 @pytest.mark.parametrize("g", [-3.0, 1e-3, 70.0])
 def test_first_steps(g):
-    """Adam's is lr g / (|g| + eps), AMSGrad's lr g / (|g| + eps / sqrt(1 - b2))."""
+    """lr g / (|g| + e) with e = eps for Adam, e = eps / sqrt(1 - b2) for AMSGrad."""
     for eps in (0.0, 0.1):
         x = alone(asynchronous.adam(0.3, 0.9, 0.96, eps), [g])
         close(x, [0, -0.3 * g / (abs(g) + eps)])
@@ -425,7 +425,7 @@ def weighted_means(b, values):
 
 
 def random_gradients(factor):
-    """Of K steps and of entries with both signs and different sizes."""
+    """Gradients of K steps, whose entries differ in sign and magnitude."""
     G = np.random.default_rng(2).normal(size=(K, D)) * [1, 1e-2, 10]
     return G * factor ** np.arange(K)[:, None]
 
@@ -434,17 +434,17 @@ def random_gradients(factor):
 def test_adam_in_closed_form(factor):
     G, zeros = random_gradients(factor), [0] * K
     optimizer = asynchronous.adam(0.2, 0.6, 0.8, 0.05)
-    x = asynchronous.replay(X0, given_as(G), zeros, zeros, optimizer)
+    x = asynchronous.replay(X0, from_table(G), zeros, zeros, optimizer)
     m, v = weighted_means(0.6, G), weighted_means(0.8, G**2)
     close(np.diff(x, axis=0), -0.2 * m / (np.sqrt(v) + 0.05), 1e-10)
 
 
 @pytest.mark.parametrize("factor", [0.7, 1.0, 1.5])
 def test_amsgrad_in_closed_form(factor):
-    """vhat is a maximum over all steps, entry by entry."""
+    """vhat is the elementwise maximum over all steps."""
     G, zeros = random_gradients(factor), [0] * K
     optimizer = asynchronous.amsgrad(0.2, 0.6, 0.8, 0.05)
-    x = asynchronous.replay(X0, given_as(G), zeros, zeros, optimizer)
+    x = asynchronous.replay(X0, from_table(G), zeros, zeros, optimizer)
     corrections = 1 - 0.8 ** np.arange(1, K + 1)[:, None]
     v = weighted_means(0.8, G**2) * corrections
     v_max = np.array([v[: k + 1].max(axis=0) for k in range(K)])
@@ -458,7 +458,7 @@ def test_amsgrad_is_adam_while_v_grows():
     for factor, same in [(3.0, True), (0.3, False)]:
         G = np.ones((K, D)) * factor ** np.arange(K)[:, None]
         x, y = (
-            asynchronous.replay(X0, given_as(G), zeros, zeros, optimizer)
+            asynchronous.replay(X0, from_table(G), zeros, zeros, optimizer)
             for optimizer in (
                 asynchronous.adam(0.1, 0.8, 0.7, 0.0),
                 asynchronous.amsgrad(0.1, 0.8, 0.7, 0.0),
@@ -479,9 +479,9 @@ def test_default_parameters():
 
 
 def test_weight_decay_by_hand():
-    """g = x / 2, vhat = 4: from 4, steps of 3 g / (2 + 1) to 2, 1 and 1/2.
+    """With g = x / 2 and vhat = 4, steps of 3 g / (2 + 1) go from 4 to 2, 1, and 1/2.
 
-    The staleness of 2 does not matter: it is the master's iterate that decays.
+    The staleness of 2 does not matter, because the master's iterate decays.
     """
     optimizer = asynchronous.amsgrad(3, 0, 0, 1, weight_decay=0.5)
     x = asynchronous.replay(
@@ -490,8 +490,8 @@ def test_weight_decay_by_hand():
     np.testing.assert_array_equal(x[:, 0], [4, 2, 1, 0.5])
 
 
-def test_weight_decay_enters_the_moments():
-    """As it does in the gradient, where nothing is stale."""
+def test_weight_decay_affects_the_moments():
+    """Without staleness, weight decay equals an additional term of the gradient."""
     x, y = (
         asynchronous.replay(X0, g, [0] * K, [0] * K, optimizer)
         for g, optimizer in [
@@ -506,7 +506,7 @@ def test_weight_decay_enters_the_moments():
 
 
 @every_optimizer
-def test_every_run_starts_anew(name):
+def test_every_run_starts_with_a_new_state(name):
     runs = [
         asynchronous.replay(X0, gradient, WORKERS, STALENESS, OPTIMIZERS[name])
         for _ in range(2)
@@ -515,7 +515,7 @@ def test_every_run_starts_anew(name):
 
 
 def test_amsgrad_projects_every_iterate():
-    """It goes on from the projected one; x_0 itself is as given."""
+    """Each step starts at the projected iterate; x_0 itself is not projected."""
     signs = [-1, -1, 1, 1, 1, -1]
     for projection, expected in [
         (None, [5, 7, 9, 7, 5, 3, 5]),
@@ -552,7 +552,7 @@ def test_box_by_hand():
 
 
 def test_ball_by_hand():
-    """3, 4 is of norm 5."""
+    """The vector (3, -4) has norm 5."""
     x = np.array([3.0, -4.0])
     close(asynchronous.ball(1)(x), [0.6, -0.8])
     np.testing.assert_array_equal(asynchronous.ball(5)(x), x)
@@ -580,9 +580,9 @@ def test_simplex_by_hand():
 @given(points, st.integers(0, 999))
 @few
 def test_projections_are_nearest_points(name, x, seed):
-    """p of the set with <x - p, y - p> <= 0 for the y of the set with most <x - p, y>.
+    """<x - p, y - p> <= 0 for the point y of the set with the largest <x - p, y>.
 
-    Also idempotent, without effect on the set, and no point moves away from another.
+    Projections are also idempotent, nonexpansive, and the identity on the set.
     """
     project, contains = SETS[name]
     x = np.array(x)
@@ -610,7 +610,7 @@ def test_projections_are_nearest_points(name, x, seed):
 @given(points, st.sampled_from([0.25, 1, 3]))
 @few
 def test_simplex_by_brute_force(x, total):
-    """The nearest of the projections to the planes of all supports."""
+    """The nearest feasible point among projections onto the planes of all supports."""
     x = np.array(x)
     nearest, best = None, np.inf
     for r in range(1, len(x) + 1):

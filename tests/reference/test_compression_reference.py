@@ -1,4 +1,4 @@
-"""The compression references against exact facts: hand results and invariants."""
+"""The compression references against results by hand and invariants."""
 
 import functools
 
@@ -28,13 +28,13 @@ def quadratic(i, shape):
 
 
 def grad_fn(t, i, x):
-    """Quadratics with own curvatures and minimizers, and noise."""
+    """Gradients of quadratics that differ between workers, with noise."""
     a, b = quadratic(i, x.shape)
     return a * (x - b) + noise(t, i, x.shape)
 
 
 def with_momentum(function, beta):
-    """Gives beta m + g for g, m kept here: references ask once an iteration."""
+    """Turns gradients g into beta m + g; references call it once per iteration."""
     buffers = {}
 
     def momentum_fn(t, i, x):
@@ -45,7 +45,7 @@ def with_momentum(function, beta):
 
 
 def buffers(function, params, beta):
-    """The momentum of every iteration and worker, from the points in `params`."""
+    """The momentum of every iteration and worker at the points in `params`."""
     momentum_fn = with_momentum(function, beta)
     return np.array(
         [
@@ -71,7 +71,7 @@ def nothing(t, i, v):
 
 
 def keep(j):
-    """Keeps entry j alone."""
+    """A compressor that keeps only entry j."""
     return lambda t, i, v: np.where(np.arange(len(v)) == j, v, 0.0)
 
 
@@ -93,7 +93,7 @@ over_compressors = pytest.mark.parametrize(
 
 
 class Recorder:
-    """A compressor that notes when it was called, with what, and what it sent."""
+    """A compressor that records the arguments and results of its calls."""
 
     def __init__(self, compress):
         self.compress, self.calls, self.given, self.sent = compress, [], [], []
@@ -102,7 +102,7 @@ class Recorder:
         self.calls.append((t, i))
         self.given.append(v.copy())
         self.sent.append(self.compress(t, i, v.copy()))
-        v[:] = np.nan  # the reference must have kept its own
+        v[:] = np.nan  # the reference must not depend on this array
         return self.sent[-1].copy()
 
     def stacks(self):
@@ -167,7 +167,7 @@ def test_quantize_edges():
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_quantize_is_unbiased(bits):
     v = noise(0, 0)
-    draws = (np.arange(2000) + 0.5) / 2000  # a grid: the error is O(1 / 2000)
+    draws = (np.arange(2000) + 0.5) / 2000  # on a grid, the error is O(1 / 2000)
     sent = np.array([compression.quantize(v, bits, np.full(5, u)) for u in draws])
     step = 2 * np.abs(v).max() / (2**bits - 1)
     assert np.abs(sent.mean(0) - v).max() <= step / 2000
@@ -196,7 +196,7 @@ def test_compressors_keep_shape_and_input(compress):
 
 
 def test_hand_worked_error_feedback():
-    """Two iterations, gradients (1, 2) and (3, 4), gamma 1, entry 0 alone is sent."""
+    """Two iterations, gradients (1, 2) and (3, 4), gamma 1; only entry 0 is sent."""
 
     def constant(t, i, x):
         return np.array([1.0, 2.0]) + 2.0 * i
@@ -223,7 +223,7 @@ def test_hand_worked_error_feedback():
 @pytest.mark.parametrize("period", [1, 3])
 @pytest.mark.parametrize("feedback", [1.0, 0.6])
 @over_compressors
-def test_sent_and_kept_are_what_was_given(compress, feedback, period):
+def test_sent_and_residual_add_up_to_the_input(compress, feedback, period):
     record = Recorder(compress)
     args = (grad_fn, X0, WORKERS, gamma, STEPS, record, 0.3)
     if feedback == 1:
@@ -233,7 +233,7 @@ def test_sent_and_kept_are_what_was_given(compress, feedback, period):
     when = [t for t in range(STEPS) if t % period == period - 1]
     assert record.calls == [(t, i) for t in when for i in range(WORKERS)]
     given, sent = record.stacks()
-    # Feedback weighs what an exchange kept back, once.
+    # Feedback multiplies the residual of an exchange once.
     weight = np.where(np.arange(STEPS) % period == 0, feedback, 1.0)
     all_given = weight[:, None, None] * run.errors[:-1] + updates(run)
     np.testing.assert_allclose(given, all_given[when], **CLOSE)
@@ -260,7 +260,7 @@ def test_def_a_model_moves_by_the_mean_update(compress, period):
 
 
 def test_full_detach_is_local_sgd_between_exchanges():
-    """y_i = x - e_i: period steps of SGD from a shared point, then an average."""
+    """y_i = x - e_i: `period` local steps from a shared point, then an average."""
     run = compression.def_sgd(
         grad_fn, X0, WORKERS, gamma, 6, identity, 1.0, period=3, momentum=0.0
     )
@@ -277,12 +277,12 @@ def test_full_detach_is_local_sgd_between_exchanges():
 
 
 def same_gradient(t, i, x):
-    """Every worker the same gradient, not linear in x."""
+    """A gradient that is equal on all workers and not linear in x."""
     return grad_fn(t, 0, x) + np.sin(x)
 
 
 def same_curvature(t, i, x):
-    """mean_i g_i(y_i) = mean_i g_i(mean_i y_i)."""
+    """Equal curvatures imply mean_i g_i(y_i) = mean_i g_i(mean_i y_i)."""
     return 0.8 * x + noise(t, i)
 
 
@@ -305,7 +305,7 @@ def test_def_with_a_shrinking_compressor_is_sgd_ia(function, detach):
     np.testing.assert_allclose(averaged.shared, run.shared, **CLOSE)
     np.testing.assert_allclose(averaged.z, compression.def_a_model(run), **CLOSE)
     np.testing.assert_allclose(averaged.params[:, 0], run.params.mean(1), **CLOSE)
-    if function is not same_curvature:  # else workers differ in e_i
+    if function is not same_curvature:  # otherwise e_i differs between workers
         np.testing.assert_allclose(averaged.params, run.params, **CLOSE)
 
 
@@ -323,9 +323,9 @@ def test_sgd_ia_by_hand():
 
 
 def test_hand_worked_cser():
-    """Two iterations, gradients (1, 2, 1) and (3, 4, 3), gamma 1; a reset after both.
+    """Two iterations, gradients (1, 2, 1) and (3, 4, 3), gamma 1, then a reset.
 
-    Entry 0 is sent at once, entry 1 at the reset, entry 2 never.
+    Every iteration sends entry 0, the reset sends entry 1, and nothing sends entry 2.
     """
 
     def constant(t, i, x):
@@ -349,12 +349,12 @@ def test_cser_invariants(compress):
     assert reset.calls == [(t, i) for t in (2, 5, 8) for i in workers]
     (given, sent), (given_error, sent_error) = record.stacks(), reset.stacks()
     np.testing.assert_allclose(given, updates(run), **CLOSE)
-    # e_i <- e_i - (p_i - C2(p_i)), less C1 of that in a reset
+    # e_i <- e_i - (p_i - C2(p_i)); a reset then subtracts C1(e_i)
     kept = run.errors[:-1] - (given - sent)
     np.testing.assert_allclose(given_error, kept[2::3], **CLOSE)
     kept[2::3] -= sent_error
     np.testing.assert_allclose(run.errors[1:], kept, **CLOSE)
-    # x_i - e_i is shared, mean x_i moves by the mean update
+    # x_i - e_i is equal on all workers; mean x_i moves by the mean update
     shared = run.params - run.errors
     np.testing.assert_allclose(shared, shared[:, :1].repeat(WORKERS, 1), **CLOSE)
     np.testing.assert_allclose(
@@ -447,7 +447,7 @@ def power_start(a, b, rank):
 
 @pytest.mark.parametrize(("a", "b", "rank"), [(5, 3, 1), (5, 3, 2), (3, 5, 2)])
 def test_powersgd_projects_the_mean(a, b, rank):
-    """Delta = Pi mean_i M_i, Pi the projector on the columns of mean_i M_i Q."""
+    """The step is Pi mean_i M_i, with Pi the projector on the span of mean_i M_i Q."""
     x0, Q = power_start(a, b, rank)
     run = compression.powersgd(
         grad_fn, x0, WORKERS, gamma, STEPS, rank, Q, momentum=BETA
@@ -465,7 +465,7 @@ def test_powersgd_projects_the_mean(a, b, rank):
         np.testing.assert_allclose(
             run.errors[t + 1], M - projector @ M, rtol=0, atol=1e-10
         )
-        Q = M.mean(0).T @ basis  # of the same span as mean_i Q_i
+        Q = M.mean(0).T @ basis  # has the same span as mean_i Q_i
 
 
 def test_powersgd_depends_on_the_span_of_q0_alone():
@@ -477,7 +477,7 @@ def test_powersgd_depends_on_the_span_of_q0_alone():
     np.testing.assert_allclose(other.errors, run.errors, rtol=0, atol=1e-10)
 
 
-def test_powersgd_keeps_what_it_did_not_apply():
+def test_powersgd_keeps_the_residual():
     x0, q0 = power_start(5, 4, 1)
     run = compression.powersgd(grad_fn, x0, WORKERS, 0.1, STEPS, 1, q0)
     virtual = run.params[:, 0] - 0.1 * run.errors.mean(1)
@@ -504,14 +504,14 @@ def test_powersgd_of_full_rank_is_all_reduce_sgd(a, b):
     np.testing.assert_allclose(kept, 0, atol=1e-10)
 
 
-def test_powersgd_needs_q0_of_the_rank():
+def test_powersgd_refuses_q0_of_another_rank():
     x0, q0 = power_start(5, 4, 2)
     for wrong, rank in ((q0, 1), (q0[:3], 2)):
         with pytest.raises(ValueError, match="q0 has shape"):
             compression.powersgd(grad_fn, x0, WORKERS, gamma, 1, rank, wrong)
 
 
-# All of them
+# All methods
 
 ARGS = (grad_fn, X0, WORKERS, gamma, STEPS)
 WITHOUT_COMPRESSION = {
@@ -549,7 +549,7 @@ def test_without_compression_it_is_all_reduce_sgd(method):
 
 
 def test_references_compute_in_float64():
-    """A start in single precision is converted, not kept."""
+    """A start in single precision is converted to float64."""
     x0, q0 = (m.astype(np.float32) for m in power_start(5, 4, 2))
     run = functools.partial(compression.powersgd, n=2, learning_rate=0.1, steps=3)
     single = run(grad_fn, x0, rank=2, q0=q0)

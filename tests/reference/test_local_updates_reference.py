@@ -1,4 +1,4 @@
-"""The local-update references against exact facts: closed forms, special cases."""
+"""The local-update references against closed forms and special cases."""
 
 import functools
 
@@ -15,9 +15,9 @@ N, D, STEPS = 4, 3, 13  # workers, dimension
 X0 = [1, -2, 3]  # integers: the references must compute in float64
 COMPLETE = np.full((N, N), 1 / N)
 RING = np.array([[2, 1, 0, 1], [1, 2, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]]) / 4
-# Worker 0 sends to 1 and 2, the others to the next: column-stochastic only.
+# Worker 0 sends to 1 and 2, others send to the next worker: only column-stochastic.
 PUSH = np.array([[2, 0, 0, 3], [2, 3, 0, 0], [2, 3, 3, 0], [0, 0, 3, 3]]) / 6
-# Two hubs of three workers, one without data: 1/4 and 3/4 of it all.
+# Two hubs with 1/4 and 3/4 of the data, three workers each, one of them without data.
 SHARES = np.array([[0.1, 0.15, 0.0], [0.25, 0.2, 0.3]])
 HUB = local.hub_matrix(np.full((2, 2), 0.5), SHARES.sum(1))
 RNG = np.random.default_rng(0)
@@ -81,7 +81,7 @@ HEAVY_BALLS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_trajectory_is_where_the_gradients_were_taken(name):
+def test_trajectories_are_the_points_of_the_gradients(name):
     taken = np.full((STEPS, N, D), np.nan)
 
     def recording(t, i, x):
@@ -97,7 +97,7 @@ def test_the_trajectory_is_where_the_gradients_were_taken(name):
 
 @pytest.mark.parametrize("name", HEAVY_BALLS)
 def test_heavy_ball_of_constant_gradients(name):
-    """m_t = (1 - .6^{t+1}) / (1 - .6) times the gradient, and means are kept."""
+    """m_t = (1 - .6^{t+1}) / (1 - .6) times the gradient; averaging keeps means."""
     gradients = constant([[1], [2], [3], [4]])
     trajectory = HEAVY_BALLS[name](gradients, [0], gamma, STEPS)
     moves = [gamma(t) * (1 - 0.6 ** (t + 1)) / 0.4 for t in range(STEPS)]
@@ -108,7 +108,7 @@ def test_heavy_ball_of_constant_gradients(name):
 
 
 def test_local_sgd_on_quadratics():
-    """Between averages, x_i = b_i + (1 - gamma a_i)^r (x - b_i)."""
+    """Between two averages, x_i = b_i + (1 - gamma a_i)^r (x - b_i)."""
     trajectory = local.local_sgd(exact_grad_fn, X0, N, 0.2, 12, 4)
     x = np.array(X0)
     for t in range(13):
@@ -120,7 +120,7 @@ def test_local_sgd_on_quadratics():
 
 @pytest.mark.parametrize("q", [1, 2])
 @pytest.mark.parametrize("tau", [1, 3])
-def test_one_hub_is_local_sgd_and_of_period_1_all_reduce(tau, q):
+def test_one_hub_is_local_sgd_and_all_reduce_for_period_1(tau, q):
     expected = local.local_sgd(grad_fn, X0, N, gamma, STEPS, tau)
     close(one_hub(grad_fn, X0, gamma, STEPS, tau, q), expected)
     if tau == 1:
@@ -128,7 +128,7 @@ def test_one_hub_is_local_sgd_and_of_period_1_all_reduce(tau, q):
 
 
 def test_hubs_of_one_worker_are_gossip():
-    """H = W for equal shares, and each tick is adapt-then-combine."""
+    """With equal shares, H = W and each tick is adapt-then-combine gossip."""
     H = local.hub_matrix(RING, np.full(N, 1 / N))
     close(H, RING)
     shares = np.full((N, 1), 1 / N)
@@ -146,7 +146,7 @@ def test_hub_matrix():
 
 
 def test_averages_within_and_between_hubs():
-    """Where worker i's first step, along axis i, went: tau = 2 and q = 4, by hand."""
+    """Worker i's first step goes along axis i; tau = 2, q = 4; weights by hand."""
     within = np.array([[0.4, 0.6, 0, 0, 0, 0], [0, 0, 0, 1 / 3, 4 / 15, 0.4]])
     between = np.array([[1 / 2, 1 / 2], [1 / 6, 5 / 6]]) @ within
     trajectory = local.multi_level(
@@ -158,7 +158,7 @@ def test_averages_within_and_between_hubs():
 
 
 def test_the_weighted_mean_moves_by_the_weighted_gradients():
-    """Whatever is averaged: each tick, by the gradients of those that operate."""
+    """The active workers' gradients move the weighted mean in each tick."""
 
     def operates(t, i):
         return (t + i) % 3 != 0
@@ -174,8 +174,8 @@ def test_the_weighted_mean_moves_by_the_weighted_gradients():
     close(np.diff(np.einsum("i,tid->td", b, trajectory), axis=0), expected)
 
 
-def test_a_worker_that_operates_every_third_tick_is_its_slowed_self():
-    """Its momentum knows only its own steps, its step sizes the ticks; no averages."""
+def test_operating_every_third_tick_slows_a_worker_down():
+    """Momentum counts the worker's steps; step sizes count ticks. No averages."""
 
     def run(operates, learning_rate):
         return local.multi_level(
@@ -202,7 +202,7 @@ def test_a_worker_that_operates_every_third_tick_is_its_slowed_self():
 
 
 @pytest.mark.parametrize("period", [1, 3])
-def test_slowmo_without_slowness_is_local_sgd(period):
+def test_slowmo_without_slow_momentum_is_local_sgd(period):
     trajectory = local.slowmo(grad_fn, X0, N, gamma, STEPS, period, 1.0, 0.0)
     close(trajectory, local.local_sgd(grad_fn, X0, N, gamma, STEPS, period))
 
@@ -210,7 +210,7 @@ def test_slowmo_without_slowness_is_local_sgd(period):
 def test_two_periods_of_slowmo():
     """By hand: gradients 0 and 2, gamma 1, 3, 2, 4, slow rate 1/2 and momentum 1/4.
 
-    u_1 = 4 / 2, x_2 = -1/2 2 2; u_2 = 1/4 2 + 6 / 3, x_4 = x_2 - 1/2 3 5/2.
+    u_1 = 4 / 2, x_2 = -1/2 * 2 * 2; u_2 = 1/4 * 2 + 6 / 3, x_4 = x_2 - 1/2 * 3 * 5/2.
     """
     gradients, gammas = constant([[0], [2]]), [1, 3, 2, 4].__getitem__
     trajectory = local.slowmo(gradients, [0], 2, gammas, 4, 2, 0.5, 0.25)
@@ -236,10 +236,10 @@ def test_diloco_of_one_worker_and_period_1_is_adamw(x64, standard_promotion, opt
 
 
 def test_outer_nesterov_steps():
-    """By hand: Adam moves worker 0 by -1 an iteration, worker 1 stays; period 4.
+    """By hand: Adam moves worker 0 by -1 per iteration, worker 1 stays; period 4.
 
-    Outer rate 1/2 and momentum 1/4. Coordinate 1 is exchanged after 2 (D = 1), 6 and
-    10 (D = 2), coordinate 0 after 4, 8 and 12 (D = 2).
+    Outer rate 1/2 and momentum 1/4. Workers exchange coordinate 1 after iterations 2
+    (D = 1), 6, and 10 (D = 2), and coordinate 0 after 4, 8, and 12 (D = 2).
     """
     gradients, fragments = constant([[1, 1], [0, 0]]), [[1], [0]]
     trajectory = local.diloco(
@@ -273,8 +273,8 @@ def test_doubly_stochastic_without_momentum_is_gossip(name):
 
 @pytest.mark.parametrize("factor", [0.1, 1.0])
 def test_qg_dsgdm_on_the_complete_graph(factor):
-    """m_t = (1 - r^t) / (1 - .6), r = 1 - .4 factor: heavy ball for factor 1."""
-    gradients = constant([[-2], [0], [1], [5]])  # of mean 1
+    """m_t = (1 - r^t) / (1 - .6) with r = 1 - .4 factor: heavy ball if factor = 1."""
+    gradients = constant([[-2], [0], [1], [5]])  # their mean is 1
     trajectory = local.qg_dsgdm(gradients, [0], [COMPLETE], gamma, STEPS, 0.6, factor)
     r = 1 - 0.4 * factor
     moves = [gamma(t) * (0.6 * (1 - r**t) / 0.4 + 1) for t in range(STEPS)]
@@ -294,7 +294,7 @@ def test_two_steps_of_qg_dsgdm():
 
 
 def test_push_averages_exactly():
-    """z_1 = P v / P 1 and z_t -> mean_i v_i, though P is not doubly stochastic."""
+    """z_1 = P v / P 1 and z_t -> mean_i v_i, although P is not doubly stochastic."""
     v = RNG.normal(size=(N, D))
     trajectory = local.sgp(at_first(-v), np.zeros(D), [PUSH], 1.0, 99)
     close(trajectory[1], PUSH @ v / PUSH.sum(1)[:, None])

@@ -1,4 +1,4 @@
-"""The reference of example ordering against hand results, invariants and herding."""
+"""The ordering reference against results by hand, invariants, and herding."""
 
 import itertools
 
@@ -21,13 +21,13 @@ few = settings(max_examples=40, deadline=None)
 
 
 def table(values):
-    """Gradients that are the same in all epochs, from [m, N] or [m, N, d]."""
+    """Gradients that do not change between epochs, from [m, N] or [m, N, d]."""
     values = np.array(values).reshape(*np.shape(values)[:2], -1)
     return lambda epoch, worker, example: values[worker, example]
 
 
 def random_gradients(N, m, d, seed, scale=1, shift=0):
-    """Small integers, so that ties happen and sums are exact."""
+    """Gradients of small integers, so that ties occur and sums are exact."""
     values = np.random.default_rng(seed).integers(-3, 4, (4, m, N, d))
     return lambda epoch, worker, example: scale * values[epoch, worker, example] + shift
 
@@ -57,17 +57,17 @@ def test_every_order_is_a_permutation(method, N, m, d, batch_size, seed):
 @pytest.mark.parametrize("method", METHODS)
 @given(**SIZES)
 @few
-def test_every_gradient_is_asked_for_once(method, N, m, d, batch_size, seed):
-    """Whatever the batch size, with the same orders, from 0..N-1 on."""
+def test_every_gradient_is_evaluated_once(method, N, m, d, batch_size, seed):
+    """The batch size does not affect this or the orders, which start at 0..N-1."""
     known = random_gradients(N, m, d, seed)
-    asked = []
+    calls = []
 
     def gradient_of(*which):
-        asked.append(which)
+        calls.append(which)
         return known(*which)
 
     orders = ordering.run(method, gradient_of, N, m, 3, batch_size)
-    assert sorted(asked) == list(itertools.product(range(3), range(m), range(N)))
+    assert sorted(calls) == list(itertools.product(range(3), range(m), range(N)))
     np.testing.assert_array_equal(orders[0], np.tile(np.arange(N), (m, 1)))
     np.testing.assert_array_equal(orders, ordering.run(method, known, N, m, 3))
 
@@ -84,7 +84,7 @@ def test_d_grab_of_one_worker_is_pair_balance(N, d, seed):
 
 
 @pytest.mark.parametrize("method", ["grab", "pair_balance"])
-def test_each_worker_by_itself(method):
+def test_workers_are_independent(method):
     gradient_of = random_gradients(9, 3, 2, seed=0)
     start = random_starts(9, 3, seed=0)
     orders = ordering.run(method, gradient_of, 9, 3, 4, start=start)
@@ -99,7 +99,7 @@ def test_each_worker_by_itself(method):
 @given(N=SIZES["N"], m=SIZES["m"], d=SIZES["d"], seed=SIZES["seed"])
 @few
 def test_symmetries(method, N, m, d, seed):
-    """No order changes with the sign or the unit, no pair's with a common vector."""
+    """Scaling the gradients changes no order; shifting them changes no pair's order."""
     orders = ordering.run(method, random_gradients(N, m, d, seed), N, m, 4)
     others = [{"scale": -1}, {"scale": 4}]
     if method != "grab":
@@ -115,7 +115,7 @@ def test_symmetries(method, N, m, d, seed):
 
 
 def test_grab_by_hand():
-    """Signs by position; mu = 1 in the second epoch of both.
+    """Signs by position. In both cases, mu = 1 in the second epoch.
 
     N = 4: r = 0, c = 1 (tie) +; 1, 1 -; 0, -4 (tie) +; -4, 5 +.
       Then c = 0 (tie) +; 0, -5 (tie) +; -5, 4 +; -1, 0 (tie) +.
@@ -141,10 +141,10 @@ def test_pair_balance_by_hand():
 
 
 def test_d_grab_by_hand():
-    """Two workers in turn, A and B.
+    """Two workers, A and B, take turns.
 
-    Pairs of the first epoch: r = 0, A's d = 2 (tie) +; 2, B's 1 -; 1, A's -3 +;
-    -2, B's -3 -. Of the second: r = 0, A's d = 1 (tie) +; 1, B's -3 +; then
+    First epoch, by pairs: r = 0, A's d = 2 (tie) +; 2, B's 1 -; 1, A's -3 +;
+    -2, B's -3 -. Second epoch: r = 0, A's d = 1 (tie) +; 1, B's -3 +; then
       N = 4: r = -2, A's d = 4 +; 2, B's -1 +.
       N = 5: r = -2, A's d = 2 +; 0, B's 5 (tie) +.
     """
@@ -159,7 +159,7 @@ def test_d_grab_by_hand():
 
 @pytest.mark.parametrize("gradients", [np.zeros((5, 1)), np.eye(5)])
 def test_ties_go_to_the_first_branch(gradients):
-    """With r = 0, and with r != 0 at a right angle to all that follows."""
+    """Ties occur with r = 0 and with r orthogonal to all later gradients."""
     for method, after in [
         ("grab", [0, 1, 2, 3, 4]),
         ("pair_balance", [0, 2, 4, 3, 1]),
@@ -169,8 +169,8 @@ def test_ties_go_to_the_first_branch(gradients):
         np.testing.assert_array_equal(orders[1, 0], after)
 
 
-def test_mu_is_the_mean_of_the_epoch_before():
-    """It is 0, then 2 and 4, while the mean of both epochs is 3 and the third's 4.25.
+def test_mu_is_the_mean_of_the_previous_epoch():
+    """mu = 0, 2, 4. The mean of both epochs would be 3, the third epoch's mean 4.25.
 
     Signs: c = 2 +, 2 -, 2 +, 2 -; then 1 +, -1 +, 1 (tie) +, 7 -; then 1 +,
     -0.5 +, 0.5 -, 0 (tie) +.
@@ -183,13 +183,13 @@ def test_mu_is_the_mean_of_the_epoch_before():
 
 @pytest.mark.parametrize("method", ["pair_balance", "d_grab"])
 def test_computes_in_float64(method):
-    """r = 0, d = 1 +; 1, -1 - 1e-9 +; -1e-9, -1 -: a tie, were 1e-9 lost."""
+    """r = 0, d = 1 +; 1, -1 - 1e-9 +; -1e-9, -1 -. Losing 1e-9 would make a tie."""
     values = np.array([[1, 0, -1, 1e-9, -1, 0]], dtype=np.float32)
     orders = ordering.run(method, table(values), 6, 1, 1)
     np.testing.assert_array_equal(orders[1, 0], [0, 2, 5, 4, 3, 1])
 
 
-def test_extra_examples_of_the_last_batch():
+def test_the_last_batch_repeats_the_first_examples():
     order = np.array([4, 2, 0, 1, 3])
     for batch_size, expected in [
         (1, [[4], [2], [0], [1], [3]]),
@@ -232,7 +232,7 @@ def test_herding_bound_by_hand():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_herding(seed):
-    """8 workers of 64 vectors: 15 at random, 5 each alone, 2 together."""
+    """Bounds for 8 workers of 64 vectors: 15 random, 5 separate, 2 coordinated."""
     rng = np.random.default_rng(seed)
     vectors = rng.uniform(-1, 1, (8, 64, 4))
     vectors -= vectors.mean((0, 1))

@@ -1,4 +1,4 @@
-"""The references against exact facts: closed forms, invariants, known optima."""
+"""The references against closed forms, invariants, and known optima."""
 
 import functools
 
@@ -35,7 +35,7 @@ def complete(n):
 def quadratics(n, noise=0.0):
     """Gradients of f_i(x) = 0.5 (x - b_i)' diag(a_i) (x - b_i), and the optimum.
 
-    The noise of iteration t and worker i is the same whenever it is asked for.
+    Repeated calls for the same iteration t and worker i return the same noise.
     """
     rng = np.random.default_rng(0)
     a = rng.uniform(0.5, 1.5, (n, DIMENSION))
@@ -98,7 +98,7 @@ def test_first_step(method, order):
 def test_second_step():
     """Two iterations of two workers, worked out by hand.
 
-    g_0 = b and g_1 = 3 b whatever x is, b = (1, 0), W = [[3, 1], [1, 3]] / 4,
+    g_0 = b and g_1 = 3 b for all x, with b = (1, 0), W = [[3, 1], [1, 3]] / 4,
     gamma = 1, x_0 = 0; W b = (3, 1) / 4 and W W b = (5, 3) / 8.
     """
     b, Wb, WWb = np.array([[1, 0], [3 / 4, 1 / 4], [5 / 8, 3 / 8]])
@@ -140,7 +140,7 @@ def test_all_reduce_is_minibatch_sgd():
 
 
 @pytest.mark.parametrize("name", ONE_MATRIX_METHODS)
-def test_who_reaches_the_optimum_with_a_constant_step(name):
+def test_only_exact_methods_reach_the_optimum_with_a_constant_step(name):
     grad_fn, optimum = quadratics(5)
     trajectory = ONE_MATRIX_METHODS[name](grad_fn, X0, [ring(5)], 0.1, 400)
     error = np.abs(trajectory[-1] - optimum).max()
@@ -151,7 +151,7 @@ def test_who_reaches_the_optimum_with_a_constant_step(name):
 
 
 def test_matrices_are_used_in_turn():
-    """The one-peer exponential graph of 4 averages what came in at t = 0 exactly."""
+    """The one-peer exponential graph of 4 workers averages the first step exactly."""
     one_peer = [np.zeros((4, 4)) for _ in range(2)]
     for k, W in enumerate(one_peer):
         for i in range(4):
@@ -179,7 +179,7 @@ def test_unknown_order(method):
 
 
 def test_accelerated_gossip_contracts_faster_than_plain():
-    """Ring of 8, 10 rounds: root-mean-square residual 3.5e-3, plain 6.1e-2."""
+    """Ring of 8, 10 rounds: root-mean-square residual 3.5e-3 instead of 6.1e-2."""
     W = ring(8)
     deviation = np.eye(8) - complete(8)  # each worker in turn holds 1, the others 0
     start = np.linalg.norm(deviation)
@@ -197,7 +197,7 @@ def test_accelerated_gossip_preserves_the_mean():
 
 
 def test_two_rounds_of_accelerated_gossip():
-    """(1 + eta)^2 W^2 - eta (1 + eta) W - eta; on the ring of 4, lambda = 1/3."""
+    """The matrix is (1 + eta)^2 W^2 - eta (1 + eta) W - eta I, with lambda = 1/3."""
     W = ring(4)
     root = np.sqrt(8 / 9)
     eta = (1 - root) / (1 + root)
@@ -207,7 +207,7 @@ def test_two_rounds_of_accelerated_gossip():
 
 
 def test_most_negative_eigenvalue_sets_the_momentum():
-    """lambda = 1/2 from the eigenvalue -1/2; 0 for the complete graph."""
+    """The eigenvalue -1/2 gives lambda = 1/2; the complete graph gives 0."""
     root = np.sqrt(3 / 4)
     expected = (1 - root) / (1 + root)
     W = (9 * ring(4) - np.eye(4)) / 8  # eigenvalues 1, 1/4, 1/4, -1/2
@@ -230,7 +230,7 @@ def test_detag_tracker_means_equal_gradient_means():
 
 
 def test_detag_phases_are_a_linear_recursion():
-    """Each phase again, with AG_2 as one matrix on the ring of 4."""
+    """Repeats each phase with the matrix of two accelerated rounds, on a ring of 4."""
     grad_fn, _ = quadratics(4, noise=1.0)
     W = ring(4)
     root = np.sqrt(8 / 9)
@@ -255,7 +255,7 @@ def test_detag_phases_are_a_linear_recursion():
 
 
 def test_detag_on_the_complete_graph_is_delayed_heavy_ball():
-    """v = .5 v + gbar(x_{k-1}), x_{k+1} = x_k - gamma v, one vector for all."""
+    """All workers follow v = .5 v + gbar(x_{k-1}), x_{k+1} = x_k - gamma v."""
     grad_fn, _ = quadratics(4, noise=1.0)
     run = tracking.detag_phases(grad_fn, X0, complete(4), 0.1, 8, 3, momentum=0.5)
     x, v, delayed = X0, np.zeros(DIMENSION), np.zeros(DIMENSION)
@@ -273,7 +273,7 @@ def test_detag_changes_parameters_only_after_a_phase():
     trajectory = tracking.detag(grad_fn, X0, ring(4), 0.1, 14, 4)
     assert trajectory.shape == (15, 4, DIMENSION)
     changed = np.abs(np.diff(trajectory, axis=0)).max((1, 2)) > 1e-3
-    # No tracker yet in the first phase, and no fourth phase in 14 iterations.
+    # The first phase has no tracker yet, and 14 iterations complete only three phases.
     np.testing.assert_array_equal(np.flatnonzero(changed), [7, 11])
 
 
@@ -290,7 +290,7 @@ def test_detag_reaches_the_optimum_with_a_constant_step():
 
 
 def test_defacto_is_minibatch_sgd():
-    """A path of 3: the middle worker collects, then sends; phases of 2 + 2."""
+    """Path of 3: the middle worker collects, then sends; phases of 2 + 2 iterations."""
     collect = np.array([[0, 0, 0], [1 / 3, 1 / 3, 1 / 3], [0, 0, 0]])
     send = np.array([[0, 1, 0], [0, 1, 0], [0, 1, 0]])
     np.testing.assert_array_equal(send @ collect, complete(3))

@@ -15,12 +15,12 @@ def dsgt(grad_fn, x0, matrices, learning_rate, steps, order="combine_then_adapt"
     adapt_then_combine (Xu et al., CDC 2015, Aug-DGM; Nedic et al., ACC 2017):
       X_{t+1} = W_t (X_t - gamma_t Y_t), Y_t = W_t (Y_{t-1} + G_t - G_{t-1}).
 
-    With stochastic gradients, Pu and Nedic, Mathematical Programming 2021, take the
-    second line's X and the first line's Y; neither order here is that hybrid.
+    With stochastic gradients, Pu and Nedic, Mathematical Programming 2021, combine the
+    second line's X with the first line's Y. Neither order here is this hybrid.
 
-    Iteration t computes G_t, Y_t and X_{t+1} and mixes with W_t throughout; for a
-    sequence of matrices the papers mix Y_{t-1} with W_{t-1} instead. With one matrix
-    there is no difference.
+    Iteration t computes G_t, Y_t and X_{t+1} and mixes all of them with W_t. For a
+    sequence of matrices, the papers mix Y_{t-1} with W_{t-1} instead. For a single
+    matrix, both are equal.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
@@ -75,7 +75,7 @@ def accelerated_gossip(W, z, rounds):
 
     Args:
       W: symmetric doubly stochastic matrix, [n, n].
-      z: what the workers hold, [n, d].
+      z: the workers' vectors, [n, d].
       rounds: number of rounds.
 
     Returns:
@@ -90,7 +90,7 @@ def accelerated_gossip(W, z, rounds):
 
 
 class Phases(NamedTuple):
-    """What DeTAG holds at the boundaries of its phases."""
+    """The state of DeTAG at the boundaries of its phases."""
 
     X: np.ndarray  # shape=(phases + 1, n, d), parameters x_k
     Y: np.ndarray  # shape=(phases + 1, n, d), trackers y_k
@@ -98,16 +98,16 @@ class Phases(NamedTuple):
 
 
 def detag_phases(grad_fn, x0, W, learning_rate, phases, rounds, momentum=0.0):
-    """DeTAG, Lu and De Sa, ICML 2021, Algorithm 2; one entry a phase.
+    """DeTAG, Lu and De Sa, ICML 2021, Algorithm 2, with one entry per phase.
 
     Phase k, with gbar_{-1} = 0, y_0 = 0, v_{-1} = 0:
       gbar_k  = (1/R) sum_{r<R} g(x_k; iteration kR + r)
       xt, yt  = AG_R(x_k), AG_R(y_k)
       v_k     = momentum v_{k-1} + yt
-      x_{k+1} = xt - gamma_t v_k, t the last iteration of the phase
+      x_{k+1} = xt - gamma_t v_k, with t the last iteration of the phase
       y_{k+1} = yt + gbar_k - gbar_{k-1}
 
-    Args as in `detag`, with `phases` in place of `steps`.
+    Takes the arguments of `detag`, with `phases` instead of `steps`.
     """
     X = same_start(x0, len(W))
     Y = np.zeros_like(X)
@@ -131,7 +131,7 @@ def detag_phases(grad_fn, x0, W, learning_rate, phases, rounds, momentum=0.0):
 
 
 def detag(grad_fn, x0, W, learning_rate, steps, rounds, momentum=0.0):
-    """DeTAG, Lu and De Sa, ICML 2021, Algorithm 2; one entry an iteration.
+    """DeTAG, Lu and De Sa, ICML 2021, Algorithm 2, with one entry per iteration.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
@@ -139,7 +139,7 @@ def detag(grad_fn, x0, W, learning_rate, steps, rounds, momentum=0.0):
       W: symmetric doubly stochastic matrix, [n, n].
       learning_rate: gamma, a float or a callable of the iteration that ends a phase.
       steps: number of iterations; an unfinished phase changes no parameters.
-      rounds: iterations a phase R.
+      rounds: R, iterations per phase.
       momentum: heavy-ball coefficient on the mixed tracker (DeTAGM).
 
     Returns:
@@ -152,9 +152,10 @@ def detag(grad_fn, x0, W, learning_rate, steps, rounds, momentum=0.0):
 def defacto(grad_fn, x0, factors, learning_rate, steps, rounds):
     """DeFacto, Lu and De Sa, ICML 2021, Algorithm 1.
 
-    Phase k: `rounds` iterations average the gradients at x_k, len(factors) more
-    apply one factor each to that average (their gradients are not used), then
-    x_{k+1} = x_k - gamma_t (averaged gradient), t the last iteration of the phase.
+    Phase k: `rounds` iterations average the gradients at x_k. Then len(factors)
+    iterations each apply one factor to this average and do not use their gradients.
+    Finally, x_{k+1} = x_k - gamma_t (averaged gradient), with t the phase's last
+    iteration.
 
     Args:
       grad_fn: (t, i, x) -> worker i's stochastic gradient of iteration t at x.
@@ -163,7 +164,7 @@ def defacto(grad_fn, x0, factors, learning_rate, steps, rounds):
         factors[-1] @ ... @ factors[0] = 1 1^T / n.
       learning_rate: gamma, a float or a callable of the iteration that ends a phase.
       steps: number of iterations; an unfinished phase changes no parameters.
-      rounds: gradient iterations a phase.
+      rounds: gradient iterations per phase.
 
     Returns:
       Parameters before each iteration and after the last, [steps + 1, n, d].

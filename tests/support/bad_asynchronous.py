@@ -1,4 +1,4 @@
-"""The asynchronous part of the table of bad inputs; see `test_bad_inputs`."""
+"""Bad inputs of asynchronous transformations and traces; see `test_bad_inputs`."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ ROWS = {
         lambda: Trace([0, 0], [0, 2], 1),
         "ValueError: staleness | tick 1 | 0 to 1 | got 2",
     ),
-    "ticks of other number": (
+    "different numbers of ticks": (
         lambda: Trace([0, 0], [0], 1),
         "ValueError: staleness | workers | 2 | got 1",
     ),
@@ -38,8 +38,11 @@ ROWS = {
         lambda: Trace([], [], 1),
         r"ValueError: workers | at least one | \(0,",
     ),
-    "half workers": (lambda: Trace([0.5], [0], 1), "ValueError: workers | float64"),
-    "no speed": (
+    "fractional workers": (
+        lambda: Trace([0.5], [0], 1),
+        "ValueError: workers | float64",
+    ),
+    "zero seconds": (
         lambda: dj.traces.from_speeds([1, 0], 9),
         r"ValueError: seconds | positive | \[1, 0\]",
     ),
@@ -51,11 +54,11 @@ ROWS = {
         lambda: dj.traces.uniform_delay(-1, 9),
         "ValueError: max_delay | -1 | >= 0",
     ),
-    "no trace": (
+    "trace a list": (
         lambda: dj.asynchronous(optax.sgd(0.1), [0, 1]),
         r"TypeError: trace | \[0, 1\] | from_speeds",
     ),
-    "no inner optimizer": (
+    "number instead of an optimizer": (
         lambda: dj.asynchronous(0.1, TWO),
         "TypeError: optimizer | 0.1",
     ),
@@ -83,5 +86,5 @@ ROWS = {
     ),
     "staleness power": (lambda: dj.scale_by_staleness(0.0), "ValueError: power | 0.0"),
     "negative delay": (lambda: dj.delay_gradients([1, -2]), "ValueError: delay | -2"),
-    "half a delay": (lambda: dj.delay_gradients(0.5), "TypeError: delay | 0.5"),
+    "fractional delay": (lambda: dj.delay_gradients(0.5), "TypeError: delay | 0.5"),
 }

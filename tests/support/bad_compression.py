@@ -1,4 +1,4 @@
-"""The compression part of the table of bad inputs; see `test_bad_inputs`."""
+"""Bad inputs of compression; see `test_bad_inputs`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Local updates' part of the table of bad inputs; see `test_bad_inputs`."""
+"""Bad inputs of local updates, hubs and push-sum; see `test_bad_inputs`."""
 
 from functools import partial
 
@@ -17,13 +17,13 @@ QUARTERS = [[0.125, 0.125]] * 4
 
 
 def mll(**changed):
-    """Multi-Level Local SGD, right but for what is changed; built only."""
+    """Returns a call that builds `mll_sgd` with some valid arguments replaced."""
     arguments = {"hub_topology": RING, "tau": 2, "q": 3, **changed}
     return lambda: dj.mll_sgd(0.1, **arguments)
 
 
 def updated(tx, shape, params=True):
-    """Traces `init` and `update` of one worker in axes of a shape."""
+    """Returns a call that traces `init` and `update` over axes of the given shape."""
     x = jax.ShapeDtypeStruct((*shape.values(), 3), jnp.float32)
 
     def step(x):
@@ -38,7 +38,7 @@ ROWS = {
     "rate 1.5": (mll(rates=[[0.5, 1.5]] * 4), r"ValueError: rates | \(0, 1\] | 1.5"),
     "rate -1": (mll(rates=-1), "ValueError: rates | got -1"),
     "rate nan": (mll(rates=float("nan")), "ValueError: rates | nan"),
-    "rates of words": (mll(rates="fast"), "TypeError: rates | 'fast' | one entry"),
+    "rates a string": (mll(rates="fast"), "TypeError: rates | 'fast' | one entry"),
     "rates of another shape": (
         updated(mll(rates=[0.5] * 8), HUBS),
         r"ValueError: rates | \(4, 2\) | \(8,\)",
@@ -47,7 +47,7 @@ ROWS = {
         updated(lambda: dj.operating_rates(SGD, rates=[0.5, 1.0]), {"workers": 8}),
         r"ValueError: rates | \(8,\) | \(2,\)",
     ),
-    "inner not called": (
+    "optimizer not called": (
         lambda: dj.operating_rates(optax.sgd, rates=0.5),
         "TypeError: optimizer | function sgd | call",
     ),
@@ -159,7 +159,7 @@ ROWS = {
 
 
 def reshaped(tx, shape):
-    """Traces `update` with updates that have lost an entry."""
+    """Returns a call that traces `update` with updates that lack an entry."""
     x = jax.ShapeDtypeStruct((*shape.values(), 3), jnp.float32)
     return lambda: jax.eval_shape(
         nested_vmap(lambda x: tx.update(x[:2], tx.init(x), x), shape), x
@@ -180,7 +180,7 @@ ROWS |= {
         lambda: dj.qg_dsgdm(-1.0, RING),
         "ValueError: learning_rate | -1.0",
     ),
-    "seed of who operates": (mll(seed=-1), "ValueError: seed | -1 | >= 0"),
+    "seed of the operating workers": (mll(seed=-1), "ValueError: seed | -1 | >= 0"),
     "reweighted, a share of inf": (
         lambda: T.reweighted(RING, [1, 1, 1, np.inf]),
         "ValueError: shares | 4 positive | inf",

@@ -1,4 +1,4 @@
-"""The orders' part of the table of bad inputs; see `test_bad_inputs`."""
+"""Bad inputs of example orders; see `test_bad_inputs`."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import decentral_jax as dj
 
 
 def updated(tx, shape=(4, 3), workers=2):
-    """Traces `init` and `update` of one worker, on gradients of a shape."""
+    """Returns a call that traces `init` and `update` on gradients of a shape."""
     grads = jax.ShapeDtypeStruct((workers, *shape), jnp.float32)
 
     def step(grads):
@@ -21,7 +21,7 @@ X = jnp.zeros(3)
 STATE = dj.grab(3).init(X)
 ROWS = {
     "no examples": (lambda: dj.grab(0), "ValueError: num_examples | 0 | >= 2"),
-    "half an example": (
+    "fractional examples": (
         lambda: dj.pair_balance(2.5),
         "TypeError: num_examples | 2.5 | >= 2",
     ),
@@ -34,7 +34,7 @@ ROWS = {
         "ValueError: sketch | 0 | >= 1",
     ),
     "no workers": (lambda: dj.d_grab(8, 0), "ValueError: num_workers | 0 | >= 1"),
-    "other workers": (
+    "different number of workers": (
         updated(dj.d_grab(8, 3)),
         "ValueError: num_workers | 'workers' | 2 | got 3",
     ),

@@ -1,4 +1,4 @@
-"""The topologies' part of the table of bad inputs; see `test_bad_inputs`."""
+"""Bad inputs of topologies; see `test_bad_inputs`."""
 
 from functools import partial, update_wrapper
 
@@ -33,8 +33,8 @@ MATRIX = {
     "negative": ([[1.5, -0.5], [-0.5, 1.5]], "ValueError: matrix | -0.5 | from_graph"),
     "nan": ([[0, 1], [np.nan, 1]], r"ValueError: matrix | nan at \[1, 0\] | finite"),
     "complex": (np.eye(2) * 1j, "TypeError: matrix | complex128 | float array"),
-    "words": ([["a"]], "TypeError: matrix | <U1 | float array"),
-    "in parts": (np.eye(3), "ValueError: from_matrix | 3 parts | add edges"),
+    "expected": ([["a"]], "TypeError: matrix | <U1 | float array"),
+    "disconnected": (np.eye(3), "ValueError: from_matrix | 3 parts | add edges"),
 }
 COUNTS = (
     T.ring,
@@ -64,7 +64,7 @@ GRAPHS = {
         lambda: T.from_graph(nx.Graph()),
         "ValueError: graph | 0 nodes | at least one",
     ),
-    "graph in parts": (
+    "disconnected graph": (
         lambda: T.from_graph(nx.Graph([(0, 1), (2, 3)])),
         "ValueError: graph | 2 parts | add edges",
     ),
@@ -98,7 +98,7 @@ GRAPHS = {
     ),
     "p nan": (lambda: T.erdos_renyi(8, np.nan, 1), "ValueError: p must | nan | range"),
     "seed": (lambda: T.erdos_renyi(8, 0.5, -1), "ValueError: seed | -1 | >= 0"),
-    "erdos_renyi in parts": (
+    "disconnected erdos_renyi": (
         lambda: T.erdos_renyi(16, 0.05, 0),
         "ValueError: p=0.05 | n=16 | raise p",
     ),
@@ -114,7 +114,7 @@ GRAPHS = {
         lambda: T.schedule([T.ring(3), T.ring(4)]),
         r"ValueError: topologies | \[3, 4\] | same number of workers",
     ),
-    "schedule in parts": (
+    "disconnected schedule": (
         lambda: T.schedule([HALVES, HALVES]),
         "ValueError: topologies | period 2 | add a round",
     ),
@@ -126,11 +126,11 @@ GRAPHS = {
         lambda: T.exact_factors(ONE_PEER),
         r"TypeError: topology | one_peer_ring | topology\.ring\(n\)",
     ),
-    "factors of parts": (
+    "factors of a disconnected graph": (
         lambda: T.exact_factors(HALVES),
         "ValueError: topology | halves | add edges",
     ),
-    "factors one way": (
+    "factors of a directed graph": (
         lambda: T.exact_factors(T.exponential(8)),
         r"ValueError: topology | exponential\(8\) | undirected",
     ),
@@ -138,10 +138,10 @@ GRAPHS = {
 
 
 def rows():
-    """Yields (id, call, what the message must match)."""
+    """Yields (id, call, expected error)."""
     yield from ((name, *row) for name, row in GRAPHS.items())
-    for name, (matrix, words) in MATRIX.items():
-        yield f"matrix {name}", partial(T.from_matrix, matrix), words
+    for name, (matrix, expected) in MATRIX.items():
+        yield f"matrix {name}", partial(T.from_matrix, matrix), expected
     for make in COUNTS:
         name = make.__name__
         yield f"{name}(0)", partial(make, 0), "ValueError: n must | 0 | >= 1"

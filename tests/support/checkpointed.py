@@ -1,4 +1,4 @@
-"""A run of several processes that saves, dies when told, and goes on when started anew.
+"""A run of several processes that saves, can be killed, and resumes when restarted.
 
 Usage: tests/support/checkpointed.py ALGORITHM FOLDER RESULT [VICTIM STEP]
 """
@@ -20,7 +20,7 @@ from tests.support.layouts import named
 from tests.support.registry import ALGORITHMS
 
 STEPS, SAVE_EVERY = 24, 4
-EXAMPLES = 10  # of each worker, for D-GraB: five steps an epoch
+EXAMPLES = 10  # examples per worker for D-GraB: five steps per epoch
 
 
 def main(name: str, folder: str, result: str, victim: int = -1, at: int = -1) -> None:
@@ -62,7 +62,7 @@ def main(name: str, folder: str, result: str, victim: int = -1, at: int = -1) ->
         if found is not None:
             start, params, opt_state = found.step, found.params, found.opt_state
             rng.bit_generator.state = found.data
-            print(f"goes on after step {start}")
+            print(f"resumes after step {start}")
         for t in range(start, STEPS):
             noise = rng.normal(size=(8, 10))
             batch = workers.shard(each(noise))

@@ -1,7 +1,7 @@
 """The library's random draws for the NumPy references, which compute the values.
 
-Which entries a compressor selects, or by how much it rounds, follows from a key; it is
-read off here. What is done with the entries is the reference's own arithmetic.
+A key determines which entries a compressor selects, or how it rounds. This module takes
+these draws from the library. The arithmetic on the entries is the reference's own.
 """
 
 import functools
@@ -16,7 +16,7 @@ LEAVES = (4, 6)  # default sizes of the leaves that make up the reference's vect
 
 
 def dense(compressor, of_step=lambda key: key, seed=0, leaves=LEAVES):
-    """`compress(t, i, v)` for a reference; `of_step` picks among a step's keys."""
+    """`compress(t, i, v)` for a reference; `of_step` derives the key of a step."""
 
     @functools.cache
     def keys(t, i):
@@ -62,7 +62,7 @@ def _top_k(compressor, v, _):
     return compression.top_k(v, k=k)
 
 
-# What is drawn for a part, and what becomes of the part with it.
+# Type -> (function that draws for a leaf, function that applies the draw to the leaf)
 KINDS = {
     library.RandomBlock: (
         _selected,

@@ -1,7 +1,7 @@
-"""What the fuzz test draws: topologies, algorithms with their options, wrappers.
+"""Cases of the fuzz test: topologies, algorithms with their options, and wrappers.
 
-What comes first in a list is the simplest to Hypothesis, which tries it first. Here it
-is what tells the most.
+Hypothesis regards the first item of a list as the simplest and tries it first. Here, it
+is the most informative one.
 """
 
 import math
@@ -27,13 +27,13 @@ from tests.support import registry
 from tests.support.dense_compressors import dense
 
 C = dj.compression
-# Numbers that may be injected are exact in bfloat16.
+# Injectable numbers are exactly representable in bfloat16.
 STEPS, RATE = 10, 2**-4
 SHAPES = [(3, 4), (3,), (2, 3), (), (1,), (4, 1), (0,)]
 DTYPES = ["bfloat16", "mixed", "float16", "float32", "float64"]
 AXES = ("hub", "worker")
 
-# Topologies, by what an algorithm asks of them.
+# Topologies, grouped by the requirements of algorithms.
 
 
 def permutations(n, seed):
@@ -46,7 +46,7 @@ def permutations(n, seed):
 
 
 def connected(n, seed):
-    """The first connected random graph from a seed on."""
+    """A connected random graph: tries seeds from `seed` on."""
     while not nx.is_connected(nx.gnp_random_graph(n, 0.7, seed=seed)):
         seed += 100
     return dj.topology.erdos_renyi(n, 0.7, seed=seed)
@@ -91,12 +91,12 @@ def matrices(topology):
 
 
 class Setting(NamedTuple):
-    """What an algorithm's arguments and reference may depend on."""
+    """The inputs of an algorithm's arguments and reference."""
 
     n: int
-    hubs: int  # of the two axes
+    hubs: int  # size of the first of two axes
     topology: Any
-    shapes: tuple[tuple[int, ...], ...]  # of the leaves that the algorithm sees
+    shapes: tuple[tuple[int, ...], ...]  # the leaves that the algorithm sees
     seed: int
 
     @property
@@ -112,28 +112,28 @@ def sgd(rate, momentum=None):
 
 
 class Algorithm(NamedTuple):
-    # options: strategies, by name
+    # option -> strategy
     options: dict[str, st.SearchStrategy]
-    # gradient, x0, setting, **options -> trajectory [STEPS + 1, n, d]
+    # (gradient, x0, setting, **options) -> trajectory [STEPS + 1, n, d]
     reference: Callable[..., np.ndarray]
-    # setting, **options -> further arguments of the constructor
+    # (setting, **options) -> further arguments of the constructor
     arguments: Callable[..., dict] = lambda s, **options: {}
     topologies: dict[str, Callable] = SYMMETRIC
-    # Whether rounding may decide what it does: only float64 is compared then.
-    decides: bool = False
-    # dtypes in which rounding does not grow beyond the tolerances
+    # Whether rounding may change discrete choices: then only float64 is compared.
+    has_choices: bool = False
+    # Dtypes in which rounding errors stay within the tolerances.
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    # Largest error in units in the last place of the largest entry of a leaf's path, or
-    # of 1: what ten steps of rounding in every operation come to. In half precision
+    # Largest error, in units in the last place of max(1, largest entry of the leaf's
+    # path): the accumulated rounding of all operations in ten steps. In half precision,
     # only the parameters are rounded.
     units: float = 16
     half_units: float = 4
-    # Rate, momentum -> the first argument; None where it is always a rate.
+    # (rate, momentum) -> the first argument. None if it must be a rate.
     optimizer: Callable[..., Any] | None = sgd
-    two_axes: bool = False  # It asks for hubs and workers.
-    workers: int | None = None  # None where any number will do
-    # Whether the reference asks for each worker's gradient once an iteration.
-    asks_once: bool = True
+    two_axes: bool = False  # whether it needs axes for hubs and workers
+    workers: int | None = None  # None means any number
+    # Whether the reference evaluates each worker's gradient once per iteration.
+    one_gradient: bool = True
 
 
 def only(*values):
@@ -158,7 +158,7 @@ QUANTIZED = only(C.quantize(4), C.quantize(1))
 
 
 def _feedback(detach, sent, **more):
-    """EF or DEF. The library adds the updates that the papers subtract."""
+    """EF or DEF. The papers subtract updates; the library adds them."""
 
     def reference(g, x, s, compressor, momentum=None, period=1, detach=0.0):
         compress = s.compress(compressor)
@@ -174,7 +174,7 @@ def _feedback(detach, sent, **more):
 
 
 def _ordered(reference):
-    """Gossip before or after the step."""
+    """An algorithm with the option to gossip before or after the step."""
     return Algorithm(
         {"order": ORDER},
         lambda g, x, s, order: reference(
@@ -211,7 +211,7 @@ def _choco(sent, **more):
 
 
 def _powersgd(g, x, s, rank, momentum):
-    """Matrices as two thin factors, all else whole."""
+    """Low-rank factors for matrices that are large enough, and whole other leaves."""
     low, parts, start = C.low_rank(rank), [], 0
     for shape, size in zip(s.shapes, s.sizes, strict=True):
         part, start = slice(start, start + size), start + size
@@ -256,7 +256,7 @@ def _shares(s):
 def _multi_level(g, x, s, W, shares, operates, tau, q):
     table = np.full((s.hubs, s.n // s.hubs), 1 / s.n) if shares is None else shares
     b = table.sum(1)
-    # A matrix that averages exactly keeps doing so.
+    # A matrix that averages exactly becomes one that averages exactly with shares b.
     exact = np.allclose(W, 1 / s.hubs)
     H = np.tile(b, (s.hubs, 1)) if exact else local_updates.hub_matrix(W, b)
     return local_updates.multi_level(g, x, H, table, operates, RATE, STEPS, tau, q)
@@ -332,12 +332,12 @@ ALGORITHMS = {
             rounds or len(dj.topology.exact_factors(s.topology)),
         ),
         _with_topology,
-        asks_once=False,
+        one_gradient=False,
     ),
     "ef_sgd": _feedback(False, SENT),
-    "ef_sgd_choosing": _feedback(False, CHOSEN, decides=True),
+    "ef_sgd_choosing": _feedback(False, CHOSEN, has_choices=True),
     "def_sgd": _feedback(True, SENT),
-    "def_sgd_choosing": _feedback(True, CHOSEN | QUANTIZED, decides=True),
+    "def_sgd_choosing": _feedback(True, CHOSEN | QUANTIZED, has_choices=True),
     "def_a_sgd": _feedback(True, SENT),
     "sgd_ia": Algorithm(
         {"ratio": only(1.0, 4.0), "detach": only(0.0, 0.25, 1.0), "momentum": MOMENTUM},
@@ -357,12 +357,12 @@ ALGORITHMS = {
         _cser,
     ),
     "choco_sgd": _choco(SENT),
-    "choco_sgd_choosing": _choco(only(C.top_k(ratio=2), C.sign()), decides=True),
+    "choco_sgd_choosing": _choco(only(C.top_k(ratio=2), C.sign()), has_choices=True),
     "powersgd": Algorithm(
         {"rank": only(1, 2), "momentum": MOMENTUM},
         _powersgd,
-        decides=True,
-        asks_once=False,
+        has_choices=True,
+        one_gradient=False,
     ),
     "local_sgd": Algorithm(
         {"period": PERIOD},
@@ -396,7 +396,7 @@ ALGORITHMS = {
         _mll,
         _mll_arguments,
         two_axes=True,
-        asks_once=False,
+        one_gradient=False,
     ),
     "hl_sgd": Algorithm(
         HUB_OPTIONS,
@@ -427,7 +427,7 @@ ALGORITHMS = {
         dtypes=ADAPTIVE,
         units=64,  # Small second moments magnify rounding.
         optimizer=None,
-        asks_once=False,
+        one_gradient=False,
     ),
     "qg_dsgdm": Algorithm(
         {"momentum": only(0.0, 0.5), "factor": only(None, 0.25)},
@@ -443,7 +443,7 @@ ALGORITHMS = {
 
 
 def from_registry(setting):
-    """An algorithm without options of its own here: one setting, eight workers."""
+    """An algorithm without fuzz options: one setting of the registry with 8 workers."""
     return Algorithm(
         {},
         lambda g, x, s: setting.reference(g, x, RATE, STEPS),
@@ -460,7 +460,7 @@ for _setting in registry.ALGORITHMS.values():
     if _name in set(dj.algorithms.__all__) - _drawn:
         ALGORITHMS[_name] = from_registry(_setting)
 
-# Options of the test's own, which the constructor does not take.
+# Options of the tests, which are not arguments of the constructor.
 OWN = {"unequal", "outer_rate", "outer_momentum"}
 
 
@@ -468,7 +468,7 @@ def constructor(name):
     return getattr(dj, name.removesuffix("_choosing"))
 
 
-# What stands before the algorithm: name -> (transformation, one worker's NumPy form)
+# Transformations before the algorithm: name -> (optax form, NumPy form for one worker)
 
 
 def _heavy_ball():
@@ -492,21 +492,21 @@ WRAPPERS = {
     "guard": (dj.zero_nonfinite_updates, lambda: lambda g, x: g),
     "trace": (lambda: optax.trace(0.5), _heavy_ball),
 }
-# Has a state that each gradient changes.
+# Wrappers with a state that every gradient changes.
 STATEFUL = {"trace"}
 
 
 class Case(NamedTuple):
     n: int
-    hubs: int  # workers of the first of two axes; 0 for one axis
+    hubs: int  # size of the first of two axes; 0 for one axis
     layout: str
-    scan: bool  # else one program a step
+    scan: bool  # False means one program call per step
     topology: str
     algorithm: str
     options: dict[str, Any]
     wrappers: tuple[str, ...]
     injected: str  # "no", "optimizer" or "algorithm"
-    split: str  # how a first leaf is left out: "no", "masked" or "partition"
+    split: str  # how the first leaf is excluded: "no", "masked" or "partition"
     multi_steps: bool
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
@@ -532,24 +532,26 @@ def cases(draw, name, algorithm=None):
     if all(math.prod(shape) == 0 for shape in shapes):
         shapes.append((3,))
     split = draw(only("no", "masked", "partition")) if len(shapes) > 1 else "no"
-    # The algorithm needs a leaf of its own.
+    # The algorithm needs at least one leaf with entries.
     if all(math.prod(shape) == 0 for shape in shapes[1:]):
         split = "no"
     options = {key: draw(value) for key, value in algorithm.options.items()}
-    dtypes = ("float64",) if algorithm.decides else algorithm.dtypes
+    dtypes = ("float64",) if algorithm.has_choices else algorithm.dtypes
     dtype = draw(st.sampled_from(dtypes))
     if getattr(options.get("compressor"), "whole_model", False) and dtype == "mixed":
         dtype = "float32"
-    before = [w for w in sorted(WRAPPERS) if algorithm.asks_once or w not in STATEFUL]
+    before = [
+        w for w in sorted(WRAPPERS) if algorithm.one_gradient or w not in STATEFUL
+    ]
 
     def fits(devices):
-        """Whether two axes taken as one lie on devices in one piece."""
+        """Whether two joint axes lie contiguously on the devices."""
         together = hubs and not algorithm.two_axes
         return not together or hubs % devices == 0 or devices % hubs == 0
 
-    ways = ["no", "algorithm"] + ["optimizer"] * (algorithm.optimizer is not None)
+    injections = ["no", "algorithm"] + ["optimizer"] * (algorithm.optimizer is not None)
     folds = [d for d in range(1, n + 1) if n % d == 0 and fits(d)]
-    # Several workers on each of several devices first.
+    # Prefer several workers on each of several devices.
     folds.sort(key=lambda d: (d in (1, n), d))
     layouts = [*(f"devices_{d}" for d in folds), "vmap", "shard_map"]
     return Case(
@@ -563,7 +565,7 @@ def cases(draw, name, algorithm=None):
         wrappers=tuple(
             draw(st.lists(st.sampled_from(before), max_size=2, unique=True))
         ),
-        injected=draw(st.sampled_from(ways)),
+        injected=draw(st.sampled_from(injections)),
         split=split,
         multi_steps=draw(st.booleans()),
         shapes=tuple(shapes),

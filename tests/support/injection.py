@@ -1,4 +1,4 @@
-"""Which arguments optax.inject_hyperparams may make arrays, and how to call it."""
+"""Arguments that `optax.inject_hyperparams` may turn into arrays."""
 
 import inspect
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-# Two values of each number that may be an array, exact in bfloat16.
+# Two values, exact in bfloat16, for each number that may be an array.
 FLOATS = {
     "b1": (0.5, 0.75),
     "b2": (0.75, 0.875),
@@ -29,9 +29,9 @@ FLOATS = {
 def inject(
     build: Callable[..., Any], *args: Any, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation all of whose numbers are arrays that may be.
+    """Builds a transformation with all injectable numbers as arrays.
 
-    Positional arguments, such as a rate, are among them.
+    These include positional arguments, such as a rate.
     """
     names = list(inspect.signature(build).parameters)
     static = set(names[len(args) :]) - FLOATS.keys()

@@ -1,6 +1,6 @@
-"""Leaves of every kind, put on workers and fetched back.
+"""Puts leaves of every kind on workers and fetches them back.
 
-In one process by test_workers.py; started in several by test_processes.py.
+test_workers.py runs it in one process, test_processes.py in several.
 
 Usage: python -m decentral_jax.launch --processes P --devices D
     tests/support/kinds_of_leaves.py FOLDER
@@ -23,7 +23,7 @@ IMPLEMENTATIONS = ["threefry2x32", "rbg"]
 
 
 def of_one_worker():
-    """One worker's values; the key's name says what it is."""
+    """One worker's values, keyed by kind."""
     arrays = {dtype: jnp.asarray([[0, 1], [1, 0]], dtype) for dtype in DTYPES}
     return {
         **{f"jax {dtype}": x for dtype, x in arrays.items()},
@@ -47,12 +47,12 @@ def is_key(x):
 
 
 def plain(x):
-    """What `gather` promises: NumPy arrays, of keys their data."""
+    """The documented result of `gather`: NumPy arrays, and the data of keys."""
     return np.asarray(jax.random.key_data(x) if is_key(x) else jnp.asarray(x))
 
 
 def stacked(x):
-    """A value of each worker's own, along a leading axis."""
+    """One value per worker along a leading axis."""
     if is_key(x):
         return (
             jax.vmap(lambda i: jax.random.fold_in(x, i))(jnp.arange(N))
@@ -63,34 +63,34 @@ def stacked(x):
 
 
 def check(workers):
-    """Every kind by every way, under its own name."""
+    """Checks every kind of leaf with every function, named by kind in errors."""
     for name, x in of_one_worker().items():
         copies = workers.replicate(x)
         assert copies.shape == (N, *np.shape(x)), name
         assert copies.dtype == jnp.asarray(x).dtype, name
-        same(name, workers.gather(copies), np.stack([plain(x)] * N))
+        assert_same(name, workers.gather(copies), np.stack([plain(x)] * N))
         whole = stacked(x)
         wanted = plain(whole)
-        same(name, workers.gather(workers.shard(whole)), wanted)
+        assert_same(name, workers.gather(workers.shard(whole)), wanted)
         own = workers.shard(whole[workers.local], local=True)
         assert own.sharding == workers.shard(whole).sharding, name
-        same(name, workers.gather(own), wanted)
+        assert_same(name, workers.gather(own), wanted)
         for again in (workers.shard(own), workers.spmd(lambda x: x)(own)):
-            same(name, workers.gather(again), wanted)
+            assert_same(name, workers.gather(again), wanted)
     keys = workers.shard(jax.random.split(jax.random.key(5), N))
     draws = workers.spmd(lambda key: jax.random.uniform(key))(keys)
     expected = jax.vmap(jax.random.uniform)(jax.random.split(jax.random.key(5), N))
-    same("draws", workers.gather(draws), np.asarray(expected))
+    assert_same("draws", workers.gather(draws), np.asarray(expected))
 
 
-def same(name, found, wanted):
+def assert_same(name, found, wanted):
     assert isinstance(found, np.ndarray), name
     assert found.dtype == wanted.dtype, (name, found.dtype, wanted.dtype)
     np.testing.assert_array_equal(found, wanted, err_msg=name)
 
 
 def check_checkpoints(workers, folder):
-    """All kinds in one checkpoint, from arrays on the devices."""
+    """Saves and restores all kinds in one checkpoint, from arrays on the devices."""
     one = of_one_worker()
     state = {
         "replicated": workers.replicate(one),
@@ -103,7 +103,7 @@ def check_checkpoints(workers, folder):
     for path, x in jax.tree.leaves_with_path(found):
         before = state[path[0].key][path[1].key]
         assert x.dtype == before.dtype, path
-        same(str(path), workers.gather(x), workers.gather(before))
+        assert_same(str(path), workers.gather(x), workers.gather(before))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One worker's function, run under every map the library supports."""
+"""Layouts: runs one worker's function under every map that the library supports."""
 
 import contextlib
 from collections import Counter
@@ -15,19 +15,19 @@ Shape = int | dict[str, int]
 
 
 def named(shape: Shape) -> dict[str, int]:
-    """The worker axes: one by the usual name, or several levels by theirs."""
+    """Names and sizes of the worker axes: one default axis, or several levels."""
     return shape if isinstance(shape, dict) else {"workers": shape}
 
 
 def nested_vmap(fn: Callable, shape: Shape = 8, **options: Any) -> Callable:
-    """One `vmap` a level, the outermost first."""
+    """One `vmap` per level, the outermost first."""
     for name, size in reversed(named(shape).items()):
         fn = jax.vmap(fn, axis_name=name, axis_size=size, **options)
     return fn
 
 
 def flat(build: Callable) -> Callable:
-    """A layout of several levels as one whose trees have one worker axis in front."""
+    """Turns a layout of several levels into one with a single leading worker axis."""
 
     def flat(fn: Callable, shape: Shape = 8) -> Callable:
         run, sizes = build(fn, shape), tuple(named(shape).values())
@@ -51,7 +51,7 @@ def _vmap(fn: Callable, shape: Shape) -> Callable:
 
 
 def shard_map(fn: Callable, shape: Shape, check_vma: bool = True) -> Callable:
-    """One worker a device, written by hand."""
+    """One worker per device, with `jax.shard_map` directly."""
     names, sizes = tuple(named(shape)), tuple(named(shape).values())
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
     mesh = Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
@@ -73,7 +73,7 @@ def shard_map(fn: Callable, shape: Shape, check_vma: bool = True) -> Callable:
 
 
 def _pmap(fn: Callable, shape: Shape) -> Callable:
-    """The outermost level by `pmap`; levels inside stay on a device."""
+    """Maps the outermost level with `pmap`; inner levels stay on one device."""
     (name, size), *inside = named(shape).items()
     if inside:
         fn = nested_vmap(fn, dict(inside))
@@ -87,8 +87,8 @@ def on_devices(num_devices: int) -> Callable:
     return build
 
 
-# name -> function of (fn, shape=8) that gives a compiled function of trees with a
-# leading worker axis, from a function of one worker's trees.
+# name -> function of (fn, shape=8) that turns a function of one worker's trees into a
+# compiled function of trees with a leading worker axis.
 LAYOUTS: dict[str, Callable[..., Callable[..., Any]]] = {
     "vmap": flat(_vmap),
     "shard_map": flat(shard_map),
@@ -100,7 +100,7 @@ LAYOUTS: dict[str, Callable[..., Callable[..., Any]]] = {
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a traced program, those of its inner programs too."""
+    """Yields all equations of a traced program, including its inner programs."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
@@ -110,14 +110,14 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def primitives(fn: Callable, *args: Any) -> Counter:
-    """How often each primitive stands in the traced program."""
+    """Counts each primitive in the traced program."""
     jaxpr = jax.make_jaxpr(fn)(*args)
     return Counter(equation.primitive.name for equation in equations(jaxpr))
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Collects one entry for each program that XLA compiles meanwhile."""
+    """Collects one entry for each program that XLA compiles inside the context."""
     seen = []
 
     def listen(event: str, duration: float, **kwargs: Any) -> None:

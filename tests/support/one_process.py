@@ -1,6 +1,6 @@
-"""One of several processes that run trajectories and orders together.
+"""Runs trajectories and example orders on several processes.
 
-Started by test_processes.py.
+test_processes.py starts it.
 
 Usage: python -m decentral_jax.launch --processes P --devices D
     tests/support/one_process.py DTYPE ALGORITHM ...

@@ -1,10 +1,10 @@
-"""Ordinary steps, each written for one worker: what users write between collectives.
+"""Ordinary one-worker steps, as users write them between collectives.
 
 Each program takes one worker's `data` and the name of the worker axis, and returns a
-tree of arrays. None of them mentions a layout, so each must give the same numbers in
-all of them. test_one_worker_programs.py compares them.
+tree of arrays. No program depends on the layout, so each must give the same numbers in
+all layouts. test_one_worker_programs.py compares them.
 
-All programs, or those named, on two processes: `PYTHONPATH=. python -m
+To run all or some programs on two processes: `PYTHONPATH=. python -m
 decentral_jax.launch --processes 2 --devices 2 tests/support/one_worker_programs.py
 [NAME ...]`.
 """
@@ -32,13 +32,13 @@ SHARED = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
 
 
 def program(fn: Callable) -> Callable:
-    """Enters a function into the table."""
+    """Decorator that adds a function to `PROGRAMS`."""
     PROGRAMS[fn.__name__] = fn
     return fn
 
 
 def dataset(typed_keys: bool = True) -> dict[str, np.ndarray | jax.Array]:
-    """All workers' data, one leading worker axis."""
+    """All workers' data with one leading worker axis."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
@@ -344,7 +344,7 @@ def closure_convert(data, axis):
 
 @program
 def implicit_root(data, axis):
-    """Differentiates through a fixed point found by iteration."""
+    """Differentiates through a fixed point that an iteration finds."""
     target = 1 + data["scalar"] ** 2
     return jax.value_and_grad(
         lambda a: lax.custom_root(
@@ -360,7 +360,7 @@ def implicit_root(data, axis):
 
 
 def through(communicate):
-    """Gradients with respect to own data, to a constant, and a second derivative."""
+    """Gradients with respect to local data and constants, and a second derivative."""
 
     def run(data, axis):
         def loss(w):
@@ -409,7 +409,7 @@ def mix_of_constant(data, axis):
 
 
 def trained(make, steps=3):
-    """Some steps of an optimizer from parameters made inside, in a scan."""
+    """Optimizer steps in a scan, from parameters created inside the program."""
 
     def run(data, axis):
         tx = make(axis)
@@ -506,7 +506,7 @@ def linen_embedding(data, axis):
 
 @program
 def init_inside_the_step(data, axis):
-    """A sweep: each worker initializes a model of its own and trains it."""
+    """A sweep: each worker initializes and trains its own model."""
     model, tx = nn.Dense(1), optax.sgd(0.1, momentum=0.9)
     params = model.init(own_key(axis), data["rows"])
     state = tx.init(params)
@@ -748,12 +748,12 @@ def structures(data, axis):
 
 # Comparison
 
-# Largest difference from plain `vmap`, in units in the last place of the largest entry
-# that the program returns: XLA orders sums differently for different shapes. Integers,
-# booleans, and keys must be equal.
+# Largest difference from plain `vmap`, in units in the last place of the program's
+# largest result: XLA orders sums differently for different shapes. Integers, Booleans,
+# and keys must be equal.
 ULPS = 32
 
-# The comparison takes seconds rather than minutes if LLVM does not optimize.
+# Without LLVM's optimization, the comparison takes seconds instead of minutes.
 COMPILER_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -761,12 +761,12 @@ COMPILER_OPTIONS = {
 
 
 def run_all(data, axis, names=None):
-    """All programs as one: compiles once."""
+    """Runs all programs as one, which compiles once."""
     return {name: PROGRAMS[name](data, axis) for name in names or PROGRAMS}
 
 
 def expected(data, names=None):
-    """What plain `vmap` gives."""
+    """The results under plain `vmap`."""
     return compiled(
         jax.jit(
             jax.vmap(lambda data: run_all(data, "workers", names), axis_name="workers")
@@ -776,7 +776,7 @@ def expected(data, names=None):
 
 
 def compiled(jitted, *args):
-    """Compiles quickly, and runs."""
+    """Compiles without optimization, and runs."""
     return jitted.lower(*args).compile(compiler_options=COMPILER_OPTIONS)(*args)
 
 
@@ -787,12 +787,12 @@ def as_numpy(x):
 
 
 def differences(found, wanted):
-    """Names each program whose results differ, and by how much."""
-    told = []
+    """Returns one line per program whose results differ, with the difference."""
+    reports = []
     for name in wanted:
         left, right = jax.tree.flatten(found[name]), jax.tree.flatten(wanted[name])
         if left[1] != right[1]:
-            told.append(f"{name}: structure {left[1]} instead of {right[1]}")
+            reports.append(f"{name}: structure {left[1]} instead of {right[1]}")
             continue
         pairs = [*zip(map(as_numpy, left[0]), map(as_numpy, right[0]), strict=True)]
         largest = max(
@@ -801,18 +801,18 @@ def differences(found, wanted):
         )
         for x, y in pairs:
             if x.dtype != y.dtype or x.shape != y.shape:
-                told.append(f"{name}: {x.dtype}{x.shape}, not {y.dtype}{y.shape}")
+                reports.append(f"{name}: {x.dtype}{x.shape}, not {y.dtype}{y.shape}")
             elif not jnp.issubdtype(x.dtype, jnp.inexact):
                 if not (x == y).all():
-                    told.append(f"{name}: {x} instead of {y}")
+                    reports.append(f"{name}: {x} instead of {y}")
             elif x.size:
                 unit = float(jnp.finfo(x.dtype).eps)
                 wide = np.complex128 if np.iscomplexobj(x) else np.float64
                 x, y = x.astype(wide), y.astype(wide)
                 error = np.abs(x - y).max() / (unit * max(float(largest), 1e-30))
                 if not error <= ULPS:
-                    told.append(f"{name}: {error:.3g} units in the last place")
-    return told
+                    reports.append(f"{name}: {error:.3g} units in the last place")
+    return reports
 
 
 def main(names: list[str]) -> None:
@@ -824,13 +824,13 @@ def main(names: list[str]) -> None:
     names = names or [name for name in PROGRAMS if name not in ONE_PROCESS]
     step = workers.spmd(lambda data: run_all(data, "workers", names))
     found = workers.gather(step(workers.shard(data)))
-    told = differences(found, expected(data, names))
-    assert not told, "\n".join(told)
+    reports = differences(found, expected(data, names))
+    assert not reports, "\n".join(reports)
     print(f"{len(names)} equal on {jax.process_count()} processes")
 
 
 # Programs that several processes do not support.
-ONE_PROCESS = {"typed_keys": "`Workers.shard` takes no typed keys of all processes"}
+ONE_PROCESS = {"typed_keys": "`Workers.shard` refuses typed keys of all processes"}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -1,6 +1,6 @@
-"""All algorithms in one table: what drives the common tests.
+"""The registry: all algorithms in one table, which drives the common tests.
 
-What an algorithm needs is data here, never a branch on its name in a test.
+Tests read an algorithm's requirements from this table and never branch on its name.
 """
 
 import functools
@@ -35,33 +35,33 @@ SCHEDULE = dj.topology.schedule(
 class Algorithm(NamedTuple):
     """One algorithm in one setting."""
 
-    # learning_rate, axis_name -> transformation
+    # (learning_rate, axis_name) -> transformation
     make: Callable[..., optax.GradientTransformationExtraArgs]
-    # grad_fn, x0, learning_rate, steps -> trajectory [steps + 1, n, d]
+    # (grad_fn, x0, learning_rate, steps) -> trajectory [steps + 1, n, d]
     reference: Callable[..., np.ndarray]
-    # the constructor, and its arguments after the optimizer or rate
+    # The constructor, and its arguments after the optimizer or rate
     build: Callable[..., Any]
     arguments: dict[str, Any]
-    # 8 workers: on one axis, or on several levels
+    # Eight workers on one axis or on several levels
     shape: Shape = 8
-    # Whether it finds the optimum of the workers' mean loss, also where local optima
-    # differ and gradients come at one rate
+    # Whether it finds the optimum of the mean loss at a constant rate, even if the
+    # workers' optima differ
     finds_optimum: bool = True
-    # A variant shares its code with another setting, which runs all tests; of a variant
-    # the trajectory is compared, in the layouts that differ most.
+    # Whether another setting shares the code and runs all tests. Only the trajectory of
+    # a variant is tested, in the layouts that differ most.
     variant: bool = False
-    # What constructs each worker's optimizer from the rate; None for plain SGD.
+    # rate -> each worker's optimizer. None means plain SGD.
     local: Callable[..., optax.GradientTransformation] | None = None
-    # Whether all workers take the same step, and nothing else moves the parameters
+    # Whether all workers take the same step and nothing else moves the parameters
     alone: bool = False
-    # Bytes that a worker sends in each step of one period, for ten float32 parameters;
-    # tests/measuring/test_traffic.py has those of most settings
+    # Bytes sent per worker in each step of one period, for ten float32 parameters.
+    # tests/measuring/test_traffic.py holds them for most settings.
     sent: tuple[float, ...] | None = None
-    # Calls of update for each step of the optimizer, whose schedules count steps
+    # Calls of `update` per step of the optimizer, whose schedules count its own steps
     calls: int = 1
 
     def optimizer(self, learning_rate, inject=lambda make: make):
-        """Each worker's optimizer; a schedule counts calls of update."""
+        """Each worker's optimizer, from a rate or a schedule over calls of `update`."""
         if self.local is None:
             return learning_rate
         rate = learning_rate
@@ -74,14 +74,14 @@ class Algorithm(NamedTuple):
 
 
 def momentum_sgd(momentum):
-    """SGD as a function of the rate; None where that is what a rate means."""
+    """Rate -> SGD with momentum. None if a rate alone means the same."""
     if momentum is None:
         return None
     return functools.partial(optax.sgd, momentum=momentum)
 
 
 def adamw(learning_rate):
-    """That of optax does not run under strict promotion."""
+    """optax's AdamW, which needs standard dtype promotion."""
     tx = optax.adamw(learning_rate)
 
     def update(*args):
@@ -121,7 +121,7 @@ def _algorithm(
 
 
 def rounds(topology):
-    """A topology alone, or those of a schedule."""
+    """The topologies of a schedule, or a list of one topology."""
     return [topology] if isinstance(topology, dj.topology.Topology) else list(topology)
 
 
@@ -183,12 +183,12 @@ DIRECTED = dj.topology.exponential(8)
 
 
 def _negated(compress):
-    """The library adds updates where the papers subtract them."""
+    """Flips signs: the papers subtract updates, the library adds them."""
     return lambda t, i, v: -compress(t, i, -v)
 
 
 def _feedback(build, compressor, detach, period=1, momentum=0.9):
-    """Error feedback in one of its forms."""
+    """A variant of error feedback."""
     arguments = {"compressor": compressor, "period": period}
     if build is not dj.ef_sgd:
         arguments["detach"] = detach
@@ -240,7 +240,7 @@ def _choco(topology, compressor, consensus_rate):
 
 
 def _powersgd(g, x, lr, steps):
-    """The bias travels whole; the kernel, [2, 3], as two factors of rank 1."""
+    """Sends the whole bias, and the kernel, [2, 3], as two factors of rank 1."""
 
     def only(part, g, shape):
         def gradient(t, i, y):
@@ -274,14 +274,14 @@ def _slowmo(period, slow_rate, slow_momentum):
 
 
 def _diloco(period, fragments):
-    # The kernel is the larger of the two leaves: it is dealt first.
+    # The kernel, the larger of the two leaves, is assigned to a fragment first.
     parts = {1: [np.arange(10)], 2: [np.arange(4, 10), np.arange(4)]}[fragments]
     return _algorithm(
         dj.diloco,
         lambda g, x, lr, steps: local_updates.diloco(
             g, x, 8, lr, steps, period, 0.7, 0.9, parts
         ),
-        finds_optimum=False,  # Adam's steps do not tell how far away optima are
+        finds_optimum=False,  # Adam's step size does not depend on the distance
         local=adamw,
         period=period,
         fragments=fragments,
@@ -289,7 +289,7 @@ def _diloco(period, fragments):
 
 
 def _mll(shape, hubs, shares, rates, tau, q):
-    """Hubs and workers; who operates is drawn as the library draws it."""
+    """Hubs and workers. The active workers are drawn as in the library."""
     sizes = tuple(shape.values())
     table = np.full(sizes, 1 / 8) if shares is None else np.array(shares)
     p = np.broadcast_to(np.float32(rates), sizes).ravel()
@@ -308,7 +308,7 @@ def _mll(shape, hubs, shares, rates, tau, q):
         dj.mll_sgd,
         reference,
         shape=shape,
-        finds_optimum=False,  # but a mean weighted by shares and rates
+        finds_optimum=False,  # finds the optimum weighted by shares and rates
         hub_topology=hubs,
         tau=tau,
         q=q,
@@ -367,7 +367,7 @@ def _qg(topology, momentum, factor):
     )
 
 
-# Trajectories begin in the middle of this trace's start-up, and some tests run long.
+# Trajectories cover the start-up of this trace; its length serves the longest tests.
 SPEEDS = dj.traces.from_speeds([1, 1, 1.5, 2, 2, 3, 1, 4], 5000, jitter=0.2)
 
 

@@ -1,4 +1,4 @@
-"""Short runs on quadratics, and what their steps send; for tests of local updates."""
+"""Short runs on quadratics, and their traffic, for tests of local updates."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ TARGETS = np.random.default_rng(2).normal(size=(8, 3))
 
 
 def path(tx, gradient, params, steps, shape=8):
-    """One worker's parameters after each step, as one scan: `[steps, ...]` a leaf."""
+    """One worker's parameters after each step, as one scan: `[steps, ...]` per leaf."""
 
     def step(carry, _):
         params, state = carry
@@ -24,7 +24,7 @@ def path(tx, gradient, params, steps, shape=8):
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    # A scan's carry must enter as it leaves: different on each worker.
+    # A scan's carry needs one type throughout: varying over workers.
     start = jax.tree.map(
         lambda x: WorkerAxis.bind(tuple(named(shape))).varying(x),
         (params, tx.init(params)),
@@ -46,7 +46,7 @@ BYTES = 4 * 620
 
 
 def exchanges(tx, sizes, steps):
-    """What each of so many steps sends: `{(kind, axis): bytes}`."""
+    """The traffic of each step: `{(kind, axis): bytes}`."""
     costs = dj.communication_costs(tx, PARAMS, steps, axis_sizes=sizes)
     assert costs.is_exact
     return [

@@ -1,4 +1,4 @@
-"""Topologies: weights, spectral facts against closed forms, graphs against networkx."""
+"""Topologies: weights, spectra against closed forms, and graphs against networkx."""
 
 import math
 
@@ -14,9 +14,9 @@ import decentral_jax as dj
 from decentral_jax.topology import Topology
 
 T = dj.topology
-SLOW = [HealthCheck.too_slow]  # machines under load are no failure
+SLOW = [HealthCheck.too_slow]  # a loaded machine is not a failure
 
-# name -> (topology, the undirected networkx graph it stands for, or None if directed)
+# name -> (topology, its undirected networkx graph, or None if it is directed)
 STATIC = {
     "ring_1": (T.ring(1), nx.empty_graph(1)),
     "ring_2": (T.ring(2), nx.path_graph(2)),
@@ -46,7 +46,7 @@ def assert_doubly_stochastic(matrix):
 
 
 def product(matrices, n):
-    """The matrix that rounds apply together, the first round first."""
+    """The product that applies the rounds in order."""
     result = np.eye(n)
     for matrix in matrices:
         result = matrix @ result
@@ -72,10 +72,10 @@ def test_static_graphs(name):
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_spectral_facts_equal_numpys(name):
+def test_spectral_facts_equal_those_of_numpy(name):
     topology, _ = STATIC[name]
     n = topology.num_workers
-    # Doubly stochastic: taking the mean's part away leaves the other eigenvalues.
+    # W is doubly stochastic: subtracting 1 / n leaves the other eigenvalues.
     rest = np.abs(np.linalg.eigvals(topology.matrix - 1 / n))
     assert topology.second_eigenvalue == pytest.approx(rest.max(), abs=1e-9)
     assert topology.spectral_gap == pytest.approx(1 - rest.max(), abs=1e-9)
@@ -116,7 +116,7 @@ def test_the_rings_of_the_detag_paper():
 def test_other_closed_forms():
     assert T.complete(9).second_eigenvalue == pytest.approx(0, abs=1e-12)
     np.testing.assert_array_equal(T.complete(4).matrix, np.full((4, 4), 0.25))
-    # The star's slowest directions are differences between leaves.
+    # The slowest modes of a star are differences between leaves.
     assert T.star(6).second_eigenvalue == pytest.approx(1 - 1 / 6)
     # Ying et al. 2021, Proposition 1: for even n the gap is 2 / (1 + ceil(log2 n)).
     for n in (8, 12, 64):
@@ -134,7 +134,7 @@ def test_grid_numbers_workers_row_by_row():
     assert sorted(T.torus(3, 4).graph.successors(0)) == [1, 3, 4, 8]
 
 
-def test_erdos_renyi_is_the_seeds():
+def test_erdos_renyi_depends_only_on_the_seed():
     one, two = T.erdos_renyi(20, 0.3, 5), T.erdos_renyi(20, 0.3, 6)
     np.testing.assert_array_equal(one.matrix, T.erdos_renyi(20, 0.3, 5).matrix)
     assert (one.matrix != two.matrix).any()
@@ -232,7 +232,7 @@ def assert_exact_factors(topology):
     np.testing.assert_allclose(product(factors, n), 1 / n, atol=1e-9 / n)
     radius = nx.radius(topology.graph) if n > 1 else 0
     assert topology.diameter <= max(len(factors), 1) <= max(2 * radius, 1)
-    # Accurate in float32 too, where training applies them.
+    # Training applies the factors in float32.
     single = product([factor.astype(np.float32) for factor in factors], n)
     np.testing.assert_allclose(single, 1 / n, rtol=2e-5)
 
@@ -265,7 +265,7 @@ def test_from_graph_weights():
     graph = nx.Graph(name="kite")
     graph.add_edge("a", ("b", 1), weight=0.5)
     graph.add_edge("a", 2.5, weight=0.2)
-    graph.add_edge("a", "a", weight=0.9)  # says nothing: the rest goes to oneself
+    graph.add_edge("a", "a", weight=0.9)  # ignored: the diagonal takes the rest
     metropolis = T.from_graph(graph)
     assert metropolis.name == "kite"
     third = 1 / 3
@@ -286,8 +286,8 @@ def test_weight_rules_differ():
     assert T.from_graph(path).matrix[0, 0] == pytest.approx(2 / 3)
     tailed = nx.Graph([(0, 1), (1, 2), (1, 3), (3, 4)])
     assert T.from_graph(tailed).matrix[3, 4] == pytest.approx(1 / 3)
-    most = T.from_graph(tailed, weights="max_degree").matrix
-    assert most[3, 4] == most[0, 1] == pytest.approx(1 / 4)
+    max_degree = T.from_graph(tailed, weights="max_degree").matrix
+    assert max_degree[3, 4] == max_degree[0, 1] == pytest.approx(1 / 4)
 
 
 def test_directed_graph_with_given_weights():
@@ -327,7 +327,7 @@ def test_from_matrix_accepts_float32_lists_and_tables(as_array):
     ids=repr,
 )
 def test_near_sums_are_corrected(topology, dtype):
-    """Else the mean would drift: by 9.7 % in 1e5 rounds at the tolerance."""
+    """Otherwise the mean would drift: by 9.7% in 1e5 rounds at the tolerance."""
     exact = topology.matrix
     noise = np.random.default_rng(0).uniform(-1e-7, 1e-7, exact.shape)
     for scale in (1, 1 + 9e-7, 1 + (noise + noise.T), 1 + noise):
@@ -350,14 +350,14 @@ def test_near_sums_of_one_side_are_corrected():
         np.testing.assert_allclose(found, near, rtol=1e-6)
 
 
-def test_near_sums_that_no_weights_on_the_edges_correct():
-    """No permutation has the small weight and edges besides."""
+def test_near_sums_that_cannot_be_corrected():
+    """The edge of small weight is on no permutation within the graph."""
     matrix = np.array([[4e-7, 1, 0], [0, 0, 1], [1, 0, 0]])
     with pytest.raises(ValueError, match="no weights on its edges"):
         T.from_matrix(matrix)
 
 
-def test_repr_names_what_matters():
+def test_repr():
     assert repr(T.ring(8)) == (
         "Topology(ring(8): 8 workers, degree 2, spectral gap 0.195)"
     )
@@ -382,7 +382,7 @@ def test_plots_draw():
     plt.close("all")
 
 
-def test_topologies_build_no_arrays_on_devices():
+def test_topologies_create_no_device_arrays():
     before = len(jax.live_arrays())
     T.base_graph(12, 2)
     T.exact_factors(T.erdos_renyi(10, 0.5, 1))
@@ -390,9 +390,9 @@ def test_topologies_build_no_arrays_on_devices():
 
 
 @st.composite
-def connected_graphs(draw, most=14):
+def connected_graphs(draw, max_workers=14):
     """A random spanning tree plus random edges."""
-    n = draw(st.integers(2, most))
+    n = draw(st.integers(2, max_workers))
     parents = [draw(st.integers(0, node - 1)) for node in range(1, n)]
     pairs = st.tuples(st.integers(0, n - 1), st.integers(0, n - 1))
     extra = draw(st.lists(pairs, max_size=2 * n))
@@ -415,7 +415,7 @@ def test_random_connected_graphs(graph, kappa):
 
 
 def test_push_weights_split_evenly():
-    """Each column: the same share for oneself and for each successor."""
+    """Each column gives equal weights to the worker itself and its successors."""
     directed = nx.DiGraph([("a", "b"), ("b", "c"), ("c", "a"), ("a", "c")])
     matrix = T.from_graph(directed, weights="push").matrix
     expected = [[1 / 3, 0, 1 / 2], [1 / 3, 1 / 2, 0], [1 / 3, 1 / 2, 1 / 2]]
@@ -435,7 +435,7 @@ def test_reweighted_keeps_a_weighted_mean():
         edges = topology.matrix > 0
         np.fill_diagonal(edges, val=True)
         assert not found[~edges].any()
-    np.testing.assert_allclose(found, np.tile(shares, (5, 1)))  # exact, as before
+    np.testing.assert_allclose(found, np.tile(shares, (5, 1)))  # still exact
     equal = T.exponential(5)
     assert T.reweighted(equal, np.ones(5)) is equal
 

@@ -1,4 +1,4 @@
-"""What single algorithms promise beyond their trajectories."""
+"""Properties of single algorithms beyond their trajectories."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ GRADIENTS = np.random.default_rng(2).normal(size=(8, 12, 3)).astype(np.float32)
 
 
 def run(tx, gradients=GRADIENTS, layout="vmap"):
-    """Feeds given gradients; returns (params, states) after each step, stacked."""
+    """Applies the given gradients; returns stacked (params, state) after each step."""
 
     def worker(gradients):
         def step(carry, gradient):
@@ -25,7 +25,7 @@ def run(tx, gradients=GRADIENTS, layout="vmap"):
             return ((optax.apply_updates(params, updates), state),) * 2
 
         params = jnp.zeros(gradients.shape[-1], gradients.dtype)
-        # A scan's carry must enter as it leaves: different on each worker.
+        # A scan's carry needs one type throughout: varying over workers.
         start = jax.tree.map(
             lambda x: WorkerAxis.bind("workers").varying(x), (params, tx.init(params))
         )
@@ -57,7 +57,7 @@ def test_detag_at_phase_end_is_the_same():
     np.testing.assert_allclose(spread, at_end, atol=1e-6)
 
 
-def test_detag_takes_any_base_whose_schedule_counts_phases(standard_promotion):
+def test_schedules_of_detags_optimizer_count_phases(standard_promotion):
     def schedule(count):
         return 0.1 / (1.0 + count.astype(jnp.float32))
 
@@ -73,7 +73,7 @@ def test_detag_takes_any_base_whose_schedule_counts_phases(standard_promotion):
 
 @pytest.mark.parametrize("name", ["d_psgd_atc", "d2", "dsgt_atc", "detag", "defacto"])
 def test_complete_graph_follows_the_mean_gradient(name):
-    """On a complete graph one round averages: workers agree to rounding."""
+    """On a complete graph, one round averages, so workers agree up to rounding."""
     arguments = {**ALGORITHMS[name].arguments, "topology": dj.topology.complete(8)}
     params, _ = run(ALGORITHMS[name].build(0.1, **arguments))
     np.testing.assert_allclose(
@@ -93,7 +93,7 @@ def test_all_reduce_is_bitwise_equal_on_all_workers(layout, standard_promotion):
 @pytest.mark.parametrize("curvature", [0.0, 1.0])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2**-6)])
 def test_defacto_stays_together_for_many_phases(dtype, bound, curvature):
-    """Workers' averages differ by rounding alone; that must not pile up."""
+    """Workers' averages differ by rounding only, which must not accumulate."""
     tx = dj.defacto(0.05, dj.topology.ring(8))
     start = jnp.full(30, 3, dtype)
 
@@ -114,7 +114,7 @@ def test_defacto_stays_together_for_many_phases(dtype, bound, curvature):
 
 
 def test_gossip_keeps_consensus_in_bfloat16():
-    """Rounding of `x + (Wx - x)` does not keep bfloat16 workers from agreeing."""
+    """Workers in bfloat16 agree despite the rounding of `x + (Wx - x)`."""
     x = jnp.asarray(np.random.default_rng(4).normal(size=(8, 50)), jnp.bfloat16)
     tx = dj.gossip(RING)
 
@@ -164,7 +164,7 @@ def test_consensus_distance():
 
 
 def test_two_worker_axes():
-    """Gossip among hubs, all-reduce among a hub's workers."""
+    """Gossip between hubs, all-reduce within each hub."""
     workers = dj.Workers({"hub": 4, "worker": 2})
     tx = optax.chain(
         dj.average_gradients(axis_name="worker"),

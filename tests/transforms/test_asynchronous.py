@@ -1,4 +1,4 @@
-"""Replayed asynchronous training equals a plain master with its list of iterates."""
+"""Replayed asynchronous training equals a plain master that stores all iterates."""
 
 import functools
 import time
@@ -17,16 +17,16 @@ from tests.reference import asynchronous
 from tests.support.layouts import LAYOUTS
 
 D, TICKS = 4, 40
-# Lists become new arrays: of a NumPy array JAX 0.12 remembers the float32 it was, also
-# when float64 is enabled later.
+# Convert START to a list before jnp.asarray: JAX 0.12 caches the float32 version of a
+# NumPy array, even if float64 is enabled later.
 START = np.array([0.3, -0.2, 0.5, 0.1])
 TRACES = {
     "in turn": dj.traces.round_robin(4, TICKS),
-    "one alone": dj.traces.round_robin(1, TICKS),
+    "one worker": dj.traces.round_robin(1, TICKS),
     "speeds": dj.traces.from_speeds([1, 2, 2.5, 7], TICKS, jitter=0.3, seed=1),
     "delayed": dj.traces.uniform_delay(6, TICKS, seed=2),
     "delayed, 3 workers": dj.traces.uniform_delay(5, TICKS, num_workers=3, seed=3),
-    # Workers that wait before they start, or never come.
+    # Workers that start late or never send a gradient.
     "waiting": dj.traces.Trace([0, 2, 2, 0, 2, 0], [0, 0, 2, 0, 1, 2], 4),
 }
 box = functools.partial(optax.projections.projection_box, lower=-0.1, upper=0.2)
@@ -57,14 +57,14 @@ OPTIMIZERS = {
 
 
 def gradient(worker, x, k, lib=np):
-    """Of quadratics that differ between workers, with something new every tick."""
+    """Gradients of quadratics that differ between workers and change every tick."""
     return (1 + 0.1 * worker) * (x - 0.4 * worker) + 0.5 * lib.sin(
         3.0 * k + worker + lib.arange(D, dtype=x.dtype)
     )
 
 
 def replay(tx, num_workers, ticks, layout="vmap"):
-    """Parameters after each tick, `[n, ticks, d]`; the masters' last; the states."""
+    """Returns params after each tick, `[n, ticks, d]`; final models; masters."""
 
     def worker(_):
         params = jnp.asarray(START.tolist())
@@ -129,7 +129,7 @@ def test_staler_gradients_make_smaller_steps(power, x64):
 
 
 def test_no_delay_is_the_optimizer_itself_exactly(x64):
-    """Bit by bit; not compiled, since compilers round as they like."""
+    """Bitwise equal without compilation, which may change rounding."""
     inner = dj.amsgrad(0.05)
     tx = dj.asynchronous(inner, dj.traces.uniform_delay(0, 12))
 
@@ -160,7 +160,7 @@ def test_masters_are_bitwise_equal(layout):
 def test_after_the_last_tick_nothing_changes():
     trace = dj.traces.round_robin(2, 5)
     path, _, masters = replay(dj.asynchronous(dj.amsgrad(0.1), trace), 2, 9)
-    # Those of ticks 3 and 4 come no more, and hold the newest iterates of then.
+    # After ticks 3 and 4, the workers send nothing more and keep the newest iterates.
     changes = (np.diff(path, axis=1) != 0).any(2)
     assert np.argwhere(changes).tolist() == [[0, 1], [0, 3], [1, 0], [1, 2]]
     np.testing.assert_array_equal(path[0, -1], masters[0])
@@ -169,7 +169,7 @@ def test_after_the_last_tick_nothing_changes():
     np.testing.assert_array_equal(masters, sooner)
 
 
-def test_what_the_others_compute_does_not_matter():
+def test_unused_gradients_do_not_matter():
     """Gradients that do not arrive may be infinite."""
     trace = dj.traces.round_robin(2, 10)
     tx = dj.asynchronous(optax.sgd(0.1), trace)
@@ -219,7 +219,7 @@ def test_delayed_gradients(delay, x64):
     np.testing.assert_allclose(path, reference[1:], rtol=0, atol=1e-10)
 
 
-def test_amsgrad_is_adam_while_no_square_falls(x64, standard_promotion):
+def test_amsgrad_is_adam_while_second_moments_grow(x64, standard_promotion):
     ours, adam = dj.amsgrad(0.1, eps=0.0), optax.adam(0.1, eps=0.0)
     params = jnp.asarray(START.tolist())
     states, ends = [ours.init(params), adam.init(params)], [params, params]
@@ -231,7 +231,7 @@ def test_amsgrad_is_adam_while_no_square_falls(x64, standard_promotion):
 
 
 class TestTraces:
-    """Arrivals, and the file they are kept in."""
+    """Traces: arrivals, and saving to a file."""
 
     @pytest.mark.parametrize("seconds", [[1, 1, 1], [1, 3], [2, 3, 5, 7], [4]])
     def test_speeds(self, seconds):
@@ -245,7 +245,7 @@ class TestTraces:
         one, same, other = make(seed=1), make(seed=1), make(seed=2)
         np.testing.assert_array_equal(one.workers, same.workers)
         assert (one.workers != other.workers).any()
-        # Mean times are kept.
+        # Jitter does not change mean durations.
         assert np.mean(one.workers == 0) == pytest.approx(2 / 3, abs=0.03)
 
     def test_round_robin(self):
@@ -277,7 +277,7 @@ class TestTraces:
 
 
 def test_a_recorded_run_is_replayed(x64):
-    """The trace of real threads gives their parameters again, to rounding."""
+    """Replaying the trace of real threads gives their parameters, up to rounding."""
     n, ticks = 3, 60
     rng = np.random.default_rng(0)
     data = rng.normal(size=(n, ticks + n, D))
@@ -296,10 +296,10 @@ def test_a_recorded_run_is_replayed(x64):
     assert run.trace is not None
     assert run.staleness_counts[1:].sum() > 0
     tx = dj.asynchronous(inner, run.trace)
-    # What each worker's iterator gave for the tick; the others' do not matter.
+    # The batch of each tick's worker. The other workers' batches do not matter.
     given = np.zeros((n, ticks, D))
-    everyone = np.arange(ticks)
-    given[run.trace.workers, everyone] = data[run.trace.workers, run.batch_indices]
+    every_tick = np.arange(ticks)
+    given[run.trace.workers, every_tick] = data[run.trace.workers, run.batch_indices]
 
     def worker(rows):
         params = jnp.asarray(START.tolist())

@@ -1,4 +1,4 @@
-"""Hubs and workers: what travels where, who operates, uneven sub-networks."""
+"""Hubs and workers: traffic per level, active workers, uneven sub-networks."""
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ from tests.support.small_runs import BYTES, HUBS, TARGETS, exchanges, path
 
 
 def test_traffic_of_hubs_and_workers():
-    """Over q tau ticks, each level sends what its formula says, and no more."""
+    """Over q tau ticks, each level sends exactly the bytes of its formula."""
     tau, q, n = 3, 4, 5
     tx = dj.mll_sgd(0.1, dj.topology.ring(6), tau=tau, q=q)
     found = exchanges(tx, {"hub": 6, "worker": n}, 2 * q * tau)
     inside = 2 * BYTES * (n - 1) / n
     for t, sent in enumerate(found, start=1):
         if t % (q * tau) == 0:
-            # Two neighbors; each of the hub's workers carries a part of the model.
+            # A hub has two neighbors, and each worker sends a part of the model.
             assert sent.pop(("ppermute", "hub")) == 2 * BYTES / n
             assert sum(sent.values()) == pytest.approx(inside)
             assert {axis for _, axis in sent} == {"worker"}
@@ -31,7 +31,7 @@ def test_traffic_of_hubs_and_workers():
 
 
 def test_workers_operate_at_their_rates():
-    """Each worker's share of steps is its rate; without one its state stays."""
+    """Workers step with the frequency of their rate; skipped steps keep the state."""
     rates = np.array([[0.1, 0.9], [0.5, 1.0]])
     tx = dj.operating_rates(
         optax.sgd(1.0, momentum=0.5), rates=rates, axis_name=("hub", "worker")
@@ -50,7 +50,7 @@ def test_workers_operate_at_their_rates():
     rested, kept = nested_vmap(worker, {"hub": 2, "worker": 2})(jnp.ones((2, 2)))
     deviation = np.sqrt(rates * (1 - rates) / 4000)
     assert (np.abs(np.mean(~np.asarray(rested), -1) - rates) <= 4 * deviation).all()
-    # Of a constant gradient, momentum moves in every step until it has settled.
+    # With a constant gradient, momentum changes in every step until it converges.
     np.testing.assert_array_equal(rested[..., :20], kept[..., :20])
     # Draws are independent of each other.
     moves = ~np.asarray(rested).reshape(4, -1)[:3]
@@ -58,7 +58,7 @@ def test_workers_operate_at_their_rates():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_who_operates_is_the_same_everywhere(layout):
+def test_operating_workers_are_equal_in_all_layouts(layout):
     shape = {"hub": 2, "worker": 4}
     tx = dj.operating_rates(optax.sgd(1.0), rates=0.5, axis_name=tuple(shape))
 
@@ -71,8 +71,8 @@ def test_who_operates_is_the_same_everywhere(layout):
     assert 0.3 < -here[:, -1].mean() / 20 < 0.7
 
 
-def test_absent_workers_count_for_nothing():
-    """A sub-network of one worker beside one of two: the third of four is filled in."""
+def test_padding_workers_have_no_influence():
+    """Sub-networks of two workers and of one, which a fourth worker pads."""
     shares = [[0.2, 0.3], [0.5]]
     tx = dj.mll_sgd(
         0.1,
@@ -89,7 +89,7 @@ def test_absent_workers_count_for_nothing():
 
     mapped = nested_vmap(worker, {"hub": 2, "worker": 2})
     found = mapped(jnp.array([[1.0, 2.0], [4.0, jnp.nan]]))
-    assert np.isnan(found[1, 1])  # only by adding the way to the common model
+    assert np.isnan(found[1, 1])  # because the update is added to its own NaN
     inside = np.array([(0.2 * 1 + 0.3 * 2) / 0.5, 4.0])
     np.testing.assert_allclose(found[:, 0], [inside.mean()] * 2, rtol=1e-6)
 
@@ -136,14 +136,14 @@ def test_hubs_follow_a_schedule(shares, x64):
 
 
 def test_traffic_of_complete_hub_graphs():
-    """Hubs of a complete graph all-reduce, each worker its part of the model."""
+    """On a complete hub graph, each worker all-reduces its part of the model."""
     found = exchanges(dj.hl_sgd(0.1, 6, tau=1, q=2), {"hub": 6, "worker": 5}, 2)
     assert found[1].pop(("all-reduce", "hub")) == pytest.approx(2 * BYTES / 5 * 5 / 6)
     assert {axis for _, axis in found[1]} == {"worker"}
 
 
 def test_hubs_pack_small_leaves():
-    """Also where only hubs are devices: one message for each neighbor."""
+    """Also with one device per hub, each neighbor receives one message."""
     tx = dj.multi_level(dj.topology.ring(4), tau=1, q=1)
 
     def worker(x):
@@ -153,8 +153,8 @@ def test_hubs_pack_small_leaves():
     assert primitives(LAYOUTS["folded_4"](worker, HUBS), x)["ppermute"] == 2
 
 
-def test_another_seed_lets_others_operate():
-    def who(seed):
+def test_another_seed_activates_other_workers():
+    def operating(seed):
         tx = dj.mll_sgd(0.1, dj.topology.ring(4), tau=2, q=1, rates=0.5, seed=seed)
 
         def worker(g):
@@ -162,11 +162,11 @@ def test_another_seed_lets_others_operate():
 
         return nested_vmap(worker, {"hub": 4, "worker": 16})(jnp.ones((4, 16)))
 
-    np.testing.assert_array_equal(who(3), who(3))
-    assert not np.array_equal(who(3), who(4))
+    np.testing.assert_array_equal(operating(3), operating(3))
+    assert not np.array_equal(operating(3), operating(4))
 
 
-def test_extra_arguments_reach_those_who_operate():
+def test_extra_arguments_reach_the_optimizer():
     def update(updates, state, params=None, *, value, **extra_args):
         del params, extra_args
         return value * updates, state
@@ -181,8 +181,8 @@ def test_extra_arguments_reach_those_who_operate():
     np.testing.assert_array_equal(found, [3.0, 3.0])
 
 
-def test_who_operates_is_drawn_once():
-    """Under vmap all workers share one draw of all, whatever the counter is."""
+def test_operating_workers_are_drawn_once():
+    """Under vmap, one draw serves all workers, even with a batched counter."""
     tx = dj.operating_rates(optax.sgd(1.0), rates=0.5)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (8, *x.shape)), tx.init(0.0))
     step = jax.vmap(tx.update, axis_name="workers")

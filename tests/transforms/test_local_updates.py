@@ -1,4 +1,4 @@
-"""Local updates: special cases, what is sent when, outer optimizers, half precision."""
+"""Local updates: special cases, traffic, outer optimizers, half precision."""
 
 from functools import partial
 
@@ -73,7 +73,7 @@ SPECIAL_CASES = {
 
 @pytest.mark.parametrize("case", SPECIAL_CASES)
 def test_special_cases_coincide(case, x64):
-    """To the last digits of float64: sums are added in another order."""
+    """Equal up to the last digits of float64, because the order of sums differs."""
     special, plain = (fn() for fn in SPECIAL_CASES[case])
     assert np.abs(plain).max() > 0.1
     np.testing.assert_allclose(special, plain, rtol=0, atol=2e-15)
@@ -90,7 +90,7 @@ def test_traffic_of_periodic_averaging():
 
 
 def test_fragments_take_turns():
-    """Each leaf once a period, never both in one step: the larger one first."""
+    """Each leaf is sent once per period, the larger one first, in different steps."""
     found = exchanges(
         dj.diloco(optax.sgd(0.1), period=4, fragments=2), {"workers": 8}, 8
     )
@@ -111,8 +111,8 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("layout", ["vmap", "shard_map"])
-def test_steps_alone_communicate_nothing(name, layout, standard_promotion):
-    """Every collective on arrays stands inside a cond, whose index is one number."""
+def test_local_steps_communicate_nothing(name, layout, standard_promotion):
+    """Every collective on arrays is inside a cond with an unbatched index."""
     tx, shape = ALONE[name]
     state = jax.tree.map(jnp.asarray, tx.init(PARAMS))
     args = jax.tree.map(
@@ -123,7 +123,7 @@ def test_steps_alone_communicate_nothing(name, layout, standard_promotion):
         return tx.update(grads, state, params)
 
     if layout == "shard_map":
-        # As arrays with one axis of workers in front, also of several levels.
+        # This layout takes one leading worker axis, even for several levels.
         traced = jax.make_jaxpr(LAYOUTS[layout](step, shape))(*args)
     else:
         sizes = (8,) if shape == 8 else tuple(shape.values())
@@ -161,7 +161,7 @@ def _outside_conds(jaxpr):
 
 
 def test_workers_agree_bitwise_after_many_periods():
-    """The outer model and its momentum, after 250 exchanges in bfloat16."""
+    """The outer model and momentum are bitwise equal after 250 bfloat16 exchanges."""
     tx = dj.diloco(optax.sgd(0.05), period=4)
 
     def worker(target):
@@ -182,7 +182,7 @@ def test_workers_agree_bitwise_after_many_periods():
 
 @pytest.mark.parametrize("when", ["first", "all"])
 def test_a_learning_rate_of_zero_is_harmless(when):
-    """Warm-up from 0: no division by it in SlowMo and quasi-global momentum."""
+    """SlowMo and quasi-global momentum divide by the rate, which warm-up sets to 0."""
 
     def warm_up(t):
         return jnp.where((t == 0) | (when == "all"), 0.0, 0.1)
@@ -197,7 +197,7 @@ def test_a_learning_rate_of_zero_is_harmless(when):
 
 
 def test_push_sum_evaluates_at_the_preserved_mean():
-    """Gossip alone: models become equal, and the mean stays where it was."""
+    """With gossip only, models become equal and the mean is preserved."""
     graph = nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2), (2, 3), (3, 0)])
     tx = dj.push_sum(dj.topology.from_graph(graph, weights="push"))
     start = jnp.array([4.0, 0.0, 1.0, -1.0])
@@ -234,8 +234,8 @@ LAST = {
 
 
 @pytest.mark.parametrize("name", LAST)
-def test_updates_of_another_dtype_become_the_parameters(name, standard_promotion):
-    """Float32 gradients of bfloat16 parameters: state and updates stay narrow."""
+def test_updates_take_the_dtype_of_the_parameters(name, standard_promotion):
+    """Float32 gradients of bfloat16 parameters do not widen state or updates."""
     tx, shape = LAST[name]
     sizes = tuple(named(shape).values())
     params = jax.ShapeDtypeStruct((*sizes, 3), jnp.bfloat16)
@@ -251,7 +251,7 @@ def test_updates_of_another_dtype_become_the_parameters(name, standard_promotion
 
 
 def test_the_outer_optimizer_sees_the_common_model():
-    """Weight decay of the outer optimizer: of z, not of the workers' mean."""
+    """The outer optimizer's weight decay uses z, not the workers' mean."""
     outer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
     tx = dj.average_parameters(period=1, outer=outer)
 
@@ -264,7 +264,7 @@ def test_the_outer_optimizer_sees_the_common_model():
 
 
 def test_the_common_model_is_a_copy():
-    """Parameters may be donated beside the state."""
+    """Parameters may be donated together with the state."""
     params = jnp.ones(3)
     state = dj.average_parameters(period=2, outer=optax.sgd(1.0)).init(params)
     params.delete()
@@ -272,7 +272,7 @@ def test_the_common_model_is_a_copy():
 
 
 def test_fragments_are_of_similar_size():
-    """Of four leaves the largest alone, not two and two."""
+    """The largest of four leaves forms one fragment, the other three form another."""
     params = [jnp.zeros(size) for size in (2, 9, 4, 3)]
     tx = dj.average_parameters(period=2, fragments=2)
     state = tx.init(params)._replace(count=np.int32(0))
@@ -282,7 +282,7 @@ def test_fragments_are_of_similar_size():
     assert cost.bytes_sent == pytest.approx(2 * 4 * 9 * 7 / 8)
 
 
-OWN_STEPS = {
+TAKES_OPTIMIZER = {
     "local_sgd": (partial(dj.local_sgd, period=3), 8),
     "slowmo": (partial(dj.slowmo, period=3), 8),
     "mll_sgd": (
@@ -294,17 +294,17 @@ OWN_STEPS = {
 }
 
 
-@pytest.mark.parametrize("name", OWN_STEPS)
+@pytest.mark.parametrize("name", TAKES_OPTIMIZER)
 def test_a_rate_is_that_of_sgd(name, x64):
-    """SGD behind an optimizer that needs params: weight decay, of 0."""
-    make, shape = OWN_STEPS[name]
+    """A rate equals SGD behind zero weight decay, which needs params."""
+    make, shape = TAKES_OPTIMIZER[name]
     optimizer = optax.chain(optax.add_decayed_weights(0.0), optax.sgd(0.1))
     plain = run(make(0.1), shape)
     assert np.abs(plain).max() > 0.1
     np.testing.assert_array_equal(run(make(optimizer), shape), plain)
 
 
-def test_momentum_stays_where_the_rate_is_zero():
+def test_momentum_is_kept_if_the_rate_is_zero():
     tx = dj.qg_dsgdm(lambda t: jnp.where(t == 1, 0.0, 0.1), dj.topology.ring(8))
 
     def worker(target):
@@ -321,8 +321,8 @@ def test_momentum_stays_where_the_rate_is_zero():
     np.testing.assert_array_equal(first, second)
 
 
-def test_push_sum_evaluates_at_the_preserved_mean_at_any_time():
-    """Also while models differ."""
+def test_push_sum_evaluates_at_the_preserved_mean_before_consensus():
+    """The evaluated model is the mean even while models differ."""
     graph = nx.DiGraph([(0, 1), (1, 2), (2, 0), (0, 2), (2, 3), (3, 0)])
     tx = dj.push_sum(dj.topology.from_graph(graph, weights="push"))
 
@@ -340,7 +340,7 @@ def test_push_sum_evaluates_at_the_preserved_mean_at_any_time():
 
 
 def test_half_precision_is_weighted_in_float32():
-    """One rounding, of the product."""
+    """Only the product is rounded."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=200), jnp.bfloat16)
     weight = jnp.float32(0.3456789)
@@ -352,7 +352,7 @@ def test_half_precision_is_weighted_in_float32():
 
 
 def test_state_may_start_inside():
-    """In `shard_map(check_vma=True)` a state made there is equal on all devices."""
+    """`shard_map(check_vma=True)` types a state from `init` inside as not varying."""
     tx = dj.slowmo(optax.sgd(0.1, momentum=0.9), period=4)
     expected = run(tx, dtype=jnp.float32)
     found = run(tx, layout="shard_map", dtype=jnp.float32)
@@ -393,14 +393,14 @@ def test_slowmo_with_injected_schedule_equals_direct_schedule():
     direct = train(dj.slowmo(schedule, period=4))
     found = train(injected(schedule, period=4))
     np.testing.assert_allclose(found, direct, rtol=1e-5)
-    told = train(dj.slowmo(optax.sgd(schedule), period=4, learning_rate=schedule))
-    np.testing.assert_array_equal(told, direct)
+    given = train(dj.slowmo(optax.sgd(schedule), period=4, learning_rate=schedule))
+    np.testing.assert_array_equal(given, direct)
     constant = train(dj.slowmo(optax.sgd(schedule), period=4))
     assert not np.allclose(constant, direct, rtol=1e-2)
 
 
 def test_each_fragment_has_the_mean_rate_of_its_own_period():
-    """The first fragment is exchanged in steps 1 and 5, the second in step 3."""
+    """Steps 1 and 5 exchange the first fragment, step 3 the second."""
     rates = np.array([4.0, 1.0, 2.0, 0.5, 8.0])
     tx = dj.slowmo(
         lambda t: jnp.asarray(rates)[t],
@@ -423,7 +423,7 @@ def test_each_fragment_has_the_mean_rate_of_its_own_period():
     np.testing.assert_allclose(found.reshape(5, 2), np.transpose([first, second]))
 
 
-def test_multisteps_itself_is_refused_with_the_way_to_pass_it():
+def test_multisteps_itself_is_refused_with_a_remedy():
     wrapped = optax.MultiSteps(optax.sgd(0.1), 2)
     with pytest.raises(TypeError, match=r"optimizer .*gradient_transformation\(\)"):
         dj.local_sgd(wrapped, period=2)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Example orders equal a plain order server's, index by index, in every layout."""
+"""Example orders equal those of a plain order server in every layout."""
 
 import functools
 
@@ -35,7 +35,7 @@ METHODS = {
 
 @functools.cache
 def gradients(epochs, workers, examples):
-    """Fixed vectors and a drift from epoch to epoch."""
+    """Fixed vectors plus changes between epochs."""
     rng = np.random.default_rng(0)
     fixed = rng.normal(size=(workers, examples, SIZE))
     return fixed + 0.3 * rng.normal(size=(epochs, workers, examples, SIZE))
@@ -46,7 +46,7 @@ def unflatten(x):
 
 
 def orders(tx, batch, examples):
-    """One worker's orders, those of each epoch and the one that would come next."""
+    """One worker's orders: one per epoch, and the one after the last epoch."""
 
     def worker(vectors):
         def step(state, vectors):
@@ -75,7 +75,7 @@ def expected(method, epochs, workers, examples):
     )
 
 
-EVERYWHERE = ("grab", "pair_balance", "d_grab", "d_grab, gathered")
+IN_ALL_LAYOUTS = ("grab", "pair_balance", "d_grab", "d_grab, gathered")
 CASES = [
     (name, layout, workers, batch, examples)
     for name in METHODS
@@ -88,7 +88,7 @@ CASES = [
         ("vmap", 1, 2, 9),
         ("vmap", 2, 18, 18),
     )
-    if name in EVERYWHERE or (layout, batch) == ("vmap", 2)
+    if name in IN_ALL_LAYOUTS or (layout, batch) == ("vmap", 2)
 ]
 CASES += [
     (name, layout, workers, batch, examples)
@@ -121,7 +121,7 @@ def assert_orders_equal(name, layout, workers, batch, examples):
 @pytest.mark.parametrize("name", ["grab", "pair_balance", "d_grab", "d_grab, gathered"])
 @pytest.mark.parametrize("small", [0, 5])
 def test_large_leaves_are_read_in_place(name, small, monkeypatch, x64):
-    """Also none or one of the two leaves is small."""
+    """With none or one of the two leaves below the limit for small leaves."""
     monkeypatch.setattr(balancing, "SMALL", small)
     assert_orders_equal(name, "vmap", 3, 4, 9)
     if name == "d_grab":
@@ -135,8 +135,8 @@ def test_large_leaves_are_read_in_place(name, small, monkeypatch, x64):
     batch=st.integers(1, 10),
     name=st.sampled_from([*METHODS, "random", "sketch"]),
 )
-def test_orders_are_permutations_always(examples, workers, batch, name):
-    """Whatever does not divide what, and also of gradients that are not finite."""
+def test_orders_are_always_permutations(examples, workers, batch, name):
+    """For sizes that do not divide each other, and with non-finite gradients."""
     odd = {
         "random": lambda: dj.random_reshuffling(examples),
         "sketch": lambda: dj.d_grab(examples, workers, odd_batches=True, sketch=3),
@@ -150,8 +150,8 @@ def test_orders_are_permutations_always(examples, workers, batch, name):
     vectors = np.moveaxis(gradients(3, workers, examples), 1, 0).astype(np.float32)
     vectors[0, 1] = np.nan
     found = LAYOUTS["vmap"](orders(tx, batch, examples), workers)(jnp.asarray(vectors))
-    everyone = np.broadcast_to(np.arange(examples), found.shape)
-    np.testing.assert_array_equal(np.sort(found, axis=-1), everyone)
+    all_examples = np.broadcast_to(np.arange(examples), found.shape)
+    np.testing.assert_array_equal(np.sort(found, axis=-1), all_examples)
 
 
 def test_random_orders_differ_between_workers_and_epochs():
@@ -164,7 +164,7 @@ def test_random_orders_differ_between_workers_and_epochs():
 
 @pytest.mark.parametrize("layout", ["vmap", "shard_map", "folded_4"])
 @pytest.mark.parametrize("name", ["d_grab", "d_grab, odd"])
-def test_d_grab_passes_on_the_mean_of_all(name, layout):
+def test_d_grab_passes_on_the_mean_over_workers(name, layout):
     tx = METHODS[name][0](6, 8)
     vectors = np.random.default_rng(1).normal(size=(8, 4, SIZE)).astype(np.float32)
 
@@ -180,7 +180,7 @@ def test_d_grab_passes_on_the_mean_of_all(name, layout):
 
 
 @pytest.mark.parametrize("name", ["grab", "pair_balance", "random"])
-def test_the_others_pass_on_the_workers_own_mean(name):
+def test_other_orders_pass_on_each_workers_mean(name):
     tx = dj.random_reshuffling(6) if name == "random" else METHODS[name][0](6, 8)
     grads = jnp.arange(8.0)[:, None] * jnp.array([1.0, 3.0])
 
@@ -192,7 +192,7 @@ def test_the_others_pass_on_the_workers_own_mean(name):
 
 
 def test_d_grab_sends_slices():
-    """(P + 2) b (n - 1) / n and the products; state of b / n."""
+    """Sends (P + 2) b (n - 1) / n bytes plus the products; keeps b / n bytes."""
     n, batch = 8, 4
     params = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(40)}
     tx = dj.d_grab(12, n)
@@ -204,7 +204,7 @@ def test_d_grab_sends_slices():
     pairs = batch // 2
     products = (pairs * n) * (pairs * n + 1)
     assert sent["all-to-all"] == (1, pairs * share)
-    # The mean gradient's and the products'.
+    # Bytes for the mean gradient and for the products.
     both = 2 * share + 2 * 4 * products * (n - 1) / n
     assert sent["all-reduce"] == (2, pytest.approx(both))
     assert len(sent) == 2
@@ -215,7 +215,7 @@ def test_d_grab_sends_slices():
 @pytest.mark.parametrize(
     ("options", "kept"), [({"sketch": 16}, 16), ({"gathered": True}, 640)]
 )
-def test_everyone_gets_sketches_or_all_differences(options, kept):
+def test_all_workers_receive_sketches_or_differences(options, kept):
     n, pairs = 8, 2
     params = {"kernel": jnp.zeros((30, 20)), "bias": jnp.zeros(40)}
     tx = dj.d_grab(12, n, **options)
@@ -240,7 +240,7 @@ def test_sketched_orders_are_the_same_in_every_layout(layout, x64):
 
 
 def test_a_sketch_keeps_inner_products_on_average():
-    """Its error falls like one over the square root of k, and it has no bias."""
+    """The error decreases with the square root of k and has no bias."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 400, 1, 1000)).astype(np.float32)
     y += x
@@ -256,12 +256,12 @@ def test_a_sketch_keeps_inner_products_on_average():
     for k in (10, 100, 250):
         found = error(k)
         assert abs(found.mean()) < 4 * found.std() / np.sqrt(len(found)), k
-        # Products of 1,000 pairs of normal entries, folded to k.
+        # The standard deviation for 1,000 pairs of normal entries, folded to k.
         assert 0.7 < found.std() / (1000 * np.sqrt(3 / k)) < 1.4, k
 
 
 def test_next_examples_through_a_chain():
-    """The last batch of an epoch is filled up with the epoch's first examples."""
+    """The first examples of an epoch fill up its last batch."""
     tx = optax.chain(optax.chain(dj.grab(5)), optax.sgd(0.1))
     state, seen = tx.init(jnp.zeros(2)), []
 
@@ -282,7 +282,7 @@ def test_next_examples_through_a_chain():
 
 
 def test_microbatches_are_composed_with_multi_steps():
-    """Two examples at a time, one step in four: no batch times parameters at once."""
+    """Four micro-batches of two examples equal one batch, with less memory."""
     small = optax.chain(dj.pair_balance(8), optax.MultiSteps(optax.sgd(0.5), 4))
     whole = optax.chain(dj.pair_balance(8), optax.sgd(0.5))
     vectors = jnp.asarray(np.random.default_rng(2).normal(size=(8, 3)), jnp.float32)

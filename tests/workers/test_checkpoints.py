@@ -1,7 +1,7 @@
-"""Checkpoints: whole or not at all, on any layout, after `kill -9`.
+"""Checkpoints: complete or ignored, on any layout, also after `kill -9`.
 
-`DECENTRAL_JAX_KILLS=20` kills twenty runs of three or four processes instead of two of
-two processes, over all algorithms here.
+`DECENTRAL_JAX_KILLS=20` kills twenty runs of three or four processes, over all
+algorithms listed here, instead of two runs of two processes.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ PROCESSES = (3, 4) if "DECENTRAL_JAX_KILLS" in os.environ else (2,)
 
 
 def state(workers, tx=None):
-    """Parameters that differ between workers, and a state that knows of them."""
+    """Parameters that differ between workers, and a state that depends on them."""
     tx = tx or optax.sgd(0.1, momentum=0.9)
     n = workers.num_workers
     params = {
@@ -66,7 +66,7 @@ def assert_equal(found, expected):
 
 
 def save(folder, workers, steps, **options):
-    """Of each step the parameters plus the step's number."""
+    """Saves the parameters plus the step number at each step."""
     params, opt_state = state(workers)
     with Checkpoints(folder, workers, **options) as checkpoints:
         for step in steps:
@@ -91,7 +91,7 @@ def test_round_trip_on_any_layout(tmp_path, devices):
 
 
 def test_random_keys(tmp_path):
-    """Typed ones, which cannot be written as they are."""
+    """Typed keys, which Orbax cannot write directly."""
     workers = dj.Workers(4)
     keys = jax.random.split(jax.random.key(3, impl="rbg"), 4)
     params, state = workers.shard((jnp.ones((4, 2)), {"key": keys}))
@@ -100,7 +100,7 @@ def test_random_keys(tmp_path):
         others = {"key": jax.random.split(jax.random.key(0, impl="rbg"), 4)}
         found = checkpoints.restore(params, workers.shard(others))
         raw = workers.shard({"key": jnp.zeros((4, 2), jnp.uint32)})
-        with pytest.raises(ValueError, match="of another model or optimizer"):
+        with pytest.raises(ValueError, match="has another model or optimizer"):
             checkpoints.restore(params, raw)
     assert found is not None
     assert found.opt_state["key"].dtype == keys.dtype
@@ -121,7 +121,7 @@ def test_the_latest_are_kept(tmp_path):
 
 
 def test_saved_arrays_may_be_donated(tmp_path):
-    """While the files are still being written."""
+    """Donation is safe while the files are still being written."""
     workers = dj.Workers(4)
     params, opt_state = state(workers)
     expected = jax.tree.map(np.asarray, params)
@@ -141,7 +141,7 @@ def steps(folder):
 
 
 def content(folder):
-    """Everything in a folder, to see that nothing has changed."""
+    """The contents of all files in a folder, to detect changes."""
     return {
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
@@ -149,7 +149,7 @@ def content(folder):
 
 
 def restored(folder, workers):
-    """The step of the latest checkpoint; its parameters must be of that step."""
+    """Returns the latest checkpoint's step; asserts that its parameters match."""
     params, opt_state = state(workers)
     with Checkpoints(folder, workers) as checkpoints:
         found = checkpoints.restore(*empty((params, opt_state)))
@@ -162,7 +162,7 @@ def restored(folder, workers):
 
 @pytest.mark.parametrize("who", ["same run", "resumed", "another run"])
 def test_saving_a_step_again_loses_nothing(tmp_path, who):
-    """As `if t % 20 == 0: save(t)` does after a resume, and a last save at the end."""
+    """Saves a step again, as after a resume, or in a final save after the loop."""
     workers = dj.Workers(2)
     if who == "same run":
         save(tmp_path, workers, [20, 40, 40, 40])
@@ -170,7 +170,7 @@ def test_saving_a_step_again_loses_nothing(tmp_path, who):
     elif who == "another run":
         save(tmp_path, workers, [20, 40])
         save(tmp_path, workers, [40])
-        # What it has not restored is not its own.
+        # A run does not own a checkpoint that it has not restored.
         assert steps(tmp_path) == ["20", "40", "40.1"]
     else:
         save(tmp_path, workers, [20, 40])
@@ -184,7 +184,7 @@ def test_saving_a_step_again_loses_nothing(tmp_path, who):
 
 
 def test_a_step_below_a_complete_checkpoint_is_refused(tmp_path):
-    """It would never be restored, and the run would believe it saved."""
+    """`restore` would never return it, although the run would consider it saved."""
     workers = dj.Workers(2)
     save(tmp_path, workers, [100])
     before = content(tmp_path)
@@ -192,14 +192,14 @@ def test_a_step_below_a_complete_checkpoint_is_refused(tmp_path):
         with other, pytest.raises(ValueError, match="step 100, which restore prefers"):
             other.save(20, *state(workers))
     assert content(tmp_path) == before
-    # But not below what cannot be restored.
+    # A step below a damaged checkpoint is accepted.
     (tmp_path / "100" / DIGESTS).write_text("{}")
     save(tmp_path, workers, [20])
     assert restored(tmp_path, workers) == 20
     assert steps(tmp_path) == ["100", "20"]
 
 
-def test_only_what_this_run_has_superseded_is_deleted(tmp_path):
+def test_only_checkpoints_that_this_run_superseded_are_deleted(tmp_path):
     workers = dj.Workers(2)
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in (1, 2, 9):
@@ -212,7 +212,7 @@ def test_only_what_this_run_has_superseded_is_deleted(tmp_path):
     assert foreign.items() <= content(tmp_path).items()
 
 
-def test_unfinished_and_damaged_ones_do_not_count_as_kept(tmp_path, caplog):
+def test_unfinished_and_damaged_checkpoints_do_not_count_as_kept(tmp_path, caplog):
     workers = dj.Workers(2)
     save(tmp_path, workers, [1, 2, 3])
     (tmp_path / "2" / DIGESTS).unlink()
@@ -230,8 +230,10 @@ def test_unfinished_and_damaged_ones_do_not_count_as_kept(tmp_path, caplog):
     assert restored(tmp_path, workers) == 4
 
 
-def test_the_one_before_lives_until_the_next_is_complete(tmp_path, monkeypatch):
-    """And another process that reads meanwhile changes nothing."""
+def test_the_previous_checkpoint_stays_until_the_next_is_complete(
+    tmp_path, monkeypatch
+):
+    """A process that reads at the same time changes nothing."""
     workers = dj.Workers(2)
     params, opt_state = state(workers)
     gate, hashing, digest = threading.Event(), threading.Event(), module.digest_of
@@ -283,7 +285,7 @@ with checkpoints.Checkpoints(sys.argv[1], workers, keep=1) as saved:
 
 
 def test_killed_while_hashing(tmp_path, monkeypatch):
-    """With `keep=1`; what the kill leaves behind goes once it is superseded."""
+    """With `keep=1`, the next complete checkpoint replaces the unfinished one."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-c", KILLED_WHILE_HASHING, str(tmp_path)]
     assert subprocess.run(command).returncode == -signal.SIGKILL
@@ -300,7 +302,7 @@ def test_killed_while_hashing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["orbax", "digests"])
 @pytest.mark.parametrize("when", ["save", "restore", "wait", "close", "exit"])
-def test_errors_of_the_background_are_raised(tmp_path, monkeypatch, where, when):
+def test_background_errors_are_raised(tmp_path, monkeypatch, where, when):
     workers = dj.Workers(2)
     params, opt_state = state(workers)
 
@@ -331,13 +333,13 @@ def test_errors_of_the_background_are_raised(tmp_path, monkeypatch, where, when)
     with pytest.raises(RuntimeError, match=r"not saved.*disk full"):
         call()
     if when in ("save", "restore", "wait"):
-        # Said once; then the run may go on. The one that failed is not one to keep.
+        # The error is raised once, and the run may continue without the failed step.
         saved.save(3, params, opt_state)
         saved.close()
         assert steps(tmp_path) == ["1", "3"]
 
 
-def test_the_error_that_ends_a_block_is_raised(tmp_path, monkeypatch, caplog):
+def test_an_error_inside_the_block_takes_precedence(tmp_path, monkeypatch, caplog):
     workers = dj.Workers(2)
 
     def full(*_, **__):
@@ -383,8 +385,8 @@ DAMAGE = {
     for text in ("", "{", "[]", "null", "3", '{"x": 1}', "{}", '{"notes.json": "0"}')
 }
 DAMAGE |= {
-    "digests of others' files": digests('{"../../etc/passwd": "0"}'),
-    "digests that are no text": lambda f: (f / "2" / DIGESTS).write_bytes(b"\xff"),
+    "digests of files outside": digests('{"../../etc/passwd": "0"}'),
+    "digests that are not text": lambda f: (f / "2" / DIGESTS).write_bytes(b"\xff"),
     "no state": lambda f: shutil.rmtree(f / "2" / "state"),
     "a file": lambda f: (shutil.rmtree(f / "2"), (f / "2").write_text("x")),
 }
@@ -393,8 +395,8 @@ HARMLESS = {
     "a folder": lambda f: (f / "plots").mkdir(),
     "a later folder": lambda f: (f / "3").mkdir(),
     "a later file": lambda f: (f / "3").write_text("x"),
-    "what Orbax was writing": lambda f: (f / "3.orbax-checkpoint-tmp").mkdir(),
-    "a file more": lambda f: (f / "2" / "state" / "more").write_text("x"),
+    "a temporary folder of Orbax": lambda f: (f / "3.orbax-checkpoint-tmp").mkdir(),
+    "an additional file": lambda f: (f / "2" / "state" / "more").write_text("x"),
 }
 
 
@@ -406,7 +408,7 @@ def whole(tmp_path_factory):
 
 
 def check_damaged(folder, expected):
-    """That it is found or not, that reading changes nothing, that saving goes on."""
+    """Checks the restored step, that restoring changes nothing, and later saves."""
     workers, before = dj.Workers(2), content(folder)
     assert restored(folder, workers) == expected
     assert content(folder) == before
@@ -425,7 +427,7 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path, whole, name, caplog):
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_foreign_files_do_no_harm(tmp_path, whole, name):
+def test_foreign_files_are_harmless(tmp_path, whole, name):
     shutil.copytree(whole, tmp_path / "harmless")
     HARMLESS[name](tmp_path / "harmless")
     check_damaged(tmp_path / "harmless", 2)
@@ -433,7 +435,7 @@ def test_foreign_files_do_no_harm(tmp_path, whole, name):
 
 @pytest.mark.parametrize("damage", [emptied, cut, flipped, Path.unlink, made_a_folder])
 def test_damage_of_any_file(tmp_path, whole, damage, caplog):
-    """One of the files is enough: the checkpoint before is used."""
+    """Damage of any one file makes `restore` use the previous checkpoint."""
     names = [p.relative_to(whole) for p in (whole / "2").rglob("*") if p.is_file()]
     assert len(names) > 5
     workers, count = dj.Workers(2), 0
@@ -466,7 +468,7 @@ def test_another_format(tmp_path, caplog):
 
 
 def hidden(trace_workers):
-    """An optimizer whose model to evaluate is in its state."""
+    """An optimizer whose state holds the evaluation model."""
     trace = dj.traces.round_robin(trace_workers, 9)
     return dj.asynchronous(optax.sgd(0.1), trace)
 
@@ -474,7 +476,7 @@ def hidden(trace_workers):
 @pytest.mark.parametrize("numbers", [(8, 4), (4, 8), (8, 1)])
 @pytest.mark.parametrize("name", ["momentum", "dsgt", "hidden"])
 def test_another_number_of_workers(tmp_path, caplog, numbers, name):
-    """All start from the evaluated model, with fresh states, said aloud."""
+    """All workers start from the evaluated model with new states, and a warning."""
     make = {
         "momentum": lambda n: optax.sgd(0.1, momentum=0.9),
         "dsgt": lambda n: dj.dsgt(0.1, dj.topology.ring(n)),
@@ -493,14 +495,14 @@ def test_another_number_of_workers(tmp_path, caplog, numbers, name):
         found = checkpoints.restore(*fresh, init=tx.init)
     assert found is not None
     assert (found.step, found.data, found.reset) == (3, [1, 2], True)
-    assert "all start from its evaluated model" in caplog.text
+    assert "start from its evaluated model" in caplog.text
     expected = jax.tree.map(lambda x: np.stack([x[0]] * numbers[1]), model)
     assert_equal(jax.tree.map(np.asarray, found.params), expected)
     assert_equal(found.opt_state, after.spmd(tx.init)(found.params))
 
 
 def test_levels_and_other_levels(tmp_path):
-    """Named axes; other ones are another number of workers."""
+    """Named axes; different axes count as another number of workers."""
     hubs, flat = dj.Workers({"hub": 2, "worker": 2}), dj.Workers(4)
     tx = optax.sgd(0.1)
     params = hubs.shard(jnp.arange(12.0).reshape(2, 2, 3))
@@ -519,8 +521,8 @@ def test_levels_and_other_levels(tmp_path):
 @pytest.mark.parametrize(
     ("tx", "shape", "message"),
     [
-        (optax.sgd(0.1), (3,), r"only one of both has state\[1\]\[0\]\.trace"),
-        (optax.adam(0.1), (3,), r"only one of both has state\[1\]\[0\]\.trace"),
+        (optax.sgd(0.1), (3,), r"only one of them has state\[1\]\[0\]\.trace"),
+        (optax.adam(0.1), (3,), r"only one of them has state\[1\]\[0\]\.trace"),
         (
             optax.sgd(0.1, momentum=0.9),
             (5,),
@@ -587,13 +589,13 @@ def test_states_of_other_types_are_refused(tmp_path, name):
         saved, like = jax.tree.map(each, (saved, like))
         with Checkpoints(tmp_path / str(number), workers) as checkpoints:
             checkpoints.save(1, saved)
-            with pytest.raises(ValueError, match="of another model or optimizer"):
+            with pytest.raises(ValueError, match="has another model or optimizer"):
                 checkpoints.restore(like)
             assert checkpoints.restore(saved) is not None
 
 
-def test_functions_in_static_fields_may_be_made_anew(tmp_path):
-    """Their addresses differ from process to process."""
+def test_functions_in_static_fields_may_be_recreated(tmp_path):
+    """Their addresses differ between processes."""
     workers = dj.Workers(2)
     saved, like = (WithStatic(jnp.asarray(ONES), (lambda x: x, {})) for _ in range(2))
     with Checkpoints(tmp_path, workers) as checkpoints:
@@ -639,7 +641,7 @@ class Net(nnx.Module):
 
 
 def start(kind, tx):
-    """A whole state of one worker, as the trees for `save`."""
+    """A complete state of one worker, as the arguments of `save`."""
     params = {"w": jnp.zeros(3), "b": jnp.zeros((), jnp.bfloat16)}
     rest = {"step": jnp.int32(0), "batch_stats": {"mean": jnp.zeros(2)}}
     rest |= {"ema": {"w": jnp.zeros(3)}, "key": jax.random.key(0)}
@@ -674,7 +676,7 @@ KINDS = [
 
 
 def varied(trees, number):
-    """Floating-point leaves and keys that differ between workers, integers 7."""
+    """Makes floating-point leaves and keys differ between workers; integers are 7."""
 
     def vary(x):
         index = jnp.arange(number)
@@ -699,7 +701,7 @@ def named_leaves(trees):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_states_in_one_call(tmp_path, kind):
-    """With step, statistics, averages and keys: saved, and resumed."""
+    """Saves and restores a state with step, statistics, averages, and keys."""
     workers = dj.Workers(4)
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), make_ef(0.3))
     like = workers.replicate(start(kind, tx))
@@ -722,7 +724,7 @@ def _raw(x):
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_states_with_another_number_of_workers(tmp_path, kind, numbers):
     before, after = map(dj.Workers, numbers)
-    # DEF's evaluated model is in its state, and differs from the parameters.
+    # The state of DEF holds its evaluated model, which differs from the parameters.
     tx = optax.chain(optax.sgd(0.1, momentum=0.9), make_ef(0.3))
     one = start(kind, tx)
     saved = before.shard(varied(before.replicate(one), numbers[0]))
@@ -737,7 +739,7 @@ def test_whole_states_with_another_number_of_workers(tmp_path, kind, numbers):
         found = checkpoints.restore(*like, init=None if has_tx else tx.init)
         assert found is not None
         assert found.reset
-        # The run goes on from there.
+        # The run continues from the restored state.
         state = (found.state,) if len(like) == 1 else found.state
         checkpoints.save(4, *state)
         again = checkpoints.restore(*like)
@@ -768,8 +770,8 @@ def test_whole_states_with_another_number_of_workers(tmp_path, kind, numbers):
             np.testing.assert_array_equal(x, np.full(x.shape, 7), path)
             seen.add("copied")
         else:
-            # Parameters and DEF's shared model: the mean of what the old one was,
-            # which here is the same, as `varied` adds the same to both.
+            # Parameters and DEF's shared model become the mean of the old shared model.
+            # Both means are equal, because `varied` adds the same values to both.
             x = np.asarray(x, np.float32)
             mean = np.asarray(old[path], np.float32).mean(0)
             np.testing.assert_allclose(x, np.broadcast_to(mean, x.shape), atol=1e-6)
@@ -789,7 +791,7 @@ def test_the_hidden_model_of_whole_states(tmp_path, kind):
     tx = make_ef(0.3)
 
     def apart(path, x):
-        # The parameters move away from the shared model, which is kept.
+        # Make the shared model differ from the parameters.
         hidden = "shared" in jax.tree_util.keystr(path)
         return x + 1 if hidden else x
 
@@ -841,7 +843,7 @@ def test_equal_keys_are_copied(tmp_path):
     )
     with (
         Checkpoints(tmp_path, after) as checkpoints,
-        pytest.raises(ValueError, match="of another model or optimizer"),
+        pytest.raises(ValueError, match="has another model or optimizer"),
     ):
         checkpoints.restore(*like, init=tx.init)
     like = (like[0], (), like[2])
@@ -852,7 +854,7 @@ def test_equal_keys_are_copied(tmp_path):
     np.testing.assert_array_equal(jax.random.key_data(found.state[2]), expected)
 
 
-def test_what_other_workers_cannot_take_over_is_refused(tmp_path):
+def test_states_that_other_workers_cannot_take_over_are_refused(tmp_path):
     before, after, tx = dj.Workers(2), dj.Workers(4), optax.sgd(0.1, momentum=0.9)
     params = jnp.zeros(3)
     one = (params, tx.init(params), {"step": jnp.int32(0)})
@@ -873,7 +875,7 @@ def test_what_other_workers_cannot_take_over_is_refused(tmp_path):
             checkpoints.restore(*narrow, init=tx.init)
         with pytest.raises(ValueError, match=r"at state\[0\] it has .*float32"):
             checkpoints.restore(*half, init=tx.init)
-        with pytest.raises(ValueError, match="init does not make optimizer states"):
+        with pytest.raises(ValueError, match="does not return optimizer states"):
             checkpoints.restore(*like, init=optax.identity().init)
         with pytest.raises(ValueError, match=r"pass init=tx\.init"):
             checkpoints.restore(like, init=tx.init)
@@ -913,7 +915,7 @@ def test_bad_arguments(tmp_path):
     with Checkpoints(tmp_path / "run", workers) as checkpoints:
         with pytest.raises(TypeError, match="restore needs a state"):
             checkpoints.restore()
-        with pytest.raises(TypeError, match="data must be what JSON can hold"):
+        with pytest.raises(TypeError, match="data must hold JSON values"):
             checkpoints.save(1, ONES, data={"rng": object()})
     assert steps(tmp_path) == ["file"]
 
@@ -995,7 +997,7 @@ print("restored")
 
 
 def test_several_processes(tmp_path, monkeypatch, capfd):
-    """Refusals reach all of them, and so does another number of workers."""
+    """All processes raise refusals and restore with another number of workers."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(launch, "GRACE", 0.5)
     command = [sys.executable, "-c", TWO_PROCESSES, str(tmp_path)]
@@ -1009,12 +1011,12 @@ def test_several_processes(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("seed", range(KILLS))
 def test_killed_and_started_again(tmp_path, monkeypatch, capfd, seed):
-    """`kill -9` of a process after a step, both at random: the end is the same."""
+    """`kill -9` of a random process after a random step leaves the result unchanged."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(launch, "GRACE", 0.5)
     rng = np.random.default_rng(seed)
     name = KILLED[seed % len(KILLED)]
-    # Each algorithm with another number when its turn comes again.
+    # When an algorithm's turn comes again, use another number of processes.
     processes = PROCESSES[(seed + seed // len(KILLED)) % len(PROCESSES)]
     victim, at = rng.integers(processes), rng.integers(1, STEPS + 1)
 
@@ -1031,8 +1033,8 @@ def test_killed_and_started_again(tmp_path, monkeypatch, capfd, seed):
     capfd.readouterr()
     assert run("killed", "killed.npz") == 0
     out = capfd.readouterr().out
-    # The first is surely on disk when the second is begun.
-    assert ("goes on after step" in out) or at <= 2 * SAVE_EVERY
+    # The first checkpoint is on disk before the second save begins.
+    assert ("resumes after step" in out) or at <= 2 * SAVE_EVERY
     with np.load(tmp_path / "never.npz") as a, np.load(tmp_path / "killed.npz") as b:
         for key in ("bias", "kernel"):
             np.testing.assert_array_equal(a[key], b[key])

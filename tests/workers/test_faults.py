@@ -1,4 +1,4 @@
-"""Workers that are missing and gradients that are not finite harm nobody else."""
+"""Missing workers and non-finite gradients do not harm other workers."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ TOPOLOGIES = {
 
 
 def without(matrix, active):
-    """Off-diagonal weights of the missing go to the diagonal."""
+    """Moves off-diagonal weights of missing workers to the diagonal."""
     w = np.where(np.outer(active, active), matrix, 0.0)
     np.fill_diagonal(w, 0)
     return w + np.diag(1 - w.sum(1))
@@ -42,7 +42,7 @@ def trees(rng, rounds=1):
 @pytest.mark.parametrize("layout", ["vmap", "shard_map", "folded_4", "folded_2"])
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_mix_without_the_missing(name, layout, x64):
-    """Equals the corrected matrix, which is doubly stochastic."""
+    """Mixing equals the product with the corrected, doubly stochastic matrix."""
     rng = np.random.default_rng(0)
     active = rng.random((8, 12)) < 0.7
     active[:, 0], active[:, 1] = False, True
@@ -70,8 +70,8 @@ def test_mix_without_the_missing(name, layout, x64):
 
 
 @pytest.mark.parametrize("layout", [None, "vmap", "shard_map", "folded_4"])
-def test_what_the_missing_hold_reaches_nobody(layout):
-    """Nor without a compiler, which makes a choice of a product with a mask."""
+def test_values_of_missing_workers_do_not_propagate(layout):
+    """Also without compilation, which could turn a masked product into a select."""
     x = np.ones(8, np.float32)
     x[3] = np.nan
     active = np.arange(8) != 3
@@ -92,8 +92,8 @@ def test_half_precision_keeps_its_dtype():
     np.testing.assert_allclose(np.asarray(mixed, np.float32), expected, rtol=1e-2)
 
 
-def test_all_present_is_as_ever():
-    """Bit by bit, but for the sums' rounding."""
+def test_a_full_mask_changes_nothing():
+    """Equal up to the rounding of sums."""
     x = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
     with_mask = LAYOUTS["vmap"](lambda x: dj.mix(x, RING, active=True))(x)
     without_mask = LAYOUTS["vmap"](lambda x: dj.mix(x, RING))(x)
@@ -101,7 +101,7 @@ def test_all_present_is_as_ever():
 
 
 def test_sample_active():
-    """Exactly so many are missing, others in each round and with each seed."""
+    """Exactly 3 workers are missing, which depend on the round and the seed."""
 
     def rounds(seed, layout):
         def worker(_):
@@ -156,13 +156,13 @@ def run(tx, steps, missing, gradient, x):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_mean_is_preserved(name, x64):
-    """It moves by the mean gradient alone, whoever is missing."""
+    """Only the mean gradient moves the mean, regardless of missing workers."""
     x = np.random.default_rng(0).normal(size=(8, 6))
     kept = run(ALGORITHMS[name](0.1), 60, 2, lambda x, noise: 0 * x, x)
     np.testing.assert_allclose(
         kept.mean(0), np.tile(x.mean(0), (60, 1)), rtol=0, atol=1e-13
     )
-    # Workers do come together.
+    # Workers approach consensus.
     assert kept[:, -1].std(0).max() < 0.6 * x.std(0).max()
 
 
@@ -178,8 +178,8 @@ def test_missing_workers_change_the_run(name, x64):
 
 
 @pytest.mark.parametrize("name", ["d_psgd", "detag", "choco", "choco, linear"])
-def test_runs_converge_without_some(name, x64):
-    """To the optimum of the mean loss, as far as they do with all workers."""
+def test_runs_converge_with_missing_workers(name, x64):
+    """They reach the optimum of the mean loss as closely as with all workers."""
     optimum = np.random.default_rng(0).normal(size=(8, 6))
     wide = jnp.asarray(optimum)
 
@@ -219,7 +219,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_thousand_steps_with_nans(name):
-    """In one worker's gradient, every third step."""
+    """One worker's gradient is NaN in every third step."""
     tx = optax.chain(dj.zero_nonfinite_updates(), NETWORKS[name](0.05))
 
     def worker(x):
@@ -241,7 +241,7 @@ def test_a_thousand_steps_with_nans(name):
     for leaf in jax.tree.leaves((x, state)):
         assert np.isfinite(leaf).all()
     np.testing.assert_array_equal(refused, np.where(np.arange(8) == 2, 334, 0))
-    # Without one gradient in three of worker 2 the others pull a little more.
+    # Without one third of worker 2's gradients, the others have a larger influence.
     np.testing.assert_allclose(np.mean(x), 3.5, atol=0.6)
 
 
@@ -267,7 +267,7 @@ BAD = {
         ValueError,
         "missing=8 must be fewer than the 8 workers",
     ),
-    "fewer than none": (
+    "negative number": (
         lambda x: dj.sample_active(0, -1),
         ValueError,
         "missing must be at least 0",
@@ -283,12 +283,12 @@ def test_bad_input(name):
         jax.eval_shape(functools.partial(mapped), jax.ShapeDtypeStruct((8,), "float32"))
 
 
-LEAVE_OUT = ("d_psgd", "dsgt", "detag", "choco_sgd")
+SUPPORTS_ACTIVE = ("d_psgd", "dsgt", "detag", "choco_sgd")
 
 
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
 def test_no_algorithm_ignores_who_is_missing(name):
-    """It leaves them out, or says that it cannot."""
+    """An algorithm leaves missing workers out or raises an error."""
     algorithm = registry.ALGORITHMS[name]
     tx = optax.with_extra_args_support(algorithm.make(0.1))
     sizes = tuple(named(algorithm.shape).values())
@@ -302,7 +302,7 @@ def test_no_algorithm_ignores_who_is_missing(name):
 
     assert step(None) == x
     topology = algorithm.arguments.get("topology")
-    if not name.startswith(LEAVE_OUT):
+    if not name.startswith(SUPPORTS_ACTIVE):
         expected = pytest.raises(ValueError, match="cannot leave workers out")
     elif any((w.matrix != w.matrix.T).any() for w in registry.rounds(topology)):
         expected = pytest.raises(ValueError, match="must be symmetric")
@@ -323,7 +323,7 @@ def test_an_order_of_all_workers_needs_all():
 
 
 def test_zero_nonfinite_updates_of_no_leaves():
-    """As where `optax.masked` leaves all of them out."""
+    """For example, if `optax.masked` excludes all leaves."""
     tx = dj.zero_nonfinite_updates()
     gradients = {"a": jnp.ones(2)}
     masked = optax.masked(tx, {"a": False})

@@ -1,4 +1,4 @@
-"""What would make workers run different collectives is told before anything runs."""
+"""Programs in which workers would run different collectives fail before they run."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def workers_on(num_devices):
 
 
 def keep_state_where_not_finite(tx, agree=False):
-    """Flax's recipe for loss scaling: the old parameters and the old state."""
+    """Keeps old parameters and state, as in Flax's recipe for loss scaling."""
 
     def step(params, state, target):
         grads = params - target
@@ -56,7 +56,7 @@ COUNTING = {
 
 @pytest.mark.parametrize("num_devices", LAYOUTS)
 @pytest.mark.parametrize("name", COUNTING)
-def test_a_counter_kept_back_on_one_worker_is_refused(name, num_devices):
+def test_a_counter_that_one_worker_does_not_advance_is_refused(name, num_devices):
     tx = COUNTING[name]
     with pytest.raises(ValueError, match=r"step counter .*count must be equal"):
         run(workers_on(num_devices), keep_state_where_not_finite(tx), tx)
@@ -64,15 +64,15 @@ def test_a_counter_kept_back_on_one_worker_is_refused(name, num_devices):
 
 @pytest.mark.parametrize("num_devices", LAYOUTS)
 @pytest.mark.parametrize("name", COUNTING)
-def test_kept_back_on_all_workers_it_is_fine(name, num_devices):
+def test_a_counter_that_all_workers_do_not_advance_is_accepted(name, num_devices):
     tx = COUNTING[name]
     step = keep_state_where_not_finite(tx, agree=True)
     params, _ = run(workers_on(num_devices), step, tx)
     assert np.isfinite(params).all()
 
 
-def test_a_counter_that_decides_nothing_may_lag():
-    """On a ring every step exchanges alike, whatever the count."""
+def test_an_unused_counter_may_lag():
+    """On a ring, every step sends the same messages, regardless of the counter."""
     tx = dj.d_psgd(0.1, RING)
     params, _ = run(workers_on(8), keep_state_where_not_finite(tx), tx)
     assert np.isfinite(params).all()
@@ -104,11 +104,11 @@ def branch_in_scan(x):
 
 
 def branch_of_carried_data(x):
-    """The condition becomes the worker's own in the second turn only."""
+    """The condition differs between workers only in the second iteration."""
 
     def body(carry, _):
-        y, decides = carry
-        y = lax.cond(decides > 0, lambda y: dj.mix(y, RING), lambda y: y, y)
+        y, condition = carry
+        y = lax.cond(condition > 0, lambda y: dj.mix(y, RING), lambda y: y, y)
         return (y, x.sum()), None
 
     return lax.scan(body, (x, jnp.ones([])), length=2)[0][0]
@@ -138,7 +138,7 @@ def in_nested_jit(x):
         *(loop, round_by_data, in_nested_jit),
     ],
 )
-def test_collectives_by_own_data_are_refused(fn, num_devices):
+def test_collectives_that_depend_on_local_data_are_refused(fn, num_devices):
     with pytest.raises(ValueError, match="must be equal on all workers"):
         workers_on(num_devices).spmd(fn).lower(jnp.ones((N, 3)))
 
@@ -169,7 +169,7 @@ def converged(x):
     )
 
 
-def drawn(x):
+def missing_workers(x):
     active = dj.sample_active(3, missing=2)
     return dj.mix(x, RING, active=active)
 
@@ -178,7 +178,7 @@ def drawn(x):
     "fn",
     [
         *(branch_on_common_data, branch_without_collectives, branch_on_a_counter),
-        *(a_fixed_loop, converged, drawn),
+        *(a_fixed_loop, converged, missing_workers),
     ],
 )
 def test_equal_conditions_run_alike_in_all_layouts(fn):
@@ -189,8 +189,8 @@ def test_equal_conditions_run_alike_in_all_layouts(fn):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_a_worker_s_own_counters_are_its_own():
-    """Refused gradients, waiting workers: nothing communicates by their number."""
+def test_unrelated_counters_may_differ():
+    """Communication does not depend on counters such as that of refused gradients."""
     tx = optax.chain(dj.zero_nonfinite_updates(), dj.d_psgd(0.1, ONE_PEER))
 
     def step(params, state, target):
@@ -204,6 +204,6 @@ def test_a_worker_s_own_counters_are_its_own():
     assert np.isfinite(params).all()
 
 
-def test_an_error_of_the_function_is_its_own():
+def test_errors_of_the_function_are_passed_on():
     with pytest.raises(ZeroDivisionError):
         workers_on(8).spmd(lambda x: x / (1 // 0))(jnp.ones(N))

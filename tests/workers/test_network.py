@@ -1,4 +1,4 @@
-"""The network of the benchmark: hosts, limits, counters, and nothing left behind."""
+"""The benchmark's network: hosts, rate limits, counters, and cleanup."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def test_a_limited_link():
         sent, packets = (hosts.sent() - before)[:, 0]
     received, seconds = out.split()
     assert received == "2000000"
-    # At 80 Mbit/s .2 s, and without a limit a hundredth of it.
+    # The transfer takes 0.2 s at 80 Mbit/s, and a hundredth of that without a limit.
     assert float(seconds) > 0.15
     payload = sent - namespaces.HEADERS * packets
     assert 0.99 < payload / 2e6 < 1.05

@@ -1,8 +1,8 @@
-"""Several processes, over loopback: started, equal to one, told when they differ.
+"""Several processes on loopback: start, equality with one process, error reports.
 
-All algorithms, with one worker per process and with two (minutes):
-`PYTHONPATH=. python -m decentral_jax.launch --processes 8
-tests/support/one_process.py float32`, and the same with `--processes 4 --devices 2`.
+To test all algorithms with one worker per process (minutes): `PYTHONPATH=. python -m
+decentral_jax.launch --processes 8 tests/support/one_process.py float32`. With two
+workers per process: `--processes 4 --devices 2`.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def test_kinds_of_leaves(capfd, tmp_path):
     assert ended == 0, error[-3000:]
     lines = sorted(line for line in out.splitlines() if "kinds" in line)
     assert lines == [f"[{i}] all kinds equal on 2 processes" for i in range(2)]
-    # The thread that watches the others has survived.
+    # The thread that watches the other processes has not failed.
     assert "Traceback" not in error, error[-3000:]
 
 
@@ -78,7 +78,7 @@ print(os.environ["JAX_LOCAL_DEVICE_IDS"], end="", file=sys.stderr)
     [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", 137), ("1 / 0", 1)],
 )
 def test_one_failing_process_ends_all(capfd, end, expected):
-    # The others do not listen to SIGTERM, as JAX's do not.
+    # The other processes ignore SIGTERM, as JAX's processes do.
     wait = f"""
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -93,24 +93,24 @@ time.sleep(60)
     assert f"process 1 ended with {expected}: ending" in capfd.readouterr().err
 
 
-def left(what):
+def processes_with(what):
     return subprocess.run(["pgrep", "-f", what], capture_output=True, text=True).stdout
 
 
-def gone(what, seconds=10.0):
-    """Whether nothing with this command line runs any longer."""
+def has_ended(what, seconds=10.0):
+    """Waits until no process with this command line runs; returns whether none does."""
     deadline = time.monotonic() + seconds
-    while left(what) and time.monotonic() < deadline:
+    while processes_with(what) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not left(what)
+    return not processes_with(what)
 
 
 @contextlib.contextmanager
 def launcher(member, ignored=None):
-    """A launcher of two members in a process of its own, once both have printed.
+    """Starts a launcher of two members in its own process; waits until both print.
 
-    It takes signals as a program in the foreground does, however pytest was started:
-    `nohup`, or `&` in a shell, have it ignore some. `ignored` is one to ignore.
+    The launcher handles signals like a foreground program, even if pytest ignores some
+    because of `nohup` or `&`. `ignored` is a signal to ignore.
     """
     program = f"""
 import signal, sys
@@ -137,21 +137,21 @@ sys.exit(launch.run({code(member)!r}, 2))
     ("number", "seconds", "ignored"),
     [
         (signal.SIGINT, "61.21", None),
-        # As a shell starts what is followed by `&`.
+        # As for a command that a shell starts with `&`.
         (signal.SIGINT, "61.22", int(signal.SIGINT)),
         (signal.SIGTERM, "61.23", None),
         (signal.SIGHUP, "61.24", None),
     ],
 )
 def test_signals_end_all(number, seconds, ignored):
-    """The members' children, too."""
+    """Signals also end the members' children."""
     wait = f"import subprocess; print('up'); subprocess.run(['sleep', '{seconds}'])"
     with launcher(wait, ignored) as process:
         time.sleep(0.2)
         process.send_signal(number)
         process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert left(f"sleep {seconds}") == ""
+    assert processes_with(f"sleep {seconds}") == ""
 
 
 def test_nohup():
@@ -162,7 +162,7 @@ def test_nohup():
     assert process.returncode == 0
 
 
-DEAF = """
+IGNORES_SIGTERM = """
 import signal, subprocess, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print("up")
@@ -173,7 +173,7 @@ subprocess.run(["sleep", "%s"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_kills_at_once(number):
     seconds = f"62.{int(number)}"
-    with launcher(DEAF % seconds) as process:
+    with launcher(IGNORES_SIGTERM % seconds) as process:
         time.sleep(0.2)
         begin = time.monotonic()
         process.send_signal(number)
@@ -183,7 +183,7 @@ def test_a_second_signal_kills_at_once(number):
         process.communicate(timeout=20)
     assert time.monotonic() - begin < 15
     assert process.returncode == 128 + number
-    assert left(f"sleep {seconds}") == ""
+    assert processes_with(f"sleep {seconds}") == ""
 
 
 def test_a_killed_launcher_leaves_nothing():
@@ -192,12 +192,12 @@ def test_a_killed_launcher_leaves_nothing():
         time.sleep(0.2)
         process.kill()
         process.communicate(timeout=20)
-    assert gone("sleep 63.25")
+    assert has_ended("sleep 63.25")
 
 
 @pytest.mark.parametrize("own_session", [False, True])
 def test_children_left_behind(capfd, own_session):
-    """They hold the pipes open; those in a session of their own are left alone."""
+    """Children keep the pipes open; those in their own session survive."""
     leave = f"""
 import subprocess
 print(subprocess.Popen(["sleep", "64.125"], start_new_session={own_session}).pid)
@@ -211,10 +211,10 @@ print(subprocess.Popen(["sleep", "64.125"], start_new_session={own_session}).pid
         for child in children:
             os.kill(child, signal.SIGKILL)
     else:
-        assert left("sleep 64.125") == ""
+        assert processes_with("sleep 64.125") == ""
 
 
-def test_children_that_do_not_listen(monkeypatch):
+def test_children_that_ignore_sigterm(monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 1.0)
     leave = """
 import subprocess, time
@@ -222,11 +222,11 @@ subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 65.125"])
 time.sleep(1)
 """
     assert launch.run(code(leave), processes=2) == 0
-    assert left("sleep 65.125") == ""
+    assert processes_with("sleep 65.125") == ""
 
 
 def test_output_comes_in_pieces(tmp_path):
-    """Progress bars and prompts before the line ends, whole lines, no Gloo noise."""
+    """Output appears before a line ends, lines stay whole, and Gloo's log is hidden."""
     member = """
 import sys, time
 print("up")
@@ -265,7 +265,7 @@ sys.exit(launch.run({code(member)!r}, 1))
 
 
 def test_members_do_not_mix(capfd):
-    """A line that another member interrupts gets a number again."""
+    """The rest of a line that another member interrupts gets the number again."""
     member = """
 import os, time
 rank = int(os.environ["DECENTRAL_JAX_PROCESS_ID"])
@@ -279,7 +279,7 @@ print("end")
     assert out == "[0] begin\n[1] begin\n[0] end\n[1] end\n"
 
 
-def test_nobody_reads():
+def test_closed_output_ends_the_launcher():
     wait = "import time; print('up'); time.sleep(1)"
     with launcher(wait + "\nwhile True: print('more')") as process:
         assert process.stdout is not None
@@ -320,7 +320,7 @@ dj.initialize()
 ring = dj.topology.ring(4)
 run(ring if rank else ring.lazy(0.75), 4)
 """,
-        r"ValueError: all processes must run the same: process 0 has the program of "
+        r"ValueError: all processes must agree: process 0 has the program of "
         r".*, process 1 has the program of",
     ),
     "numbers of workers": (
@@ -341,7 +341,7 @@ workers.gather((workers.shard(jnp.arange(2.0)),) * (rank + 1))
         r'process 0 has versions: {"decentral_jax": "([\d.]+)", .*, process 1 has '
         r'versions: {"decentral_jax": "\1\.1"',
     ),
-    "a process that comes no more": (
+    "process 1 does not arrive": (
         """
 dj.initialize(timeout=3, initialization_timeout=60)
 if rank:
@@ -349,10 +349,10 @@ if rank:
 else:
     dj.Workers(2)
 """,
-        r"\[0\] TimeoutError: process 1 did not come within 3 seconds; process 0 waits "
-        r'for it with workers: {"workers": 2}',
+        r"\[0\] TimeoutError: process 1 did not arrive within 3 seconds; process 0 "
+        r'waits for it with workers: {"workers": 2}',
     ),
-    "the first process comes no more": (
+    "process 0 does not arrive": (
         """
 dj.initialize(timeout=3, initialization_timeout=60)
 if rank:
@@ -360,7 +360,7 @@ if rank:
 else:
     time.sleep(15)
 """,
-        r"\[1\] TimeoutError: process 0 did not come within 3 seconds",
+        r"\[1\] TimeoutError: process 0 did not arrive within 3 seconds",
     ),
 }
 
@@ -374,8 +374,8 @@ def test_differences_are_told(capfd, name):
     assert re.search(message, capfd.readouterr().err)
 
 
-def of_two_processes(capfd, text, **options):
-    """What they print, both ending well."""
+def output_of_two_processes(capfd, text, **options):
+    """The output of two processes, which must succeed."""
     ended = launch.run(code(START + text), processes=2, **options)
     out, error = capfd.readouterr()
     assert ended == 0, error[-3000:]
@@ -383,7 +383,7 @@ def of_two_processes(capfd, text, **options):
 
 
 def test_data_of_each_process(capfd):
-    """Each passes what belongs to its own workers, also of several levels."""
+    """Each process passes the data of its own workers, also with several levels."""
     text = """
 import numpy as np
 dj.initialize()
@@ -404,24 +404,25 @@ for shape in (4, {"hub": 2, "worker": 4}, {"hub": 4, "worker": 2}):
         print(error)
 print("equal")
 """
-    out = of_two_processes(capfd, text, devices=2)
+    out = output_of_two_processes(capfd, text, devices=2)
     assert {"[0] equal", "[1] equal"} <= set(out.splitlines())
     assert out.count("tree must have the leading axes") == 6
 
 
 def test_equal_processes_are_not_stopped(capfd):
     text = "dj.initialize(); print(run(dj.topology.ring(2))); run(dj.topology.ring(2))"
-    out = of_two_processes(capfd, text)
+    out = output_of_two_processes(capfd, text)
     assert {"[0] [0.5 0.5]", "[1] [0.5 0.5]"} <= set(out.splitlines())
 
 
-# Failures: every process ends in time, names the process and the reason
+# Failures: every process ends in time and names the failed process and the reason
 
 
 def started(text, processes=2, timeout=4.0, ranks=None, numbers=None):
-    """Exit codes and outputs of processes that nobody ends but themselves.
+    """Exit codes and outputs of processes that end by themselves.
 
-    `ranks` are those that start; `numbers` maps them to what they believe.
+    `ranks` lists the processes to start. `numbers` maps a rank to the
+    (num_processes, process_id) that the process uses instead.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -466,7 +467,7 @@ for t in range(%d):
         break
 print(workers.gather(x))
 """
-MISSED = "process {0} did not come within 4 seconds to call "
+MISSED = "process {0} did not reach call 6 (mixed) within 4 seconds, but process"
 FAILURES = {
     "raises": (
         "raise ValueError('bad\\nrecord')",
@@ -483,13 +484,13 @@ FAILURES = {
         -9,
         "process {0} ended without an exception, as if it was killed",
     ),
-    "ends early": ("sys.exit(3)", 3, MISSED + "6 (mixed), in which"),
+    "ends early": ("sys.exit(3)", 3, MISSED),
     "raises while another thread goes on": (
         "import threading as t; t.Thread(target=time.sleep, args=[3]).start(); 1 / 0",
         1,
         "process {0} raised ZeroDivisionError: division by zero.",
     ),
-    "is elsewhere": ("time.sleep(60)", 1, MISSED + "6 (mixed), in which"),
+    "is elsewhere": ("time.sleep(60)", 1, MISSED),
 }
 
 
@@ -512,15 +513,17 @@ def test_a_process_that(name, who):
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_one_batch_less(who):
-    """Then it gathers, while the others wait in a step."""
+    """This process gathers while the other one waits in a step."""
     codes, outputs = started(TRAIN % (6, who, "pass"))
     assert codes == [1, 1]
     for output in outputs:
-        assert re.search(r"process \d did not come within 4 seconds", output), output
+        assert re.search(
+            r"process \d did not (arrive|reach call .*) within 4 seconds", output
+        ), output
 
 
 def test_gather_alone():
-    """Nobody waits for a process that has ended as long as for one that is slow."""
+    """The wait for a process that has ended is shorter than for a slow one."""
     ends = """
 from decentral_jax import _watch
 _watch.ENDED = 3.0
@@ -528,8 +531,8 @@ _watch.ENDED = 3.0
     codes, outputs = started(ends + TRAIN % (5, 1, "sys.exit(3)"), timeout=60.0)
     assert codes == [1, 3], outputs
     assert re.search(
-        r"process 1 did not come within 3 seconds to call \d+ \(gather\), in which "
-        "process 0 waits; process 1 ended after call",
+        r"process 1 did not reach call \d+ \(gather\) within 3 seconds, but process 0 "
+        "waits in it; process 1 ended after call",
         outputs[0],
     ), outputs[0]
 
@@ -542,7 +545,7 @@ STOP = """import subprocess
 
 
 def test_a_stopped_process():
-    """Neither dead nor connected, as if its network was down; later it goes on."""
+    """A stopped process is alive but silent, as after a network failure."""
     text = f"""
 import os, signal, sys, time
 import decentral_jax as dj
@@ -560,7 +563,7 @@ time.sleep(30)
 
 
 def test_all_processes_stopped():
-    """As by a scheduler that suspends the job: then it goes on."""
+    """Like a job that a scheduler suspends: the run continues afterwards."""
     text = TRAIN % (5, 9, STOP)
     codes, outputs = started(text.replace("and rank == 9", ""))
     assert codes == [0, 0], outputs
@@ -571,7 +574,7 @@ def test_all_processes_stopped():
     [("1 / 0", 1), ("os.kill(os.getpid(), 9)", 137), ("sys.exit(3)", 3)],
 )
 def test_the_exit_code_is_passed_on(capfd, monkeypatch, end, expected):
-    """Also of a process that takes seconds to end: the others end after it."""
+    """Even if the process takes seconds to end, the others end after it."""
     monkeypatch.setenv("DECENTRAL_JAX_TIMEOUT", "4")
     slowly = "import atexit, time; atexit.register(time.sleep, 2)\n"
     begin = time.monotonic()
@@ -582,7 +585,7 @@ def test_the_exit_code_is_passed_on(capfd, monkeypatch, end, expected):
 
 
 def test_later_than_the_timeout():
-    """A process may compute alone for long, if no other waits for it in a program."""
+    """A process may compute longer than the timeout if no other waits for it."""
     codes, outputs = started(
         TRAIN % (6, 9, "pass") + "if rank == 0: time.sleep(7)", timeout=3.0
     )
@@ -605,13 +608,13 @@ except (TimeoutError, ValueError) as error:
 @pytest.mark.parametrize(
     ("ranks", "numbers", "message"),
     [
-        ([0, 2], {}, "TimeoutError process 1 did not come within 4 seconds"),
-        ([2], {}, "TimeoutError process 0 did not come within 4 seconds"),
+        ([0, 2], {}, "TimeoutError process 1 did not connect within 4 seconds"),
+        ([2], {}, "TimeoutError process 0 did not answer within 4 seconds"),
         ([0, 1, 2], {2: (3, 1)}, "ValueError two processes have the number 1"),
         (
             [0, 1],
             {1: (4, 1)},
-            "ValueError process 0 counts 3 processes, process 1 counts 4",
+            "ValueError process 0 expects 3 processes, process 1 expects 4",
         ),
     ],
 )
@@ -641,7 +644,7 @@ ADDRESS = "JAX_COORDINATOR_ADDRESS"
         ),
     ],
 )
-def test_nobody_trains_alone_by_mistake(monkeypatch, given, options, missing):
+def test_incomplete_settings_are_refused(monkeypatch, given, options, missing):
     for name in (launch.NUM_PROCESSES, launch.PROCESS_ID, ADDRESS):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():

@@ -1,4 +1,4 @@
-"""Workers: who lives where, what comes back, what is compiled and given away."""
+"""Workers: placement, round trips of data, compilation, and donation."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_layouts(n, num_devices, used):
         assert part.device == device
 
 
-def test_the_devices_named():
+def test_explicit_devices():
     devices = jax.devices()[5:7]
     stacked = dj.Workers(4, devices=devices).replicate(1.0)
     assert stacked.sharding.device_set == set(devices)
@@ -57,7 +57,7 @@ def test_the_devices_named():
 
 
 @pytest.mark.parametrize("num_devices", [8, 2, 1])
-def test_replicate_gives_everyone_the_same(num_devices):
+def test_replicate_copies_to_all_workers(num_devices):
     workers = workers_on(num_devices)
     tree = one_workers_tree()
     stacked = workers.replicate(tree)
@@ -76,11 +76,11 @@ def test_replicate_gives_everyone_the_same(num_devices):
 
 @pytest.mark.parametrize("num_devices", [8, 2, 1])
 def test_replicate_from_other_devices(num_devices):
-    """Restored checkpoints and other workers' results live on devices of their own."""
-    elsewhere = jax.device_put(np.float32(3), jax.devices()[6])
+    """Checkpoints and results of other `Workers` may be on other devices."""
+    on_another_device = jax.device_put(np.float32(3), jax.devices()[6])
     others = workers_on(4).replicate(np.float32(3))
     workers = workers_on(num_devices)
-    np.testing.assert_array_equal(workers.replicate(elsewhere), np.full(8, 3))
+    np.testing.assert_array_equal(workers.replicate(on_another_device), np.full(8, 3))
     np.testing.assert_array_equal(workers.replicate(others), np.full((8, 8), 3))
     np.testing.assert_array_equal(workers.shard(others), np.full(8, 3))
 
@@ -129,7 +129,7 @@ def test_keys_give_the_same_draws_everywhere():
 
 @pytest.mark.parametrize("num_devices", [8, 4, 1])
 def test_spmd_outputs_live_with_their_workers(num_devices):
-    """Also constants, which shard_map types as the same on all devices."""
+    """Also constants, which shard_map types as equal on all devices."""
     workers = workers_on(num_devices)
 
     def step(x, tree):
@@ -158,7 +158,7 @@ def test_spmd_outputs_live_with_their_workers(num_devices):
 
 
 @pytest.mark.parametrize("num_devices", [8, 4, 1])
-def test_donation_gives_the_memory_away(num_devices):
+def test_donation_reuses_the_memory(num_devices):
     workers = workers_on(num_devices)
 
     def step(state, x):
@@ -182,7 +182,7 @@ def shards(state):
 
 @pytest.mark.parametrize("num_devices", [8, 4, 1])
 def test_no_recompilation(num_devices):
-    """Not for new values, nor when results come back as arguments."""
+    """Neither new values nor results as arguments cause recompilation."""
     workers = workers_on(num_devices)
     traced = []
 
@@ -197,7 +197,7 @@ def test_no_recompilation(num_devices):
     with compilations() as compiled:
         for _ in range(3):
             x = step(x, workers.shard(batch))
-    # Once to be checked, once to be compiled.
+    # One trace for the lock-step check, one for compilation.
     assert len(traced) == 2
     assert not compiled
     with compilations() as compiled:
@@ -229,7 +229,7 @@ def test_a_function_of_no_arguments(num_devices):
 
 @pytest.mark.parametrize("num_devices", [8, 4, 1])
 def test_a_users_own_collective_is_never_partial(num_devices):
-    """Folded, the axis's name is not bound: better an error than half a mean."""
+    """A folded axis name is unbound: an error is better than a partial mean."""
     workers = workers_on(num_devices)
     mean = workers.spmd(lambda x: lax.pmean(x, "workers"))
     x = workers.shard(np.arange(8, dtype=np.float32))
@@ -265,7 +265,7 @@ NAMED = [
 
 @pytest.mark.parametrize(("sizes", "num_devices", "spec"), NAMED)
 def test_named_axes(sizes, num_devices, spec):
-    """Numbers over all axes count the leading axes row by row, in every layout."""
+    """Worker indices over all axes are in row-major order in every layout."""
     workers = workers_on(num_devices, sizes)
     names, shape = tuple(sizes), tuple(sizes.values())
     assert (workers.axis_name, workers.shape) == (names, shape)
@@ -280,14 +280,14 @@ def test_named_axes(sizes, num_devices, spec):
     x = np.random.default_rng(0).normal(size=(*shape, 2)).astype(np.float32)
     got = workers.gather(numbers(workers.shard(x)))
     np.testing.assert_array_equal(got["same"], x)
-    everyone = np.arange(workers.num_workers).reshape(shape)
-    np.testing.assert_array_equal(got["all"], everyone)
+    all_indices = np.arange(workers.num_workers).reshape(shape)
+    np.testing.assert_array_equal(got["all"], all_indices)
     for axis, name in enumerate(names):
         np.testing.assert_array_equal(got[name], np.indices(shape)[axis])
 
 
 def test_a_mesh_axis_inside_a_vmap_axis():
-    """Means and single axes work; workers have no consecutive numbers to mix by."""
+    """Means and single axes work; joint mixing needs consecutive worker indices."""
     workers = workers_on(4, {"hub": 6, "worker": 2})
     x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
 
@@ -319,7 +319,7 @@ def test_under_the_callers_own_mesh(sizes, kind, num_devices):
 
 @pytest.mark.parametrize("num_devices", [8, 2, 1])
 def test_usual_calls_compile_once(num_devices):
-    """As the docs write them, with new functions of the same name in each call."""
+    """As in the docs, each call passes new functions with the same names."""
     workers, tx = workers_on(num_devices), dj.d_psgd(0.1, dj.topology.ring(8))
     params = {"a": np.ones(3, np.float32), "b": jnp.zeros((2, 2))}
 
