@@ -66,6 +66,6 @@ __all__ += transforms.__all__
 
 def __getattr__(name: str) -> Any:
     """Imports modules that many programs do not need at their first use."""
-    if name in ("checkpoints", "engine", "metrics"):
+    if name in ("checkpoints", "data", "engine", "metrics"):
         return importlib.import_module(f"decentral_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,7 +67,7 @@ def write_all(folder: Path) -> None:
     (folder / "topologies.md").write_text(topology_table())
     (folder / "algorithms.md").write_text(algorithm_table())
     packages = dj.algorithms, dj.compression, dj.topology, dj.transforms
-    for package in (*packages, dj.metrics):
+    for package in (*packages, dj.data, dj.metrics):
         name = package.__name__.rpartition(".")[2]
         (folder / f"api_{name}.md").write_text(api_page(package))
     _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
