@@ -66,7 +66,8 @@ def write_all(folder: Path) -> None:
         _save(schedule.plot()[0].figure, folder / f"{name}.svg")
     (folder / "topologies.md").write_text(topology_table())
     (folder / "algorithms.md").write_text(algorithm_table())
-    for package in (dj.algorithms, dj.compression, dj.topology, dj.transforms):
+    packages = dj.algorithms, dj.compression, dj.topology, dj.transforms
+    for package in (*packages, dj.data, dj.metrics):
         name = package.__name__.rpartition(".")[2]
         (folder / f"api_{name}.md").write_text(api_page(package))
     _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
@@ -87,8 +88,11 @@ def api_page(package: ModuleType) -> str:
     lines = ["```{eval-rst}", f".. automodule:: {package.__name__}", "   :no-members:"]
     lines += ["```", ""]
     for module, names in modules.items():
-        first = inspect.getdoc(sys.modules[module]).splitlines()[0].rstrip(".")
-        lines += [f"## {first}", "", "```{eval-rst}"]
+        # A module's own description is above already.
+        if module != package.__name__:
+            first = inspect.getdoc(sys.modules[module]).splitlines()[0].rstrip(".")
+            lines += [f"## {first}", ""]
+        lines += ["```{eval-rst}"]
         # Functions come before the classes that they return.
         for name in sorted(names, key=lambda n: inspect.isclass(getattr(package, n))):
             kind = "class" if inspect.isclass(getattr(package, name)) else "function"
