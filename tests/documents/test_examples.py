@@ -4,10 +4,6 @@ import importlib.util
 import re
 from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -23,31 +19,26 @@ def test_flax_example_learns(name, standard_promotion):
     assert module.main() > 0.9
 
 
-def test_readme_example_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    model = nn.Dense(3)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4)))
-    batch = np.random.default_rng(0).normal(size=(8, 5, 4)).astype(np.float32)
-
-    def loss_fn(params, batch):
-        return jnp.mean(jnp.square(model.apply(params, batch) - 1))
-
-    def batches():
-        for _ in range(40):
-            # With many steps in flight, fake devices of JAX 0.10 can block each other.
-            jax.block_until_ready(names.get("loss"))
-            yield batch
-
-    names = {"model": model, "params": params, "loss_fn": loss_fn}
-    names |= {"batches": batches(), "optax": optax}
-    exec(blocks[0], names)
-    names["topology"] = names["dj"].topology.ring(8)
-    exec(blocks[1], names)
-    losses = names["workers"].gather(names["loss"])
-    assert losses.shape == (8,)
-    assert losses.mean() < 0.8
-    assert "ppermute" in capsys.readouterr().out
-    assert isinstance(names["tx"], optax.GradientTransformation)
+def test_readme_example_runs_as_printed(capsys, standard_promotion):
+    """The first block runs alone and prints what the README says; one builds on it."""
+    text = (ROOT / "README.md").read_text()
+    first, more = re.findall(r"```python\n(.*?)```", text, re.S)
+    names = {}
+    exec(first, names)
+    assert capsys.readouterr().out.strip() in text
+    for line in more.strip().splitlines():
+        exec(line, names)
+        assert isinstance(names["tx"], optax.GradientTransformation) or line.startswith(
+            "ring"
+        )
+        names["tx"].init(names["jnp"].zeros(3))
+    # What the README says of all-reduce.
+    all_reduce = names["dj"].all_reduce_sgd(optax.adam(1e-3))
+    params = names["nnx"].state(names["MLP"](names["nnx"].Rngs(0)), names["nnx"].Param)
+    costs = names["dj"].communication_costs(
+        all_reduce, params, axis_sizes={"workers": 8}
+    )
+    assert f"{costs.bytes_per_step:,.0f} bytes per step" in text
 
 
 def test_two_set_up_commands():
