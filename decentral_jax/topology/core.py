@@ -8,7 +8,7 @@ collectives.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -194,7 +194,7 @@ class Topology:
         self,
         ax: "Axes | None" = None,
         *,
-        positions: Mapping[int, ArrayLike] | None = None,
+        positions: Mapping[int, Collection[float]] | None = None,
     ) -> "Axes":
         """Draws the graph. Requires matplotlib.
 
