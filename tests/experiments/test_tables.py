@@ -63,6 +63,14 @@ def test_every_picture_of_a_run_is_on_its_page():
     assert made | {"network.png"} == shown | {"apam_delay_logistic_digits.png"}
 
 
+def test_the_gallery_shows_every_picture_below_its_command():
+    for run in tables.RUNS.values():
+        for picture, _ in run.pictures:
+            above, found, _ = PAGES["gallery.md"].partition(f"images/{picture})")
+            assert found
+            assert COMMAND.findall(above)[-1] == f"experiments {run.command}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_command_has_measured_says_when(page):
     """Tables after the first command on a page, and all benchmarks, are in comments."""
