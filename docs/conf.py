@@ -48,8 +48,9 @@ intersphinx_mapping = {
     "jax": ("https://docs.jax.dev/en/latest", None),
     "optax": ("https://optax.readthedocs.io/en/stable", None),
 }
-# The copy button leaves out prompts and output.
-copybutton_exclude = ".linenos, .gp, .go"
+# Where there are prompts, the copy button copies the lines behind them only.
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 exclude_patterns = ["_build", "_generated"]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
