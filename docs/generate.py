@@ -60,7 +60,8 @@ def write_all(folder: Path) -> None:
     )
     for name, topology in STATIC.items():
         figure, ax = plt.subplots(figsize=(2.8, 3))
-        topology.plot(ax)
+        topology.plot(ax, positions=positions(name, topology))
+        ax.margins(0.1)
         _save(figure, folder / f"{name.partition('(')[0]}.svg")
     for name, schedule in DRAWN_SCHEDULES.items():
         _save(schedule.plot()[0].figure, folder / f"{name}.svg")
@@ -74,6 +75,32 @@ def write_all(folder: Path) -> None:
     _save(draw_rounds(), folder / "rounds.svg")
     _save(draw_folding(), folder / "folding.svg")
     _save(draw_contraction(), folder / "contraction.svg")
+
+
+def positions(
+    name: str, topology: dj.topology.Topology
+) -> dict[int, tuple[float, float]] | None:
+    """Coordinates that show a graph of 16 workers as what it is; None for a circle."""
+    kind = name.partition("(")[0]
+    workers = range(topology.num_workers)
+    if kind == "path":  # to and fro in four rows
+        return {
+            i: (i % 4 if i // 4 % 2 == 0 else 3 - i % 4, -(i // 4)) for i in workers
+        }
+    if kind == "grid":
+        return {i: (i % 4, -(i // 4)) for i in workers}
+    if kind == "torus":  # rows and columns are arcs, whose chords close the rings
+        bend = [0.0, 0.35, 0.35, 0.0]
+        return {i: (i % 4 + bend[i // 4], bend[i % 4] - i // 4) for i in workers}
+    if kind == "hypercube":  # each bit of a worker's number moves in a direction
+        ways = np.exp(1j * np.pi * (np.arange(4) / 4 + 1 / 8))
+        places = {i: sum(ways[b] for b in range(4) if i >> b & 1) for i in workers}
+        return {i: (complex(z).real, complex(z).imag) for i, z in places.items()}
+    if kind == "star":
+        return nx.shell_layout(topology.graph, [[0], [*workers[1:]]])
+    if kind == "erdos_renyi":
+        return nx.spring_layout(topology.graph, weight=None, k=0.7, seed=7)
+    return None
 
 
 def api_page(package: ModuleType) -> str:

@@ -63,6 +63,14 @@ def test_every_picture_of_a_run_is_on_its_page():
     assert made | {"network.png"} == shown | {"apam_delay_logistic_digits.png"}
 
 
+def test_the_gallery_shows_every_picture_below_its_command():
+    for run in tables.RUNS.values():
+        for picture, _ in run.pictures:
+            above, found, _ = PAGES["gallery.md"].partition(f"images/{picture})")
+            assert found
+            assert COMMAND.findall(above)[-1] == f"experiments {run.command}"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_measurements_are_in_dated_blocks(page):
     """Blocks enclose all tables after a page's first command, and all benchmarks."""
