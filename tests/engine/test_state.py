@@ -524,11 +524,13 @@ def test_other_metrics_than_in_the_checkpoint(tmp_path):
         run(gradient=aux({}), num_gradients=10)
 
 
-def test_checkpoints_of_lock_step_training(tmp_path):
+@pytest.mark.parametrize("data", [None, {"epoch": 1}])
+def test_checkpoints_of_lock_step_training(tmp_path, data):
     workers = dj.Workers(1, devices=ONE)
     params = workers.replicate(jnp.zeros(3))
     with Checkpoints(tmp_path, workers) as checkpoints:
-        checkpoints.save(3, params, workers.replicate(optax.sgd(RATE).init(X)), ())
+        opt_state = workers.replicate(optax.sgd(RATE).init(X))
+        checkpoints.save(3, params, opt_state, (), data=data)
     with pytest.raises(ValueError, match=r"that engine\.run has not written"):
         start(num_workers=1, num_gradients=5, checkpoints=tmp_path)
 
