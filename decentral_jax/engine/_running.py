@@ -133,9 +133,11 @@ def run(
         another run; or if any number is out of range.
       TypeError: If `optimizer` is not an optax optimizer, any leaf of `params` is not
         floating-point, or any leaf of `model_state` or `opt_state` is not an array.
-      RuntimeError: If a worker fails after `max_failures` replacements.
+      RuntimeError: If a worker fails after `max_failures` replacements, or a checkpoint
+        cannot be written.
       FloatingPointError: If too many gradients in a row are not finite.
       TimeoutError: If no worker reports in time.
+      NotADirectoryError: If `checkpoints` is a file.
       ImportError: If `actors` is set and Ray is not installed, or `checkpoints` is set
         and Orbax is not installed.
 

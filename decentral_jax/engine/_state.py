@@ -48,11 +48,19 @@ class Saver:
       folder: Folder of the checkpoints.
       device: Device of the master.
       synchronous: Whether the run is synchronous.
+
+    Raises:
+      ImportError: If Orbax is not installed.
+      NotADirectoryError: If `folder` is a file.
+      ValueError: If `folder` is a URL.
     """
 
     def __init__(self, folder: str | os.PathLike, device: Device, synchronous: bool):
         # The master's state is that of one worker.
-        self._checkpoints = Checkpoints(folder, Workers(1, devices=[device]))
+        try:
+            self._checkpoints = Checkpoints(folder, Workers(1, devices=[device]))
+        except (NotADirectoryError, ValueError) as error:
+            raise type(error)(f"checkpoints must be a folder: {error}") from error
         self._folder = str(folder)
         self._device = device
         self._synchronous = synchronous

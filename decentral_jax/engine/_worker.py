@@ -119,7 +119,8 @@ class Worker:
         args = _on(self.device, (model, self._ahead.pop()))
         value, metrics, finite = self._gradient(*args)
         value = jax.block_until_ready(_on(self._master, value))
-        metrics, finite = jax.device_get((metrics, finite))
+        # Without metrics, do not call `device_get`, which takes longer than this check.
+        metrics = jax.device_get(metrics) if metrics else {}
         return Gradient(self._index, value, metrics, bool(finite), self.drawn - 1)
 
     def _draw(self) -> bool:

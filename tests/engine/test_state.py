@@ -329,7 +329,16 @@ BAD = {
         "model_state needs has_aux=True",
     ),
     "period": ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at"),
-    "folder": ({"checkpoints": __file__}, NotADirectoryError, "must be a directory"),
+    "a file": (
+        {"checkpoints": __file__},
+        NotADirectoryError,
+        "checkpoints must be a folder: .*must be a directory",
+    ),
+    "a URL": (
+        {"checkpoints": "gs://bucket"},
+        ValueError,
+        "checkpoints must be a folder: .*got the URL",
+    ),
 }
 
 
@@ -723,6 +732,12 @@ def test_linen():
         losses.append(result.metrics["loss"].mean())
     assert state.opt_state[0].count == 120
     assert losses[1] < 0.5 * losses[0]
+
+
+def test_without_orbax(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match=r"pip install decentral_jax\[checkpoint\]"):
+        start(num_workers=1, num_gradients=5, checkpoints=tmp_path)
 
 
 def test_half_precision_metrics(tmp_path):
