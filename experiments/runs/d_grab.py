@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.progress import Progress
 
-from experiments import report
+from experiments import report, styles
 from experiments.errors import UsageError
+from experiments.html_report import Chart, Series
 from experiments.runs import herding as herding_test
 from experiments.settings import RunOptions, check_positive
 from experiments.training import ordered, resuming
@@ -84,6 +85,7 @@ def run(
         herding_test.run(options.herding, output, memory)
     for task in chosen:
         found |= _train(task, options, output)
+    output.html("d_grab")
     return found
 
 
@@ -145,6 +147,8 @@ def _report(
     axes = figure.subplots(1, len(options.workers), squeeze=False, sharey=True)[0]
     at = dict(zip(options.workers, axes, strict=True))
     rows, lines = [], []
+    series: dict[int, list[Series]] = {m: [] for m in options.workers}
+    looks = styles.assign(name for _, _, name in found)
     for (_, m, name), losses in found.items():
         key = task.name, m, name
         random = found[task.name, m, "D-RR"]
@@ -157,7 +161,11 @@ def _report(
                 report.rate(task.rates, task.rates.index(rates[key])),
             )
         )
-        report.plot_seeds(at[m], np.arange(losses.shape[1]), losses, name)
+        epochs = np.arange(losses.shape[1])
+        report.plot_seeds(at[m], epochs, losses, name, looks[name])
+        note = f"rate {rates[key]:g}"
+        curves = Series(name, {"epochs": epochs}, {"train loss": losses}, note)
+        series[m].append(curves)
         rows += [
             {
                 "workers": m,
@@ -171,6 +179,7 @@ def _report(
             for epoch, loss in enumerate(of_seed)
         ]
     for m, ax in at.items():
+        output.chart(Chart(f"{task.name}, {m} workers", series[m], ("train loss",)))
         ax.set_title(f"{m} workers", fontsize=9)
         ax.set_xlabel("epochs")
         ax.set_yscale("log")

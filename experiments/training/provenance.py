@@ -24,8 +24,11 @@ CODE = ("decentral_jax", "experiments", "benchmarks", "pyproject.toml")
 # What only starts experiments and shows their results, but computes none.
 SHOWING = (
     "__main__.py",
+    "figures.py",
+    "html_report.py",
     "report.py",
     "runs/tables.py",
+    "styles.py",
     "training/provenance.py",
 )
 
