@@ -86,6 +86,8 @@ function draw(section) {
     plot_bgcolor: card,
     hoverlabel: { bgcolor: card, font: { color: ink }, align: "left" },
     hovermode: "closest",
+    // On phones, dragging scrolls the page.
+    dragmode: narrow.matches ? false : "zoom",
     showlegend: false,
     // Zoom stays when curves come and go, but not when the axes change.
     uirevision: JSON.stringify([now.x, now.y, now.logX, now.logY]),

@@ -177,8 +177,8 @@ def _chart(index: int, chart: Chart) -> str:
 </div>
 <div class="plot" role="img" aria-label="{escape(chart.title)}"></div>
 <p class="note">Lines are means over seeds{f"; bands span {band}" if band else ""}.
-<span class="hint">To show or hide a curve, click its name. To zoom, drag; to zoom out,
-double-click.</span></p>
+<span class="hint">To show or hide a curve, click its name.
+<span class="zoom">To zoom, drag; to zoom out, double-click.</span></span></p>
 </section>
 """
 

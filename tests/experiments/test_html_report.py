@@ -239,10 +239,11 @@ MEASURE = """(() => {
     ticks: all(".plot").map((p) => [p.querySelectorAll(".xtick").length,
       p.querySelectorAll(".ytick").length]),
     titles: all(".plot .xtitle, .plot .ytitle").map((e) => e.textContent),
-    curves: all(".plot").map((p) => p.querySelectorAll(".scatter .points").length),
+    curves: all(".plot").map((p) => p.data.filter((t) => t.name).length),
     loaded: performance.getEntriesByType("resource").map((e) => e.name),
     labels: all('[role="img"]').map((e) => e.getAttribute("aria-label")),
     ink: getComputedStyle(document.body).color,
+    drag: document.querySelector(".plot")._fullLayout.dragmode,
   };
 })()"""
 
@@ -270,11 +271,12 @@ def test_browsers_show_it(tab, tmp_path, size, scheme):
         assert height > 20
     assert all(min(ticks) > 2 for ticks in seen["ticks"])
     assert seen["titles"] == ["iterations", "train loss"] * 2
+    assert seen["curves"] == [len(names)] * 2
     assert seen["labels"][0].startswith("Line chart of train loss against iterations: ")
-    assert (
-        seen["ink"]
-        == {"light": "rgb(28, 30, 33)", "dark": "rgb(232, 234, 237)"}[scheme]
-    )
+    # On phones, dragging scrolls the page.
+    assert seen["drag"] == {"desktop": "zoom", "phone": False}[size]
+    inks = {"light": "rgb(28, 30, 33)", "dark": "rgb(232, 234, 237)"}
+    assert seen["ink"] == inks[scheme]
 
 
 def test_readers_choose_curves_and_axes(tab, tmp_path):
