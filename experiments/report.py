@@ -1,4 +1,4 @@
-"""Reports of the experiments: tables as Markdown, curves as PNG, and numbers as CSV."""
+"""Reports of the experiments: tables, curves, and numbers as files."""
 
 import csv
 import time
@@ -16,12 +16,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from experiments import html_report, styles
 from experiments.training import resuming
 from experiments.training.provenance import provenance
 from experiments.training.results import Result
 
-# Line styles in the order of the algorithms; colors repeat after ten.
-STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5 + ["-."] * 8
 # Labels of the quantities on the horizontal axes.
 AGAINST = {
     "iterations": "iterations (gradients per worker)",
@@ -68,6 +67,8 @@ class Output:
         self.origin = provenance(options)
         self._options, self._begin = options, time.perf_counter()
         self._written: list[str] = []
+        self._charts: list[html_report.Chart] = []
+        self._tables: list[Table] = []
 
     def table(self, name: str, table: Table) -> None:
         """Prints a table and writes it as `name.md`."""
@@ -83,12 +84,23 @@ class Output:
         self._path(name, ".md").write_text(
             f"{table.markdown()}\n<!--\n{described(origin)}\n-->\n", encoding="utf-8"
         )
+        self._tables.append(table)
 
     def figure(self, name: str, figure: Any) -> None:
         """Writes a figure as `name.png` and closes it."""
         metadata = {"Description": described(self.origin)}
         figure.savefig(self._path(name, ".png"), dpi=150, metadata=metadata)
         plt.close(figure)
+
+    def chart(self, chart: html_report.Chart) -> None:
+        """Adds an interactive chart to the HTML report."""
+        self._charts.append(chart)
+
+    def html(self, name: str) -> None:
+        """Writes all tables and charts so far as one HTML file, `name.html`."""
+        origin = self.origin | {"seconds": f"{self._seconds():.0f}"}
+        text = html_report.page(name, self._charts, self._tables, self._options, origin)
+        self._path(name, ".html").write_text(text, encoding="utf-8")
 
     def csv(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Writes dictionaries with the same keys to `name.csv`.
@@ -194,6 +206,13 @@ def _accuracy_and_loss(result: Result) -> str:
     return f"{accuracy}, {loss:.3f} ({rate(result.rates, result.best)})"
 
 
+def quantity(result: Result, against: str) -> np.ndarray:
+    """Returns a quantity for the horizontal axis, a key of `AGAINST`, shape `[E]`."""
+    if against == "iterations":
+        return result.curves.iteration
+    return {"megabytes": result.megabytes, "seconds": result.seconds}[against]
+
+
 def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> None:
     """Plots the mean curves at the best rate, with one standard deviation as a band.
 
@@ -203,12 +222,14 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
       against: Quantity on the horizontal axis, a key of `AGAINST`.
       name: Measurement to plot, "train_loss" or "test_accuracy".
     """
+    looks = styles.assign(result.name for result in results)
     for index, result in enumerate(results):
-        y = result.at_best(name)
-        x = result.curves.iteration
-        x = {"megabytes": result.megabytes, "seconds": result.seconds}.get(against, x)
-        style = {"color": f"C{index % 10}", "linestyle": STYLES[index % len(STYLES)]}
-        ax.plot(x, y.mean(0), label=result.name, lw=1.6, **style)
+        x, y = quantity(result, against), result.at_best(name)
+        style = looks[result.name].matplotlib()
+        # About eight markers per curve, not at the same places on all curves.
+        every = max(1, len(x) // 8)
+        marks = (index % every, every)
+        ax.plot(x, y.mean(0), label=result.name, markevery=marks, **style)
         # Clip the band at the lowest seed, so that it stays positive on a log axis.
         low = np.maximum(y.mean(0) - y.std(0), y.min(0))
         high = y.mean(0) + y.std(0)
@@ -222,8 +243,9 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
     ax.grid(alpha=0.25)
 
 
-def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str) -> None:
+def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str, style: styles.Style) -> None:
     """Plots the mean over seeds, `[seeds, E]`, and the range from lowest to highest."""
-    (line,) = ax.plot(x, y.mean(0), label=label)
-    ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
+    every = max(1, y.shape[1] // 8)
+    ax.plot(x, y.mean(0), label=label, markevery=every, **style.matplotlib())
+    ax.fill_between(x, y.min(0), y.max(0), color=style.color, alpha=0.15, lw=0)
     ax.grid(alpha=0.25)

@@ -65,6 +65,7 @@ def run(options: Apam, output: report.Output) -> None:
     dataset = _load(options)
     for model in options.models:
         _run(model, dataset, options, output)
+    output.html("apam")
 
 
 def _load(options: Apam) -> images.Dataset:

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import matplotlib.pyplot as plt
-
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings
 from experiments.errors import UsageError, from_options
 from experiments.training import results, resuming
 
@@ -27,7 +25,7 @@ class Compare(settings.ComparisonOptions):
 
 
 def run(options: Compare, output: report.Output) -> None:
-    """Trains, prints the table, and writes `compare.png`, `.csv`, and `.md`."""
+    """Trains, prints the table, and writes it, the numbers, and figures by family."""
     setting = options.setting(options.shuffled)
     with from_options():
         topology = dj.topology.ring(options.workers).lazy(options.kappa)
@@ -52,16 +50,14 @@ def run(options: Compare, output: report.Output) -> None:
     title = f"After {setting.iterations} iterations, at the best rate"
     output.table("compare", report.comparison(found, title))
     output.csv("compare", results.rows(found))
-    # Loss and accuracy (rows) against iterations, megabytes, and seconds (columns).
-    figure = plt.figure(figsize=(14, 7), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for row, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
-        for ax, against in zip(row, report.AGAINST, strict=True):
-            report.plot_curves(ax, found, against, name)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside right center")
-    figure.suptitle(
+    title = (
         f"{options.dataset}, {options.shuffled:g}% shuffled, {topology.name}, "
         f"{options.seeds} seeds, tuned rates"
     )
-    output.figure("compare", figure)
+    for file, name in (
+        ("compare", "train_loss"),
+        ("compare_accuracy", "test_accuracy"),
+    ):
+        output.figure(file, figures.by_family(found, name, title))
+    output.chart(figures.chart(found, title))
+    output.html("compare")

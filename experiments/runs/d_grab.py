@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.progress import Progress
 
-from experiments import report
+from experiments import report, styles
 from experiments.errors import UsageError
+from experiments.html_report import Chart, Series
 from experiments.runs import herding as herding_test
 from experiments.settings import RunOptions, check_positive
 from experiments.training import ordered, resuming
@@ -84,6 +85,7 @@ def run(
         herding_test.run(options.herding, output, memory)
     for task in chosen:
         found |= _train(task, options, output)
+    output.html("d_grab")
     return found
 
 
@@ -147,6 +149,8 @@ def _report(
     at = dict(zip(options.workers, axes, strict=True))
     # Tabulate, plot, and record each method, one panel per number of workers.
     rows, lines = [], []
+    series: dict[int, list[Series]] = {m: [] for m in options.workers}
+    looks = styles.assign(name for _, _, name in found)
     for (_, m, name), losses in found.items():
         key = task.name, m, name
         # D-RR has the same models and examples per seed, so that losses pair up.
@@ -160,7 +164,11 @@ def _report(
                 report.rate(task.rates, task.rates.index(rates[key])),
             )
         )
-        report.plot_seeds(at[m], np.arange(losses.shape[1]), losses, name)
+        epochs = np.arange(losses.shape[1])
+        report.plot_seeds(at[m], epochs, losses, name, looks[name])
+        note = f"rate {rates[key]:g}"
+        curves = Series(name, {"epochs": epochs}, {"train loss": losses}, note)
+        series[m].append(curves)
         rows += [
             {
                 "workers": m,
@@ -174,6 +182,7 @@ def _report(
             for epoch, loss in enumerate(of_seed)
         ]
     for m, ax in at.items():
+        output.chart(Chart(f"{task.name}, {m} workers", series[m], ("train loss",)))
         ax.set_title(f"{m} workers", fontsize=9)
         ax.set_xlabel("epochs")
         ax.set_yscale("log")

@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings
 from experiments.errors import from_options
 from experiments.training import results, resuming
 
@@ -62,6 +62,7 @@ def run(options: DeTAG, output: report.Output) -> None:
         for (kappa, fraction), found in done.items()
     }
     output.table("summary", report.summary(cells, options.dataset))
+    output.html("detag")
 
 
 def _run(
@@ -78,6 +79,7 @@ def _run(
     title = f"{topology.name}, {fraction:g}% shuffled, DeTAG R={rounds}"
     name = f"kappa_{kappa:g}_shuffled_{fraction:g}"
     output.table(name, report.comparison(found, title))
+    output.chart(figures.chart(found, title))
     return found
 
 

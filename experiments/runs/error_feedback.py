@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import optax
 
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings
 from experiments.catalog import Entry
 from experiments.training import results, resuming
 
@@ -65,6 +65,7 @@ def run(options: ErrorFeedback, output: report.Output) -> None:
         name = f"ratio_{ratio:g}"
         table = report.comparison(found[title], f"{title}, {options.dataset}")
         output.table(name, table)
+        output.chart(figures.chart(found[title], f"{title}, {options.dataset}"))
         rows += results.rows(found[title], ratio=ratio)
         # Accuracy against iterations, accuracy against bytes, and the early loss.
         figure = plt.figure(figsize=(12, 3.8), layout="constrained")
@@ -84,3 +85,4 @@ def run(options: ErrorFeedback, output: report.Output) -> None:
         output.figure(name, figure)
     output.csv("def", rows)
     output.table("summary", report.summary(found, options.dataset))
+    output.html("def")

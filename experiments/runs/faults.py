@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import optax
 
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings, styles
 from experiments.catalog import Entry
 from experiments.errors import UsageError, from_options
 from experiments.training import results, resuming
@@ -89,12 +89,15 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
     output.table("summary", report.summary(cells, title))
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, len(algorithms), sharey=True)
+    looks = styles.assign(cells)
     for i, (ax, name) in enumerate(zip(axes, algorithms, strict=True)):
-        for missing, of_these in found.items():
+        for label, of_these in cells.items():
             loss = of_these[i].at_best("train_loss")
             report.plot_seeds(
-                ax, of_these[i].curves.iteration, loss, f"{missing} missing"
+                ax, of_these[i].curves.iteration, loss, label, looks[label]
             )
+        same = [of[i]._replace(name=label) for label, of in cells.items()]
+        output.chart(figures.chart(same, name))
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("iterations")
         ax.set_yscale("log")
@@ -107,6 +110,7 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
     )
     output.figure("faults", figure)
     output.csv("faults", rows)
+    output.html("faults")
     return found
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 
 import decentral_jax as dj
-from experiments import report
+from experiments import report, styles
 from experiments.errors import UsageError
+from experiments.html_report import Chart, Series
 from experiments.training.resuming import Memory
 
 # Published means of rounds 11 to 15 for 5, 10, 20, 50, and 100 workers.
@@ -139,7 +140,7 @@ def _report(
 ) -> None:
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    rows, lines = [], []
+    rows, lines, series = [], [], []
     for name, bounds in found.items():
         published = QUOTED.get(name, (None,) * len(QUOTED_WORKERS))
         quoted: dict[int, float | None] = dict(
@@ -147,7 +148,10 @@ def _report(
         )
         cells = zip(options.shared_by, bounds, strict=True)
         lines.append((name, *(_cell(of_m, quoted.get(m)) for m, of_m in cells)))
-        ax.loglog(options.shared_by, bounds.mean(1), "o-", label=name)
+        style = styles.STYLES[name].matplotlib()
+        ax.loglog(options.shared_by, bounds.mean(1), label=name, **style)
+        x, y = {"workers": options.shared_by}, {"largest prefix sum": bounds.T}
+        series.append(Series(name, x, y))
         rows += [
             {"method": name, "workers": m, "seed": seed, "bound": bound}
             for m, of_m in zip(options.shared_by, bounds, strict=True)
@@ -166,6 +170,7 @@ def _report(
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8)
     output.figure("herding", figure)
+    output.chart(Chart(title, series, ("workers", "largest prefix sum")))
     output.csv("herding", rows)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report
+from experiments import figures, report
 from experiments.catalog import Entry
 from experiments.data import images
 from experiments.errors import UsageError
@@ -250,9 +250,12 @@ def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Re
     rows = []
     for part, of_part in found.items():
         output.table(part, _table(part, of_part, options))
+        title = f"{options.dataset}, {options.model}: {part}"
+        against = "seconds" if part == "slots" else "iterations"
+        chart = figures.chart(of_part, title, against=against, seconds="time slots")
+        output.chart(chart)
         rows += results.rows(of_part, part=part)
         figure = plt.figure(figsize=(10, 3.8), layout="constrained")
-        against = "seconds" if part == "slots" else "iterations"
         for ax, name in zip(
             figure.subplots(1, 2), ("train_loss", "test_accuracy"), strict=True
         ):
@@ -261,11 +264,10 @@ def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Re
             if part == "slots":
                 ax.set_xlabel("time slots")
         figure.axes[0].legend(fontsize=8)
-        figure.suptitle(
-            f"{options.dataset}, {options.model}: {part}; {options.seeds} seeds"
-        )
+        figure.suptitle(f"{title}; {options.seeds} seeds")
         output.figure(part, figure)
     output.csv("mll_sgd", rows)
+    output.html("mll_sgd")
     return found
 
 

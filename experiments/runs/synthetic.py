@@ -18,6 +18,7 @@ from jax import lax
 import decentral_jax as dj
 from experiments import catalog, report
 from experiments.errors import from_options
+from experiments.html_report import Chart, Series
 from experiments.settings import RunOptions, check_at_least_one, check_positive
 from experiments.training import resuming
 
@@ -89,6 +90,13 @@ def run(options: Synthetic, output: report.Output) -> dict[str, np.ndarray]:
     columns = "algorithm", "geometric mean", "lowest to highest seed", "best rate"
     output.table("synthetic", report.Table(title, columns, lines))
     output.csv("synthetic", rows)
+    rates = {"learning rate": options.rates}
+    series = [
+        Series(name, rates, {"relative error": error.T})
+        for name, error in errors.items()
+    ]
+    output.chart(Chart(title, series, ("learning rate", "relative error")))
+    output.html("synthetic")
     return errors
 
 

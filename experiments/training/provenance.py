@@ -24,8 +24,11 @@ CODE = ("decentral_jax", "experiments", "benchmarks", "pyproject.toml")
 # Files that start experiments or format results, but do not compute any.
 DISPLAY_ONLY = (
     "__main__.py",
+    "figures.py",
+    "html_report.py",
     "report.py",
     "runs/tables.py",
+    "styles.py",
     "training/provenance.py",
 )
 

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import report
 from experiments.runs import real_time
-from tests.experiments.files import write_files
+from tests.experiments.files import read_charts, write_files
 from tests.experiments.test_tabular import A9A
 
 
@@ -17,10 +17,11 @@ def read(path):
 def test_delays(run):
     arguments = ["--parts", "delay", "--models", "logistic", "--delays", "0", "100"]
     arguments += ["--rate", "0.03", "--iterations", "200", "--evaluations", "4"]
-    rows = read(
-        run("apam", *arguments, "--seeds", "2") / "apam/delay_logistic_digits.csv"
-    )
+    out = run("apam", *arguments, "--seeds", "2") / "apam"
+    rows = read(out / "delay_logistic_digits.csv")
     assert len(rows) == 2 * 2 * 4
+    (chart,) = read_charts(out / "apam.html")
+    assert [len(y) for y in chart.values()] == [4, 4]
 
     def accuracy(delay, gradients):
         return np.mean(

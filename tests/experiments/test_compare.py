@@ -9,6 +9,7 @@ import decentral_jax as dj
 from experiments import catalog, report, settings
 from experiments.runs import compare, detag
 from experiments.training import loop, models, results
+from tests.experiments.files import read_charts
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
 
@@ -20,7 +21,8 @@ def read(path):
 def test_compare(run, capsys):
     chosen = ["all-reduce SGD", "DeTAG", "DEF-A", "MLL-SGD", "Local SGD"]
     out = run("compare", *QUICK, "--algorithms", *chosen)
-    assert (out / "compare.png").stat().st_size > 10_000
+    for figure in ("compare", "compare_accuracy"):
+        assert (out / f"{figure}.png").stat().st_size > 10_000
     rows = read(out / "compare.csv")
     names = {row["algorithm"] for row in rows}
     assert len(rows) == len(names) * 2 * 2
@@ -56,6 +58,7 @@ def test_detag_figures(run):
         assert (out / f"{name}.png").stat().st_size > 10_000
         rows = read(out / f"{name}.csv")
         assert len({(row["kappa"], row["shuffled"]) for row in rows}) == cells
+    assert len(read_charts(out / "detag.html")) == 2
 
 
 def test_def_figures(run):
@@ -72,6 +75,10 @@ def test_def_figures(run):
     assert sent["DEF"] == pytest.approx(sent["dense SGD"] * 41 / 650, rel=1e-3)
     assert end["DEF"]["consensus_distance"] == end["DEF-A"]["consensus_distance"]
     assert end["DEF"]["train_loss"] != end["DEF-A"]["train_loss"]
+    (chart,) = read_charts(out / "def.html")
+    assert list(chart) == ["dense SGD", *catalog.compressed(16)]
+    losses = [float(rows["DEF", seed, "24"]["train_loss"]) for seed in ("0", "1")]
+    assert chart["DEF"][-1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(

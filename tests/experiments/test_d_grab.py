@@ -9,6 +9,7 @@ import decentral_jax as dj
 from experiments import report
 from experiments.runs import herding
 from experiments.training import ordered, tasks
+from tests.experiments.files import read_charts
 from tests.reference import ordering
 
 
@@ -41,6 +42,8 @@ def test_herding(run):
     out = run("d-grab", "--parts", "herding", *small, "--draws", "2") / "d_grab"
     assert (out / "herding.png").stat().st_size > 10_000
     rows = report.read_csv(out / "herding.csv")
+    (chart,) = read_charts(out / "d_grab.html")
+    assert len(chart) == 4
 
     def bound(method, workers):
         return np.mean(
@@ -81,6 +84,7 @@ def test_training(run):
     assert (out / "logistic_digits.png").stat().st_size > 10_000
     rows = report.read_csv(out / "logistic_digits.csv")
     assert len(rows) == 2 * 4 * 2 * 7
+    assert [len(chart) for chart in read_charts(out / "d_grab.html")] == [4, 4]
     loss = {
         (row["workers"], row["method"], row["seed"], row["epoch"]): float(
             row["train_loss"]

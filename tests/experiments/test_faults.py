@@ -3,6 +3,7 @@
 import pytest
 
 from experiments import report
+from tests.experiments.files import read_charts
 
 
 def test_missing_workers(run):
@@ -12,6 +13,8 @@ def test_missing_workers(run):
     assert (out / "faults.png").stat().st_size > 10_000
     rows = report.read_csv(out / "faults.csv")
     assert len(rows) == 2 * 3 * 2 * 2
+    charts = read_charts(out / "faults.html")
+    assert [list(chart) for chart in charts] == [["0 missing", "1 missing"]] * 3
     ends = {
         (row["missing"], row["algorithm"], row["seed"]): float(row["train_loss"])
         for row in rows

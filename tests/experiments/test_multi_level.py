@@ -5,6 +5,7 @@ import pytest
 
 from experiments import report
 from experiments.runs import multi_level
+from tests.experiments.files import read_charts
 
 SMALL = ["--hubs", "2", "--workers", "5", "--tau", "2", "--q", "2", "--seeds", "2"]
 SMALL += ["--rounds", "12", "--evaluations", "12", "--learning-rate", "0.5"]
@@ -16,6 +17,8 @@ def test_hierarchy_rates_and_slots(run):
     for part in parts:
         assert (out / f"{part}.png").stat().st_size > 10_000
     rows = report.read_csv(out / "mll_sgd.csv")
+    charts = read_charts(out / "mll_sgd.html")
+    assert [len(chart) for chart in charts] == [4, 5, 4]
 
     def last(part, name):
         losses = [
