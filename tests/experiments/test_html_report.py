@@ -91,7 +91,7 @@ def test_report_of_a_run(run):
     assert [one["name"] for one in chart["series"]] == CHOSEN
     for one in chart["series"]:
         assert [len(x) for x in one["x"].values()] == [4, 4, 4]
-        assert one["x"]["iterations (gradients a worker)"] == [6, 12, 18, 24]
+        assert one["x"]["iterations (gradients per worker)"] == [6, 12, 18, 24]
         loss = np.array(one["y"]["train loss"])
         assert loss.shape == (3, 4)
         assert (loss[1] <= loss[0]).all()
