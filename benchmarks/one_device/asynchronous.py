@@ -11,7 +11,6 @@ steps are real:
 The rates leave out each worker's first gradient: its batch is drawn before the clock.
 """
 
-import argparse
 import logging
 import time
 
@@ -20,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.support import command
 from benchmarks.support.timing import machine
 from decentral_jax import engine
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gradients", type=int, default=400)
     parser.add_argument("--unit", type=float, default=0.02, help="seconds a gradient")
@@ -96,4 +96,4 @@ def _run(size, seconds, optimizer, num_gradients, **mode):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

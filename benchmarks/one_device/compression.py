@@ -5,7 +5,6 @@ error feedback under `vmap`, against one read and one write of parameters, resid
 momentum; and what compressor and error feedback add to the step of momentum alone.
 """
 
-import argparse
 import itertools
 
 import jax
@@ -14,12 +13,13 @@ import numpy as np
 import optax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--workers", type=int, default=8)
     options = parser.parse_args()
@@ -90,4 +90,4 @@ def _step(tx, params):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -7,8 +7,6 @@ arithmetic, with and without an evaluation every q tau ticks, and from 100 to 1,
 workers. On a CPU, gradients are taken worker by worker; elsewhere all at once.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ import optax
 from jax import lax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.numpy_loop import (
     cnn_gradient,
     logistic_gradient,
@@ -29,7 +28,7 @@ TAU, Q, EXAMPLES = 8, 4, 60_000
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-numpy", action="store_true")
     options = parser.parse_args()
@@ -158,4 +157,4 @@ def _numpy_run(classes, data, batch, ticks):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

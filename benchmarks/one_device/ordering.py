@@ -9,14 +9,13 @@ against random orders, LeNet on images of 8x8 to 32x32 and the LSTM, with the sa
 gradients.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 from experiments.training import models, ordered, tasks
 
@@ -25,7 +24,7 @@ BATCH = 4
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("what", choices=("alone", "training"), nargs="?")
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
@@ -127,4 +126,4 @@ def _step(task, order, workers, rows=True):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

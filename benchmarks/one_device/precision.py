@@ -7,7 +7,6 @@ distance of the mean model, averaged over the second half of the steps, from the
 optimum. All-reduce in bfloat16 shows what rounding the parameters alone costs.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 
 import decentral_jax as dj
+from benchmarks.support import command
 
 N, SIZE, RATE = 8, 6, 0.05
 RING = dj.topology.ring(N)
@@ -156,7 +156,7 @@ def invariant(name: str, dtype: Any, steps: int) -> float:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS))
@@ -179,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

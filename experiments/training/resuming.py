@@ -59,10 +59,13 @@ def memory(options: Any) -> Memory:
     Args:
       options: A dataclass, with `resume` and the folder `out`.
     """
+    return Memory(options.out / "finished" / identity(options), options.resume)
+
+
+def identity(options: Any) -> str:
+    """A digest of the options and the code, without the folder `out` and `resume`."""
     same = dataclasses.replace(options, resume=False, out=Path())
-    return Memory(
-        options.out / "finished" / _digest(f"{code()} {same}"), options.resume
-    )
+    return _digest(f"{code()} {same}")
 
 
 def _digest(text: str) -> str:
