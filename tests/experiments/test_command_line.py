@@ -1,5 +1,6 @@
 """What the command line does besides running experiments."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import decentral_jax as dj
+from benchmarks.support import command
 from decentral_jax import launch
 from experiments import catalog, commands, errors
 from experiments.runs.compare import Compare
@@ -110,6 +112,32 @@ def test_version(monkeypatch, capsys):
         launch.main(["--version"])
     assert not stopped.value.code
     assert capsys.readouterr().out == f"decentral_jax {dj.__version__}\n"
+
+
+def test_benchmarks_end_without_a_traceback(capsys):
+    def stop(error):
+        raise error
+
+    for error, status, line in (
+        (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
+        (errors.UsageError("out=x"), 2, "error: out=x\n"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command.run(functools.partial(stop, error))
+        assert stopped.value.code == status
+        assert capsys.readouterr().err == line
+    with pytest.raises(SystemExit) as stopped:
+        command.parser("Title.\n\nMore.").parse_args(["--version"])
+    assert not stopped.value.code
+    assert capsys.readouterr().out.startswith(f"decentral_jax {dj.__version__}, commit")
+
+
+def test_every_benchmark_uses_the_common_command_line():
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        text = path.read_text()
+        if "parse_args" in text and path.name != "command.py":
+            assert "command.parser(__doc__)" in text
+            assert "command.run(main)" in text
 
 
 def test_lists_the_algorithms(monkeypatch, capsys):

@@ -27,6 +27,7 @@ def test_numbers_go_on():
     assert claim() == "results/synthetic/12"
     (folders.ROOT / "synthetic" / "notes").mkdir()
     assert claim() == "results/synthetic/13"
+    assert claim(resume=True) == "results/synthetic/13"
 
 
 def test_two_runs_at_once(monkeypatch):
