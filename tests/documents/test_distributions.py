@@ -29,8 +29,8 @@ build_meta.build_wheel(out)
 
 @pytest.fixture(scope="module")
 def files():
-    """Files of the repository: those that git tracks, and new ones."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    """Files of the repository: those that git tracks."""
+    listed = ["git", "ls-files", "-z"]
     try:
         done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
