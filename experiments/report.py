@@ -13,10 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from experiments import html_report, styles
+from experiments.progress import Progress
 from experiments.training import resuming
 from experiments.training.provenance import provenance
 from experiments.training.results import Result
@@ -63,6 +65,7 @@ class Output:
 
     def __init__(self, options: Any):
         self.console = Console()
+        self.progress = Progress(self.console)
         self.folder = Path(options.out)
         self.origin = provenance(options)
         self._options, self._begin = options, time.perf_counter()
@@ -72,14 +75,7 @@ class Output:
 
     def table(self, name: str, table: Table) -> None:
         """Prints a table and writes it as `name.md`."""
-        shown = RichTable(
-            title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-        )
-        for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
-        for row in table.rows:
-            shown.add_row(*row)
-        self.console.print(shown, *table.all_notes, sep="\n")
+        show(self.console, table)
         origin = self.origin | {"seconds": f"{self._seconds():.0f}"}
         self._path(name, ".md").write_text(
             f"{table.markdown()}\n<!--\n{described(origin)}\n-->\n", encoding="utf-8"
@@ -130,6 +126,34 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._written.append(name + suffix)
         return self.folder / (name + suffix)
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table; as a list of rows if its cells do not fit into a terminal."""
+    # Headings wrap between words, and cells do not wrap.
+    widths = [
+        max(cell_len(text) for text in (*heading.split(), *cells, ""))
+        for heading, *cells in zip(table.columns, *table.rows, strict=True)
+    ]
+    needed = sum(widths) + 3 * len(widths)
+    if console.is_terminal and needed > console.width:
+        console.print(f"{table.title}:\n", markup=False)
+        for first, *cells in table.rows:
+            console.print(first, style="bold", markup=False)
+            for heading, cell in zip(table.columns[1:], cells, strict=True):
+                console.print(f"  {heading}: {cell}", markup=False)
+        console.print()
+    else:
+        shown = RichTable(
+            title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        )
+        for i, (heading, width) in enumerate(zip(table.columns, widths, strict=True)):
+            justify = "right" if i else "left"
+            shown.add_column(heading, justify=justify, min_width=width)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown, width=max(needed, console.width), crop=False)
+    console.print(*table.all_notes, sep="\n")
 
 
 def described(origin: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 
 import decentral_jax as dj
 from experiments import catalog, figures, report, settings
-from experiments.errors import UsageError, from_options
+from experiments.errors import check_among, from_options
 from experiments.training import results, resuming
 
 
@@ -23,6 +23,11 @@ class Compare(settings.ComparisonOptions):
     network: settings.Network = dataclasses.field(default_factory=settings.Network)
     """Machines and links that determine the simulated seconds."""
 
+    def check(self) -> None:
+        """Raises UsageError if any option is out of range."""
+        super().check()
+        self.network.check()
+
 
 def run(options: Compare, output: report.Output) -> None:
     """Trains, prints the table, and writes it, the numbers, and figures by family."""
@@ -31,12 +36,7 @@ def run(options: Compare, output: report.Output) -> None:
         topology = dj.topology.ring(options.workers).lazy(options.kappa)
     network = options.network
     entries = catalog.everything(topology, options.rounds, network.slow)
-    unknown = set(options.algorithms) - set(entries)
-    if unknown:
-        raise UsageError(
-            f"algorithms must be among {', '.join(map(repr, entries))}, got "
-            f"{sorted(unknown)}."
-        )
+    check_among("algorithms", options.algorithms, entries)
     if options.algorithms:
         entries = {name: entries[name] for name in options.algorithms}
     output.console.print(
@@ -45,7 +45,7 @@ def run(options: Compare, output: report.Output) -> None:
         f"{options.seeds} seeds in one program per algorithm"
     )
     found = results.run_all(
-        entries, setting, output.console, "compare", resuming.memory(options), network
+        entries, setting, output.progress, "compare", resuming.memory(options), network
     )
     title = f"After {setting.iterations} iterations, at the best rate"
     output.table("compare", report.comparison(found, title))
@@ -61,3 +61,14 @@ def run(options: Compare, output: report.Output) -> None:
         output.figure(file, figures.by_family(found, name, title))
     output.chart(figures.chart(found, title))
     output.html("compare")
+
+
+@dataclasses.dataclass
+class Algorithms:
+    """Lists the names of the algorithms that `compare --algorithms` accepts."""
+
+
+def list_algorithms(options: Algorithms) -> None:
+    """Prints one name per line."""
+    for name in catalog.everything(dj.topology.ring(8), rounds=1):
+        print(name)

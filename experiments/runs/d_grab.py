@@ -10,7 +10,6 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.progress import Progress
 
 from experiments import report, styles
 from experiments.errors import UsageError
@@ -51,8 +50,6 @@ class DGraB(RunOptions):
     """Learning rates to tune over; the defaults of the task if not given."""
     seeds: int = 5
     """Number of seeds in training."""
-    out: Path = Path("results/d_grab")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
@@ -108,17 +105,14 @@ def _train(
     seeds = tuple(range(options.seeds))
     memory = resuming.memory(options)
     found, rates = {}, {}
-    with Progress(console=output.console) as bar:
-        for m in options.workers:
-            for name, order in ordered.methods(len(task.x) // m, m).items():
-                title = f"{task.name}: {name}, {m} workers"
-                total = task.epochs * ((len(task.rates) > 1) + 1)
-                line = bar.add_task(title, total=total)
+    for m in options.workers:
+        for name, order in ordered.methods(len(task.x) // m, m).items():
+            title = f"{task.name}: {name}, {m} workers"
+            total = task.epochs * ((len(task.rates) > 1) + 1)
+            with output.progress.bar(title, total) as bar:
 
-                def train(rates, seeds, order=order, m=m, line=line):
-                    return ordered.train(
-                        order, task, m, rates, seeds, lambda: bar.advance(line)
-                    )
+                def train(rates, seeds, order=order, m=m, bar=bar):
+                    return ordered.train(order, task, m, rates, seeds, bar.advance)
 
                 def tuned(train=train):
                     # Tune the rate on seed 0, then train with all seeds.
@@ -129,10 +123,9 @@ def _train(
                     rate = task.rates[best]
                     return {"rate": rate, "losses": train((rate,), seeds)[0]}
 
-                key = task.name, m, name
                 recalled = memory.recall(title, tuned)
-                rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
-                bar.remove_task(line)
+            key = task.name, m, name
+            rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
     _report(task, found, rates, options, output)
     return found
 

@@ -6,7 +6,6 @@ rings.
 """
 
 import dataclasses
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
@@ -26,8 +25,6 @@ class DeTAG(settings.ComparisonOptions):
     """Sparsities of the ring with weights (1/4, 1/2, 1/4), at the first fraction."""
     rounds: int | None = None
     """DeTAG's rounds per phase; computed from the spectral gap if not given."""
-    out: Path = Path("results/detag")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
 
 def run(options: DeTAG, output: report.Output) -> None:
@@ -72,7 +69,7 @@ def _run(
     found = results.run_all(
         catalog.decentralized(topology, rounds),
         options.setting(fraction),
-        output.console,
+        output.progress,
         f"kappa {kappa:g}, {fraction:g}%",
         resuming.memory(options),
     )
@@ -85,7 +82,7 @@ def _run(
 
 def _topology(options: DeTAG, kappa: float) -> dj.topology.Topology:
     ring = dj.topology.ring(options.workers).lazy(0.75)
-    with from_options():
+    with from_options(kappa="kappas"):
         return ring if kappa == 1 else ring.lazy(kappa)
 
 

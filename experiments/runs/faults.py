@@ -7,7 +7,6 @@ experiment measures how much worse the results become.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,8 +38,6 @@ class Faults(settings.ComparisonOptions):
     """Number of gradients per worker."""
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     """Learning rates to tune over; results show the best rate of each algorithm."""
-    out: Path = Path("results/faults")
-    """Folder for the figure (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
@@ -78,7 +75,7 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
         }
         title = f"{missing} of {options.workers} missing"
         found[missing] = results.run_all(
-            entries, setting, output.console, title, resuming.memory(options)
+            entries, setting, output.progress, title, resuming.memory(options)
         )
         table = report.comparison(found[missing], f"{title}, {options.dataset}")
         output.table(f"missing_{missing}", table)

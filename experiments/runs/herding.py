@@ -18,6 +18,7 @@ import decentral_jax as dj
 from experiments import report, styles
 from experiments.errors import UsageError
 from experiments.html_report import Chart, Series
+from experiments.settings import check_at_least
 from experiments.training.resuming import Memory
 
 # Published means of rounds 11 to 15 for 5, 10, 20, 50, and 100 workers.
@@ -52,11 +53,7 @@ class Herding:
                     f"vectors={self.vectors} must divide into an even number of "
                     f"vectors for each of shared_by={m} workers."
                 )
-        if self.rounds < 1 or self.draws < 1:
-            raise UsageError(
-                f"rounds and draws must be at least 1, got {self.rounds} and "
-                f"{self.draws}."
-            )
+        check_at_least(self, 1, "dimension", "rounds", "draws")
 
 
 def run(
@@ -86,7 +83,7 @@ def run(
                     tx = make(parts.shape[1], m)
                     return {"bounds": herding(tx, parts, options.rounds)}
 
-                with output.console.status(f"{name}, {m} workers"):
+                with output.progress.status(f"{name}, {m} workers"):
                     recalled = memory.recall(f"{name}, {m} workers, {seed}", bounds)
                 found[name][i, seed] = recalled["bounds"][-5:].mean()
     _report(found, options, output)

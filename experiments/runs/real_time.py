@@ -216,7 +216,7 @@ def compare(
     for ax, (speed, sleeps) in zip(axes, speeds.items(), strict=True):
         series = []
         for method_name, method in methods(options).items():
-            with output.console.status(f"{title}: {method_name}, {speed}"):
+            with output.progress.status(f"{title}: {method_name}, {speed}"):
                 rate = trainer.best_rate(method, sleeps)
                 curves = [trainer.run(method, rate, sleeps, i) for i in range(seeds)]
             found[speed, method_name] = curves
@@ -294,7 +294,7 @@ def speedup(
         # Train with each number of workers at one rate, then divide the run times.
         rate = trainer.best_rate(method, np.full(options.workers, unit))
         for n in sorted(options.speedup_workers):
-            with output.console.status(f"{title}: {method_name}, {n} workers"):
+            with output.progress.status(f"{title}: {method_name}, {n} workers"):
                 found[method_name, n] = [
                     trainer.run(method, rate, np.full(n, unit), i) for i in range(seeds)
                 ]

@@ -9,11 +9,16 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import os
+import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import decentral_jax as dj
 
@@ -24,8 +29,11 @@ CODE = ("decentral_jax", "experiments", "benchmarks", "pyproject.toml")
 # Files that start experiments or format results, but do not compute any.
 DISPLAY_ONLY = (
     "__main__.py",
+    "commands.py",
     "figures.py",
+    "folders.py",
     "html_report.py",
+    "progress.py",
     "report.py",
     "runs/tables.py",
     "styles.py",
@@ -73,6 +81,20 @@ def commit() -> str:
     return f"{name} with changes" if name and changed else name or "unknown"
 
 
+def versions() -> str:
+    """The version and commit of decentral_jax, and the versions of packages."""
+    return f"decentral_jax {dj.__version__}, commit {commit()}, {packages()}"
+
+
+@functools.cache
+def device() -> str:
+    """The devices that JAX uses, and the machine."""
+    kinds = Counter(device.device_kind for device in jax.devices())
+    devices = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    machine = f"{platform.system()} {platform.machine()}"
+    return f"{devices}, {os.cpu_count()} cores, {machine}"
+
+
 def _program() -> str:
     """Returns the module that `python -m` runs: `experiments`, or a benchmark."""
     spec = sys.modules["__main__"].__spec__
@@ -93,5 +115,6 @@ def provenance(options: Any = None) -> dict[str, str]:
         "version": f"decentral_jax {dj.__version__}",
         "commit": commit(),
         "packages": packages(),
+        "device": device(),
         "code": code(),
     }

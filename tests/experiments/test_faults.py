@@ -9,7 +9,7 @@ from tests.experiments.files import read_charts
 def test_missing_workers(run):
     arguments = ["--workers", "4", "--missing", "0", "1", "--iterations", "120"]
     arguments += ["--evaluations", "2", "--rates", "0.2", "--seeds", "2"]
-    out = run("faults", *arguments, "--ratio", "2") / "faults"
+    out = run("faults", *arguments, "--ratio", "2")
     assert (out / "faults.png").stat().st_size > 10_000
     rows = report.read_csv(out / "faults.csv")
     assert len(rows) == 2 * 3 * 2 * 2
@@ -29,8 +29,8 @@ def test_missing_workers(run):
 @pytest.mark.parametrize("missing", ["8", "-1"])
 def test_bad_options(fails, missing):
     arguments = "faults", "--workers", "8", "--missing", missing
-    fails(r"missing=.* less than workers=8", *arguments)
+    fails("--missing .* less than --workers 8", *arguments)
 
 
 def test_bad_ratio(fails):
-    fails("ratio", "faults", "--ratio", "0.5", "--workers", "8")
+    fails("--ratio must", "faults", "--ratio", "0.5", "--workers", "8")

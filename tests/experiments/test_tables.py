@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from experiments import __main__ as cli
+from experiments import commands as cli
 from experiments.runs import tables
 from experiments.training import provenance
 
@@ -288,4 +288,7 @@ def test_skips_and_failures(quick, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         quick("slow")
     assert stop.value.code == 2
-    assert "error: names must be among quick, got" in capsys.readouterr().err
+    assert (
+        "error: NAMES='slow' is unknown. Pass one of 'quick'."
+        in capsys.readouterr().err
+    )
