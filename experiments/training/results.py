@@ -48,7 +48,7 @@ def run_all(
     Args:
       entries: The algorithms by name.
       setting: Data, model, and schedule.
-      console: Terminal that shows the progress bar.
+      progress: What shows the progress bar.
       title: Title of the progress bar, also part of the names in `memory`.
       memory: Storage of finished runs.
       network: Machines and links that determine the simulated seconds; the default
