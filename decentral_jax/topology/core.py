@@ -414,6 +414,10 @@ def check_topology(
         schedule although `static` is set.
       ValueError: If the topology lacks a required property. The message names the
         property and the remedy.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.check_topology(dj.topology.ring(8), symmetric=True)
     """
     if not isinstance(topology, (Topology, TopologySchedule)):
         raise TypeError(
