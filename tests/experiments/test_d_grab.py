@@ -69,9 +69,9 @@ def test_herding(run):
         (["--source", "a9a"], "--source 'a9a' requires a single task"),
         (
             ["--tasks", "lenet", "--source", "a9a"],
-            "--source 'a9a' of lenet must be one",
+            "--source 'a9a' for the task lenet must be",
         ),
-        (["--tasks", "forecast"], "m4, which is read from files: pass --data-dir"),
+        (["--tasks", "forecast"], "m4 is read from files: pass --data-dir"),
         (["--examples", "7"], "--workers 16 is too many for the 7 examples of"),
     ],
 )
