@@ -16,12 +16,15 @@ os.environ["XLA_FLAGS"] = (
 os.environ["MPLBACKEND"] = "Agg"
 
 import generate
+import jax
+import optax
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.domains.python import PyObject
 from sphinx.util import logging
+from sphinx.util.typing import stringify_annotation
 
 import decentral_jax
 
@@ -64,8 +67,9 @@ html_show_copyright = False
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 
-# Docstrings describe types in words.
-autodoc_typehints = "none"
+# Signatures show types; docstrings describe what they mean.
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
@@ -160,11 +164,33 @@ def check_reference(app, env):
         logging.getLogger(__name__).warning("%s is missing in docs/api", name)
 
 
+# Types that signatures show by name, the longest first.
+TYPES = {
+    "Optimizer | ScalarOrSchedule": (
+        optax.GradientTransformation | optax.ScalarOrSchedule
+    ),
+    "ScalarOrSchedule": optax.ScalarOrSchedule,
+    "Params": optax.Params,
+    "ArrayLike": jax.typing.ArrayLike,
+}
+
+
+def name_types(app, kind, name, obj, options, arguments, returned):
+    """Shows unions of many types by the names that optax and JAX give them."""
+    del app, kind, name, obj, options
+    for short, union in TYPES.items():
+        long = stringify_annotation(union, "smart")
+        arguments = arguments and arguments.replace(long, short)
+        returned = returned and returned.replace(long, short)
+    return arguments, returned
+
+
 def setup(app):
     """Generates pictures and tables, and connects the functions above."""
     generate.write_all(DOCS / "_generated")
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("autodoc-process-docstring", hide_colon, priority=400)
     app.connect("autodoc-process-docstring", show_colon, priority=600)
+    app.connect("autodoc-process-signature", name_types)
     app.connect("doctree-read", link_names)
     app.connect("env-check-consistency", check_reference)
