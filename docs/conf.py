@@ -186,8 +186,8 @@ def name_types(app, kind, name, obj, options, arguments, returned):
 
 
 def setup(app):
-    """Generates pictures and tables, and connects the functions above."""
-    generate.write_all(DOCS / "_generated")
+    """Generates the tables, and connects the functions above."""
+    generate.write_tables(DOCS / "_generated")
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("autodoc-process-docstring", hide_colon, priority=400)
     app.connect("autodoc-process-docstring", show_colon, priority=600)

@@ -1,4 +1,7 @@
-"""Computes the pages' pictures and tables from the library at build time."""
+"""Computes the pages' pictures and tables from the library.
+
+A build writes the tables. `python docs/generate.py` draws the pictures.
+"""
 
 import inspect
 import math
@@ -40,41 +43,47 @@ SCHEDULES = {
     "base_graph(12, 2)": dj.topology.base_graph(12, 2),
 }
 DRAWN_SCHEDULES = {
-    "one_peer_ring": dj.topology.one_peer_ring(8),
     "one_peer_exponential": dj.topology.one_peer_exponential(8),
     "base_graph": dj.topology.base_graph(6, 1),
 }
 
 
-def write_all(folder: Path) -> None:
-    """Writes every generated file into `folder`."""
+def write_tables(folder: Path) -> None:
+    """Writes the tables and the API pages, which every build needs, into `folder`."""
     folder.mkdir(exist_ok=True)
-    matplotlib.rcParams.update(
-        {
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "figure.constrained_layout.use": True,
-            "font.size": 9,
-            "svg.hashsalt": "decentral_jax",
-        }
-    )
-    for name, topology in STATIC.items():
-        figure, ax = plt.subplots(figsize=(2.8, 3))
-        topology.plot(ax, positions=positions(name, topology))
-        ax.margins(0.1)
-        _save(figure, folder / f"{name.partition('(')[0]}.svg")
-    for name, schedule in DRAWN_SCHEDULES.items():
-        _save(schedule.plot()[0].figure, folder / f"{name}.svg")
     (folder / "topologies.md").write_text(topology_table())
     (folder / "algorithms.md").write_text(algorithm_table())
     packages = dj.algorithms, dj.compression, dj.topology, dj.transforms
     for package in (*packages, dj.data, dj.metrics):
         name = package.__name__.rpartition(".")[2]
         (folder / f"api_{name}.md").write_text(api_page(package))
-    _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
-    _save(draw_rounds(), folder / "rounds.svg")
-    _save(draw_folding(), folder / "folding.svg")
-    _save(draw_contraction(), folder / "contraction.svg")
+
+
+def draw_all(folder: Path) -> None:
+    """Draws the pictures of the pages into `folder`.
+
+    They are part of the repository, so that code hosts show them, too.
+    """
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "svg.hashsalt": "decentral_jax",
+    }
+    with matplotlib.rc_context(settings):
+        for name, topology in STATIC.items():
+            figure, ax = plt.subplots(figsize=(2.8, 3))
+            topology.plot(ax, positions=positions(name, topology))
+            ax.margins(0.1)
+            _save(figure, folder / f"{name.partition('(')[0]}.svg")
+        for name, schedule in DRAWN_SCHEDULES.items():
+            _save(schedule.plot()[0].figure, folder / f"{name}.svg")
+        _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
+        _save(draw_rounds(), folder / "rounds.svg")
+        _save(draw_folding(), folder / "folding.svg")
+        _save(draw_contraction(), folder / "contraction.svg")
 
 
 def positions(
@@ -335,4 +344,4 @@ def draw_contraction(n: int = 32, rounds: int = 80):
 
 
 if __name__ == "__main__":
-    write_all(Path(__file__).resolve().parent / "_generated")
+    draw_all(Path(__file__).resolve().parent / "images" / "drawn")

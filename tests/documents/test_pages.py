@@ -1,5 +1,6 @@
 """What a reader meets on the way: links that lead somewhere, and examples."""
 
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -66,3 +67,14 @@ def test_every_public_function_has_an_example(function):
         assert (ROOT / elsewhere).exists()
     else:
         assert ">>>" in doc
+
+
+def test_pictures_are_drawn_and_used(tmp_path, monkeypatch):
+    """The repository has the pictures that `python docs/generate.py` draws."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    importlib.import_module("generate").draw_all(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {path.name for path in (ROOT / "docs/images/drawn").iterdir()}
+    pages = "".join((ROOT / page).read_text("utf-8") for page in PAGES)
+    assert drawn == set(re.findall(r"images/drawn/([\w.]+)", pages))
