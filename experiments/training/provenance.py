@@ -5,6 +5,7 @@ options and code that computed it. An interrupted run is resumed only with the s
 code.
 """
 
+import ast
 import datetime
 import functools
 import hashlib
@@ -43,16 +44,29 @@ DISPLAY_ONLY = (
 
 @functools.cache
 def code() -> str:
-    """Returns a digest of package versions and of all code that computes results."""
+    """Returns a digest of package versions and of all code that computes results.
+
+    Comments, docstrings, and layout do not count.
+    """
     digest = hashlib.sha256()
     for folder in (Path(dj.__file__).parent, EXPERIMENTS):
         for file in sorted(folder.rglob("*.py")):
             name = file.relative_to(folder).as_posix()
             if folder != EXPERIMENTS or name not in DISPLAY_ONLY:
                 digest.update(name.encode())
-                digest.update(file.read_bytes())
+                digest.update(_instructions(file.read_text("utf-8")).encode())
     digest.update(packages().encode())
     return digest.hexdigest()[:16]
+
+
+def _instructions(source: str) -> str:
+    """Returns a program without its comments and docstrings, in one layout."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
 
 
 @functools.cache

@@ -161,3 +161,15 @@ def test_results_record_their_provenance(tmp_path, monkeypatch):
         assert f"code: {provenance.code()}" in text
     assert texts[2].startswith("A title:\n\n| a | b |\n| --- | --- |\n| 1 | 2\\* |\n")
     assert "\n\\* the best rate is at the edge" in texts[2]
+
+
+def test_only_instructions_count_as_code():
+    """Prose may change without making results stale; numbers may not."""
+    code = provenance._instructions
+    plain = code("def f(x):\n    return x + 1\n")
+    assert (
+        code('"""A module."""\ndef f(x):\n    """Adds."""\n    return (x+1)  # !')
+        == plain
+    )
+    assert code("def f(x):\n    return x + 2\n") != plain
+    assert code('def f(x):\n    """Only prose."""\n') == code("def f(x):\n    pass\n")
