@@ -17,6 +17,7 @@ METRICS = {
     "flax_nnx": (0.9, 1.0),
     "image_classifier": (0.96, 1.0),
     "image_classifier_linen": (0.96, 1.0),
+    "lora": (0.9, 1.0),
 }
 
 
