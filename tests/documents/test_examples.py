@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import optax
 import pytest
 
@@ -18,13 +19,33 @@ METRICS = {
     "image_classifier": (0.96, 1.0),
     "image_classifier_linen": (0.96, 1.0),
     "lora": (0.9, 1.0),
+    "ordered_examples": (0.93, 1.0),
 }
+# Optional packages of single programs.
+NEEDS = {"ordered_examples": "grain"}
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_flax_example_learns(name, standard_promotion):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     low, high = METRICS[name]
     assert low < load(name).main() <= high
+
+
+def test_grain_loads_the_examples_in_the_given_order():
+    pytest.importorskip("grain", reason="needs Grain: pip install grain")
+    module = load("ordered_examples")
+    records, _ = module.load_digits()
+    shape = module.NUM_WORKERS, module.PER_WORKER
+    order = np.random.default_rng(0).permuted(np.indices(shape)[1], axis=1)
+    workers = [2, 5]  # those of one process
+    loaded = list(module.batches(records, order, workers))
+    for part, images in ((0, True), (1, False)):
+        found = np.concatenate([batch[part] for batch in loaded], axis=1)
+        for row, worker in zip(found, workers, strict=True):
+            expected = [records[worker][i][part] for i in order[worker]]
+            np.testing.assert_array_equal(row * (16 if images else 1), expected)
 
 
 def test_readme_example_runs_as_printed(capsys, standard_promotion):
