@@ -1,0 +1,1 @@
+"""The examples' training, written by hand with `jax.shard_map` and collectives."""
