@@ -65,7 +65,7 @@ __all__ += transforms.__all__
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `engine` and `checkpoints` at their first use: both need more time."""
-    if name in ("checkpoints", "engine"):
+    """Imports modules that many programs do not need at their first use."""
+    if name in ("checkpoints", "data", "engine", "metrics"):
         return importlib.import_module(f"decentral_jax.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ see docs/cluster.md.
 import argparse
 import codecs
 import contextlib
+import importlib.metadata
 import os
 import re
 import selectors
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m decentral_jax.launch",
         description="Run several processes of one script on this machine.",
     )
+    version = f"decentral_jax {importlib.metadata.version('decentral_jax')}"
+    parser.add_argument("--version", action="version", version=version)
     parser.add_argument(
         "--processes", type=int, required=True, help="number of processes"
     )
@@ -435,4 +438,7 @@ def _signal(member: subprocess.Popen, number: int) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -116,6 +116,13 @@ def load(path: str | os.PathLike) -> Trace:
     Raises:
       FileNotFoundError: If the file does not exist.
       ValueError: If the file does not hold a valid trace.
+
+    Example:
+      >>> import decentral_jax as dj, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "trace.npz"
+      >>> dj.traces.round_robin(4, 100).save(path)
+      >>> dj.traces.load(path).num_workers
+      4
     """
     try:
         with np.load(path) as file:

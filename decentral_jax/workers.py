@@ -193,9 +193,15 @@ class Workers:
 
     def _stack_copies(self, tree: PyTree) -> PyTree:
         """Broadcasts every leaf to the leading worker axes."""
-        return jax.tree.map(
-            lambda x: jnp.broadcast_to(x, self.shape + jnp.shape(x)), tree
-        )
+
+        def stack(x):
+            # The type of a Python number is weak. Results of the first step would not
+            # have the same type, and the second step would be compiled again.
+            x = jnp.asarray(x)
+            x = x if is_key(x) else x.astype(x.dtype)
+            return jnp.broadcast_to(x, self.shape + x.shape)
+
+        return jax.tree.map(stack, tree)
 
     def _own_mesh(self) -> contextlib.AbstractContextManager:
         """Returns a context that replaces the caller's mesh by these workers' mesh."""

@@ -1,4 +1,7 @@
-"""Computes the pages' pictures and tables from the library at build time."""
+"""Computes the pages' pictures and tables from the library.
+
+A build writes the tables. `python docs/generate.py` draws the pictures.
+"""
 
 import inspect
 import math
@@ -40,39 +43,73 @@ SCHEDULES = {
     "base_graph(12, 2)": dj.topology.base_graph(12, 2),
 }
 DRAWN_SCHEDULES = {
-    "one_peer_ring": dj.topology.one_peer_ring(8),
     "one_peer_exponential": dj.topology.one_peer_exponential(8),
     "base_graph": dj.topology.base_graph(6, 1),
 }
 
 
-def write_all(folder: Path) -> None:
-    """Writes every generated file into `folder`."""
+def write_tables(folder: Path) -> None:
+    """Writes the tables and the API pages, which every build needs, into `folder`."""
     folder.mkdir(exist_ok=True)
-    matplotlib.rcParams.update(
-        {
-            "axes.spines.right": False,
-            "axes.spines.top": False,
-            "figure.constrained_layout.use": True,
-            "font.size": 9,
-            "svg.hashsalt": "decentral_jax",
-        }
-    )
-    for name, topology in STATIC.items():
-        figure, ax = plt.subplots(figsize=(2.8, 3))
-        topology.plot(ax)
-        _save(figure, folder / f"{name.partition('(')[0]}.svg")
-    for name, schedule in DRAWN_SCHEDULES.items():
-        _save(schedule.plot()[0].figure, folder / f"{name}.svg")
     (folder / "topologies.md").write_text(topology_table())
     (folder / "algorithms.md").write_text(algorithm_table())
-    for package in (dj.algorithms, dj.compression, dj.topology, dj.transforms):
+    packages = dj.algorithms, dj.compression, dj.topology, dj.transforms
+    for package in (*packages, dj.data, dj.metrics):
         name = package.__name__.rpartition(".")[2]
         (folder / f"api_{name}.md").write_text(api_page(package))
-    _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
-    _save(draw_rounds(), folder / "rounds.svg")
-    _save(draw_folding(), folder / "folding.svg")
-    _save(draw_contraction(), folder / "contraction.svg")
+
+
+def draw_all(folder: Path) -> None:
+    """Draws the pictures of the pages into `folder`.
+
+    They are part of the repository, so that code hosts show them, too.
+    """
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "svg.hashsalt": "decentral_jax",
+    }
+    with matplotlib.rc_context(settings):
+        for name, topology in STATIC.items():
+            figure, ax = plt.subplots(figsize=(2.8, 3))
+            topology.plot(ax, positions=positions(name, topology))
+            ax.margins(0.1)
+            _save(figure, folder / f"{name.partition('(')[0]}.svg")
+        for name, schedule in DRAWN_SCHEDULES.items():
+            _save(schedule.plot()[0].figure, folder / f"{name}.svg")
+        _save(draw_sent_to_agree(), folder / "sent_to_agree.svg")
+        _save(draw_rounds(), folder / "rounds.svg")
+        _save(draw_folding(), folder / "folding.svg")
+        _save(draw_contraction(), folder / "contraction.svg")
+
+
+def positions(
+    name: str, topology: dj.topology.Topology
+) -> dict[int, tuple[float, float]] | None:
+    """Coordinates that show a graph of 16 workers as what it is; None for a circle."""
+    kind = name.partition("(")[0]
+    workers = range(topology.num_workers)
+    if kind == "path":  # to and fro in four rows
+        return {
+            i: (i % 4 if i // 4 % 2 == 0 else 3 - i % 4, -(i // 4)) for i in workers
+        }
+    if kind == "grid":
+        return {i: (i % 4, -(i // 4)) for i in workers}
+    if kind == "torus":  # rows and columns are arcs, whose chords close the rings
+        bend = [0.0, 0.35, 0.35, 0.0]
+        return {i: (i % 4 + bend[i // 4], bend[i % 4] - i // 4) for i in workers}
+    if kind == "hypercube":  # each bit of a worker's number moves in a direction
+        ways = np.exp(1j * np.pi * (np.arange(4) / 4 + 1 / 8))
+        places = {i: sum(ways[b] for b in range(4) if i >> b & 1) for i in workers}
+        return {i: (complex(z).real, complex(z).imag) for i, z in places.items()}
+    if kind == "star":
+        return nx.shell_layout(topology.graph, [[0], [*workers[1:]]])
+    if kind == "erdos_renyi":
+        return nx.spring_layout(topology.graph, weight=None, k=0.7, seed=7)
+    return None
 
 
 def api_page(package: ModuleType) -> str:
@@ -87,8 +124,11 @@ def api_page(package: ModuleType) -> str:
     lines = ["```{eval-rst}", f".. automodule:: {package.__name__}", "   :no-members:"]
     lines += ["```", ""]
     for module, names in modules.items():
-        first = inspect.getdoc(sys.modules[module]).splitlines()[0].rstrip(".")
-        lines += [f"## {first}", "", "```{eval-rst}"]
+        # A module's own description is above already.
+        if module != package.__name__:
+            first = inspect.getdoc(sys.modules[module]).splitlines()[0].rstrip(".")
+            lines += [f"## {first}", ""]
+        lines += ["```{eval-rst}"]
         # Functions come before the classes that they return.
         for name in sorted(names, key=lambda n: inspect.isclass(getattr(package, n))):
             kind = "class" if inspect.isclass(getattr(package, name)) else "function"
@@ -304,4 +344,4 @@ def draw_contraction(n: int = 32, rounds: int = 80):
 
 
 if __name__ == "__main__":
-    write_all(Path(__file__).resolve().parent / "_generated")
+    draw_all(Path(__file__).resolve().parent / "images" / "drawn")

@@ -1,4 +1,4 @@
-"""Reports of the experiments: tables as Markdown, curves as PNG, and numbers as CSV."""
+"""Reports of the experiments: tables, curves, and numbers as files."""
 
 import csv
 import time
@@ -13,15 +13,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from experiments import html_report, styles
+from experiments.progress import Progress
 from experiments.training import resuming
 from experiments.training.provenance import provenance
 from experiments.training.results import Result
 
-# Line styles in the order of the algorithms; colors repeat after ten.
-STYLES = ["-"] * 7 + ["--"] * 6 + [":"] * 5 + ["-."] * 8
 # Labels of the quantities on the horizontal axes.
 AGAINST = {
     "iterations": "iterations (gradients per worker)",
@@ -64,31 +65,38 @@ class Output:
 
     def __init__(self, options: Any):
         self.console = Console()
+        self.progress = Progress(self.console)
         self.folder = Path(options.out)
         self.origin = provenance(options)
         self._options, self._begin = options, time.perf_counter()
         self._written: list[str] = []
+        self._charts: list[html_report.Chart] = []
+        self._tables: list[Table] = []
 
     def table(self, name: str, table: Table) -> None:
         """Prints a table and writes it as `name.md`."""
-        shown = RichTable(
-            title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-        )
-        for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
-        for row in table.rows:
-            shown.add_row(*row)
-        self.console.print(shown, *table.all_notes, sep="\n")
+        show(self.console, table)
         origin = self.origin | {"seconds": f"{self._seconds():.0f}"}
         self._path(name, ".md").write_text(
             f"{table.markdown()}\n<!--\n{described(origin)}\n-->\n", encoding="utf-8"
         )
+        self._tables.append(table)
 
     def figure(self, name: str, figure: Any) -> None:
         """Writes a figure as `name.png` and closes it."""
         metadata = {"Description": described(self.origin)}
         figure.savefig(self._path(name, ".png"), dpi=150, metadata=metadata)
         plt.close(figure)
+
+    def chart(self, chart: html_report.Chart) -> None:
+        """Adds an interactive chart to the HTML report."""
+        self._charts.append(chart)
+
+    def html(self, name: str) -> None:
+        """Writes all tables and charts so far as one HTML file, `name.html`."""
+        origin = self.origin | {"seconds": f"{self._seconds():.0f}"}
+        text = html_report.page(name, self._charts, self._tables, self._options, origin)
+        self._path(name, ".html").write_text(text, encoding="utf-8")
 
     def csv(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Writes dictionaries with the same keys to `name.csv`.
@@ -118,6 +126,34 @@ class Output:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._written.append(name + suffix)
         return self.folder / (name + suffix)
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table; as a list of rows if its cells do not fit into a terminal."""
+    # Headings wrap between words, and cells do not wrap.
+    widths = [
+        max(cell_len(text) for text in (*heading.split(), *cells, ""))
+        for heading, *cells in zip(table.columns, *table.rows, strict=True)
+    ]
+    needed = sum(widths) + 3 * len(widths)
+    if console.is_terminal and needed > console.width:
+        console.print(f"{table.title}:\n", markup=False)
+        for first, *cells in table.rows:
+            console.print(first, style="bold", markup=False)
+            for heading, cell in zip(table.columns[1:], cells, strict=True):
+                console.print(f"  {heading}: {cell}", markup=False)
+        console.print()
+    else:
+        shown = RichTable(
+            title=table.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        )
+        for i, (heading, width) in enumerate(zip(table.columns, widths, strict=True)):
+            justify = "right" if i else "left"
+            shown.add_column(heading, justify=justify, min_width=width)
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown, width=max(needed, console.width), crop=False)
+    console.print(*table.all_notes, sep="\n")
 
 
 def described(origin: Mapping[str, str]) -> str:
@@ -194,6 +230,13 @@ def _accuracy_and_loss(result: Result) -> str:
     return f"{accuracy}, {loss:.3f} ({rate(result.rates, result.best)})"
 
 
+def quantity(result: Result, against: str) -> np.ndarray:
+    """Returns a quantity for the horizontal axis, a key of `AGAINST`, shape `[E]`."""
+    if against == "iterations":
+        return result.curves.iteration
+    return {"megabytes": result.megabytes, "seconds": result.seconds}[against]
+
+
 def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> None:
     """Plots the mean curves at the best rate, with one standard deviation as a band.
 
@@ -203,12 +246,14 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
       against: Quantity on the horizontal axis, a key of `AGAINST`.
       name: Measurement to plot, "train_loss" or "test_accuracy".
     """
+    looks = styles.assign(result.name for result in results)
     for index, result in enumerate(results):
-        y = result.at_best(name)
-        x = result.curves.iteration
-        x = {"megabytes": result.megabytes, "seconds": result.seconds}.get(against, x)
-        style = {"color": f"C{index % 10}", "linestyle": STYLES[index % len(STYLES)]}
-        ax.plot(x, y.mean(0), label=result.name, lw=1.6, **style)
+        x, y = quantity(result, against), result.at_best(name)
+        style = looks[result.name].matplotlib()
+        # About eight markers per curve, not at the same places on all curves.
+        every = max(1, len(x) // 8)
+        marks = (index % every, every)
+        ax.plot(x, y.mean(0), label=result.name, markevery=marks, **style)
         # Clip the band at the lowest seed, so that it stays positive on a log axis.
         low = np.maximum(y.mean(0) - y.std(0), y.min(0))
         high = y.mean(0) + y.std(0)
@@ -222,8 +267,9 @@ def plot_curves(ax: Any, results: Sequence[Result], against: str, name: str) -> 
     ax.grid(alpha=0.25)
 
 
-def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str) -> None:
+def plot_seeds(ax: Any, x: Any, y: np.ndarray, label: str, style: styles.Style) -> None:
     """Plots the mean over seeds, `[seeds, E]`, and the range from lowest to highest."""
-    (line,) = ax.plot(x, y.mean(0), label=label)
-    ax.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.15)
+    every = max(1, y.shape[1] // 8)
+    ax.plot(x, y.mean(0), label=label, markevery=every, **style.matplotlib())
+    ax.fill_between(x, y.min(0), y.max(0), color=style.color, alpha=0.15, lw=0)
     ax.grid(alpha=0.25)

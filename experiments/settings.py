@@ -10,7 +10,7 @@ import numpy as np
 import decentral_jax as dj
 from experiments.catalog import Entry
 from experiments.data import images
-from experiments.errors import UsageError
+from experiments.errors import UsageError, check_among, renamed
 from experiments.training import models, wall_clock
 from experiments.training.loop import Setting, worker_axes
 
@@ -27,6 +27,12 @@ class Network:
     """Latency per exchange, in milliseconds."""
     bandwidth: float = 10.0
     """Megabytes that each worker sends per second."""
+
+    def check(self) -> None:
+        """Raises UsageError if any option is out of range."""
+        check_positive(self, "step_ms", "bandwidth")
+        check_at_least(self, 1, "slow")
+        check_at_least(self, 0, "latency_ms")
 
     def seconds(
         self,
@@ -53,11 +59,12 @@ def check_positive(options: Any, *names: str) -> None:
             raise UsageError(f"{name} must be positive, got {value}.")
 
 
-def check_at_least_one(options: Any, *names: str) -> None:
-    """Raises UsageError if any option is less than 1."""
+def check_at_least(options: Any, least: int, *names: str) -> None:
+    """Raises UsageError if any option is less than a bound."""
     for name in names:
-        if (value := getattr(options, name)) < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}.")
+        value = getattr(options, name)
+        if not value >= least:
+            raise UsageError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_evaluations(options: Any) -> None:
@@ -75,14 +82,14 @@ class RunOptions:
 
     seeds: int = 5
     """Number of seeds; each seed sets the initial model and the order of the data."""
-    out: Path = Path("results")
-    """Folder for the figures (.png) and the numbers (.csv)."""
+    out: Path | None = None
+    """New folder for the results; results/COMMAND/NUMBER if not given."""
     resume: bool = False
-    """Continue an interrupted run with these options, from its folder "finished"."""
+    """Continue the latest run with these options, or the one in --out."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
-        check_at_least_one(self, "seeds")
+        check_at_least(self, 1, "seeds")
 
 
 @dataclasses.dataclass
@@ -111,9 +118,10 @@ class ComparisonOptions(RunOptions):
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
         super().check()
-        check_at_least_one(self, "workers", "batch_size", "iterations", "evaluations")
+        check_at_least(self, 1, "workers", "batch_size", "iterations", "evaluations")
         check_evaluations(self)
-        check_positive(self, "rates")
+        check_positive(self, "rates", "examples")
+        check_among("model", [self.model], models.MODELS)
 
     def setting(self, shuffled: float) -> Setting:
         """Loads the data and partitions it among the workers.
@@ -127,15 +135,18 @@ class ComparisonOptions(RunOptions):
         Raises:
           UsageError: If any option is out of range, or a file is missing or broken.
         """
-        dataset = images.load(self.dataset, self.data_dir)
+        with renamed(name="dataset"):
+            dataset = images.load(self.dataset, self.data_dir)
         if self.examples is not None:
             dataset = dataset._replace(
                 x_train=dataset.x_train[: self.examples],
                 y_train=dataset.y_train[: self.examples],
             )
+        with renamed(num_workers="workers"):
+            parts = images.partition(dataset.y_train, self.workers, shuffled)
         return Setting(
             dataset=dataset,
-            parts=images.partition(dataset.y_train, self.workers, shuffled),
+            parts=parts,
             model=models.get_model(self.model, dataset.num_classes),
             batch_size=self.batch_size,
             iterations=self.iterations,

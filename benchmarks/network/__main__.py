@@ -22,7 +22,6 @@ first steps and marked with "~". A run that misses the target by more than one
 percentage point is marked with "!".
 """
 
-import argparse
 import contextlib
 import itertools
 import signal
@@ -37,9 +36,10 @@ import numpy as np
 from benchmarks.network import algorithms, figure, tasks
 from benchmarks.network.namespaces import FRAME, HEADERS, Hosts, burst
 from benchmarks.processes.multi_process import modules
+from benchmarks.support import command
 from benchmarks.support.group import ENVIRONMENT, Group
 from benchmarks.support.timing import machine
-from experiments import report
+from experiments import folders, report
 
 HERE = Path(__file__).parent
 PORT = 29_777
@@ -56,7 +56,7 @@ PEERS = {
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--hosts", type=int, default=8)
     parser.add_argument(
         "--mbit",
@@ -72,8 +72,9 @@ def main() -> None:
         "--messages", type=float, nargs="+", default=[1e6, 4e6], help="entries"
     )
     parser.add_argument("--torch-python", default=sys.executable)
-    parser.add_argument("--out", type=Path, default=Path("results/network"))
+    parser.add_argument("--out", type=Path, help="new folder for the results")
     options = parser.parse_args()
+    options.out = folders.claim("network", options)
     signal.signal(signal.SIGTERM, _end)
     print(machine())
     print(
@@ -282,4 +283,4 @@ def _wire(group, hosts, kinds, mbit, options) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

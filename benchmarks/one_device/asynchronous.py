@@ -12,7 +12,6 @@ The first gradient of each worker is not counted, because its batch is drawn bef
 clock starts.
 """
 
-import argparse
 import logging
 import time
 
@@ -21,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.support import command
 from benchmarks.support.timing import machine
 from decentral_jax import engine
 
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gradients", type=int, default=400)
     parser.add_argument("--unit", type=float, default=0.02, help="seconds per gradient")
@@ -100,4 +100,4 @@ def _run(size, seconds, optimizer, num_gradients, **mode):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

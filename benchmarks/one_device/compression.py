@@ -6,7 +6,6 @@ momentum. It also prints how much the compressor and the error feedback add to a
 with momentum alone.
 """
 
-import argparse
 import itertools
 
 import jax
@@ -15,12 +14,13 @@ import numpy as np
 import optax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--workers", type=int, default=8)
     options = parser.parse_args()
@@ -95,4 +95,4 @@ def _step(tx, params):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -13,7 +13,6 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import argparse
 import functools
 
 import jax
@@ -24,6 +23,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 from decentral_jax import mixing
 from experiments.training.models import MLP, ResNet20
@@ -31,7 +31,7 @@ from experiments.training.models import MLP, ResNet20
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     workers = dj.Workers(8)
@@ -134,4 +134,4 @@ def _exchanges(workers: dj.Workers) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -9,8 +9,6 @@ computes the gradients of the workers one after the other; on other devices, it 
 them together.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +16,7 @@ import optax
 from jax import lax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.numpy_loop import (
     cnn_gradient,
     logistic_gradient,
@@ -31,7 +30,7 @@ TAU, Q, EXAMPLES = 8, 4, 60_000
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-numpy", action="store_true")
     options = parser.parse_args()
@@ -163,4 +162,4 @@ def _numpy_run(classes, data, batch, ticks):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -6,8 +6,6 @@
 2. the time of a gossip round under `vmap`, relative to one copy of the same bytes.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ import optax
 from jax import lax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 from experiments.training.models import MLP
 
@@ -23,7 +22,7 @@ COUNTS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=32)
@@ -106,4 +105,4 @@ def _gossip_and_copy(n, size):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -9,14 +9,13 @@ D-GraB and of random orders with the same gradients, for LeNet on images of 8x8 
 pixels and for the LSTM.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 from experiments.training import models, ordered, tasks
 
@@ -25,7 +24,7 @@ BATCH = 4
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("what", choices=("alone", "training"), nargs="?")
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()
@@ -134,4 +133,4 @@ def _step(task, order, workers, rows=True):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -8,7 +8,6 @@ prints the distance of this average from the optimum. All-reduce in bfloat16 sho
 effect of rounding only the parameters.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import optax
 
 import decentral_jax as dj
+from benchmarks.support import command
 
 N, SIZE, RATE = 8, 6, 0.05
 RING = dj.topology.ring(N)
@@ -163,7 +163,7 @@ def invariant(name: str, dtype: Any, steps: int) -> float:
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--algorithms", nargs="*", default=list(ALGORITHMS))
@@ -186,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

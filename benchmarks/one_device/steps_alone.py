@@ -10,7 +10,6 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
-import argparse
 from typing import cast
 
 import jax
@@ -20,6 +19,7 @@ import optax
 from jax import lax
 
 import decentral_jax as dj
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine, ratio, table
 from experiments.training.models import MLP
 
@@ -28,7 +28,7 @@ NEVER = 1_000_000  # a period longer than any run
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=21)
     repeats = parser.parse_args().repeats
     print(machine())
@@ -93,4 +93,4 @@ def _steps(tx: optax.GradientTransformation, workers: dj.Workers, length: int):
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

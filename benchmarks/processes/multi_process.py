@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.support import command
 from benchmarks.support.group import ENVIRONMENT, Group
 
 HERE = Path(__file__).parent
@@ -83,7 +84,7 @@ PAIRS = (
 
 def main() -> None:
     """Runs the benchmark and prints the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("what", choices=tuple(JAX), nargs="?", default="gossip")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--params", type=float, nargs="+", default=[1e6, 1e7])
@@ -155,4 +156,4 @@ def modules(python: str, *names: str) -> dict[str, bool]:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -278,4 +278,5 @@ def check_ratio(ratio: Any) -> float:
 def share(size: int, ratio: float | None) -> int:
     """Returns the number of entries out of `size` to send: at least 1 unless empty."""
     assert ratio is not None
-    return math.ceil(size / ratio)
+    # A ratio such as 1 / (1 - 0.99) is meant to be 100 and falls just below.
+    return math.ceil(round(size / ratio, 6))

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import optax
 
-from decentral_jax.engine._programs import Device, Gradients, shapes
+from decentral_jax.engine._programs import Device, Gradients, Model, shapes
 from decentral_jax.engine._worker import Ended, Failed, Gradient, Report, Worker
 
 LOOPBACK = "127.0.0.1"
@@ -28,8 +27,9 @@ class Actor:
     Args:
       index: Number of the worker.
       gradient: The user's gradient function.
+      has_aux: Whether it returns a loss and auxiliary results, too.
       batches: Function from a worker's number to its iterator of batches.
-      params: Types of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      model: Types of the model, a tree of `jax.ShapeDtypeStruct`.
       drawn: Number of batches to skip, because an earlier actor has drawn them.
       settings: JAX configuration options, by name.
     """
@@ -38,19 +38,20 @@ class Actor:
         self,
         index: int,
         gradient: Callable[..., Any],
+        has_aux: bool,
         batches: Callable[[int], Iterator[Any]],
-        params: optax.Params,
+        model: Model,
         drawn: int,
         settings: Mapping[str, Any],
     ):
         for name, value in settings.items():
             jax.config.update(name, value)
         self._device = device = jax.local_devices()[0]
-        self._gradients = Gradients(gradient)
+        self._gradients = Gradients(gradient, has_aux)
         program = self._gradients.on(device)
         self._worker = Worker(index, batches, program, device, device, drawn)
         self._index = index
-        self._params = params
+        self._model = model
 
     def start(self) -> tuple[Report, int]:
         """Draws a batch and compiles the gradient for it.
@@ -65,16 +66,16 @@ class Actor:
                 # If this fails, the master's own check fails too, with a better
                 # message.
                 with contextlib.suppress(Exception):
-                    self._gradients.prepare(self._device, self._params, report.batch)
+                    self._gradients.prepare(self._device, self._model, report.batch)
             return report
 
         return self._reporting(start)
 
-    def compute(self, params: optax.Params) -> tuple[Report, int]:
+    def compute(self, model: Model) -> tuple[Report, int]:
         """Computes the gradient of the next batch.
 
         Args:
-          params: The parameters, as NumPy arrays.
+          model: The model, as NumPy arrays.
 
         Returns:
           The report, with the gradient as NumPy arrays, and the number of batches drawn
@@ -82,7 +83,7 @@ class Actor:
         """
 
         def compute():
-            report = self._worker.compute(params)
+            report = self._worker.compute(model)
             if isinstance(report, Gradient):
                 report = report._replace(value=jax.device_get(report.value))
             return report
@@ -106,8 +107,10 @@ class Actors:
 
     Args:
       gradient: The user's gradient function.
+      has_aux: Whether it returns a loss and auxiliary results, too.
       batches: Function from a worker's number to its iterator of batches.
-      params: The parameters.
+      drawn: Number of batches to skip per worker.
+      model: The model.
       master: Device of the master.
       options: Ray options of each actor, such as `{"num_gpus": 1}`.
 
@@ -119,8 +122,10 @@ class Actors:
     def __init__(
         self,
         gradient: Callable[..., Any],
+        has_aux: bool,
         batches: Callable[[int], Iterator[Any]],
-        params: optax.Params,
+        drawn: Sequence[int],
+        model: Model,
         master: Device,
         options: Mapping[str, Any],
     ):
@@ -138,10 +143,10 @@ class Actors:
             _start_ray(ray)
         # Actors take over the caller's JAX settings, and compile for these types.
         settings = {name: getattr(jax.config, name) for name in SETTINGS}
-        params = shapes(params)
+        model = shapes(model)
         self._master = master
         self._actors: dict[int, Any] = {}  # by the worker's number
-        self._drawn: dict[int, int] = {}  # batches that each worker has drawn
+        self._drawn = list(drawn)  # batches that each worker has drawn
         self._pending: dict[Any, int] = {}  # from a pending call to the worker's number
         try:
             actor = ray.remote(Actor).options(**options)
@@ -149,25 +154,27 @@ class Actors:
             self.stop(0)
             raise
 
-        def create(worker, drawn):
-            return actor.remote(worker, gradient, batches, params, drawn, settings)
+        def create(worker):
+            drawn = self._drawn[worker]
+            return actor.remote(
+                worker, gradient, has_aux, batches, model, drawn, settings
+            )
 
         self._create = create
 
     def start(self, worker: int) -> None:
         """Starts or restarts a worker, which draws a batch."""
         if worker not in self._actors:
-            drawn = self._drawn.get(worker, 0)
-            self._actors[worker] = self._create(worker, drawn)
+            self._actors[worker] = self._create(worker)
         self._pending[self._actors[worker].start.remote()] = worker
 
-    def prepare(self, worker: int, params: optax.Params, batch: Any) -> None:
+    def prepare(self, worker: int, model: Model, batch: Any) -> None:
         """Does nothing, because actors compile in `start`."""
 
-    def send(self, worker: int, params: optax.Params) -> None:
+    def send(self, worker: int, model: Model) -> None:
         """Makes a worker compute the gradient of its next batch."""
-        params = jax.device_get(params)
-        self._pending[self._actors[worker].compute.remote(params)] = worker
+        model = jax.device_get(model)
+        self._pending[self._actors[worker].compute.remote(model)] = worker
 
     def next_report(self, timeout: float) -> Report:
         """Returns the next report to arrive; raises `queue.Empty` after the timeout."""

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,42 @@ from jax.sharding import SingleDeviceSharding
 
 # A jax.Device, which type checkers do not accept as a type.
 Device = Any
+
+
+class Model(NamedTuple):
+    """What the master sends to the workers."""
+
+    params: optax.Params
+    state: Any  # variables that are not trained, or None if there are none
+
+
+class Result(NamedTuple):
+    """What a worker computes for the master from a model and a batch."""
+
+    grads: optax.Updates
+    state: Any  # the new model state, or None if there is none
+
+
+def evaluate(
+    gradient: Callable[..., Any], has_aux: bool, model: Model, batch: Any
+) -> tuple[Result, dict[str, Any]]:
+    """Calls the user's gradient function.
+
+    Args:
+      gradient: The user's gradient function.
+      has_aux: Whether it returns a loss and auxiliary results, too.
+      model: The model.
+      batch: A batch.
+
+    Returns:
+      The result, and the metrics, which include the loss.
+    """
+    args = (model.params, batch) if model.state is None else (*model, batch)
+    if not has_aux:
+        return Result(gradient(*args), None), {}
+    (loss, aux), grads = gradient(*args)
+    state, metrics = (None, aux) if model.state is None else aux
+    return Result(grads, state), {"loss": loss, **metrics}
 
 
 def shapes(tree: Any, device: Device | None = None) -> Any:
@@ -42,28 +78,34 @@ class Gradients:
 
     Args:
       gradient: The user's gradient function.
+      has_aux: Whether it returns a loss and auxiliary results, too.
     """
 
-    def __init__(self, gradient: Callable[..., Any]):
-        def checked(params, batch):
-            grads = gradient(params, batch)
-            finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]
-            return grads, jnp.stack(finite).all()
+    def __init__(self, gradient: Callable[..., Any], has_aux: bool):
+        def checked(model, batch):
+            result, metrics = evaluate(gradient, has_aux, model, batch)
+            # Integers and PRNG keys in the model state are always finite.
+            finite = [
+                jnp.isfinite(leaf).all()
+                for leaf in jax.tree.leaves(result)
+                if jnp.issubdtype(leaf.dtype, jnp.inexact)
+            ]
+            return result, metrics, jnp.stack(finite).all()
 
         self._jitted = jax.jit(checked)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
-    def prepare(self, device: Device, params: optax.Params, batch: Any) -> None:
+    def prepare(self, device: Device, model: Model, batch: Any) -> None:
         """Compiles for arguments of these types, with the JAX settings of this thread.
 
         Args:
           device: Device to compile for.
-          params: The parameters, or their types.
+          model: The model, or its types.
           batch: A batch, or its types.
         """
         key = _key(device, batch)
         if key not in self._compiled:
-            args = shapes((params, batch), device)
+            args = shapes((model, batch), device)
             self._compiled[key] = self._jitted.lower(*args).compile()
 
     def on(self, device: Device) -> Callable[..., Any]:
@@ -73,13 +115,14 @@ class Gradients:
           device: Device that holds the arguments.
 
         Returns:
-          Function from parameters and a batch to the gradient and whether it is finite.
+          Function from a model and a batch to the result, the metrics, and whether the
+          result is finite.
         """
 
-        def gradient(params, batch):
+        def gradient(model, batch):
             # JAX compiles for batches of other shapes when they arrive.
             program = self._compiled.get(_key(device, batch), self._jitted)
-            return program(params, batch)
+            return program(model, batch)
 
         return gradient
 
@@ -92,34 +135,55 @@ def _key(device: Device, batch: Any) -> tuple[Any, ...]:
 
 def step_of(
     optimizer: optax.GradientTransformation,
-    params: optax.Params,
-    state: optax.OptState,
+    model: Model,
+    opt_state: optax.OptState,
+    share: float,
 ) -> Callable[[int], Callable[..., Any]]:
-    """Returns a function that compiles the master's step for a number of gradients.
+    """Returns a function that compiles the master's step for a number of results.
 
     Args:
       optimizer: The optimizer.
-      params: The parameters, on the master's device.
-      state: The optimizer state.
+      model: The model, on the master's device.
+      opt_state: The optimizer state.
+      share: Weight of the mean of the results' model states in the new model state.
 
     Returns:
-      Function from a number of gradients to the compiled step. The step takes the
-      parameters, the state, which it donates, and a list of gradients. It returns the
-      parameters and the state after one update with the mean gradient.
+      Function from a number of results to the compiled step. The step takes the model,
+      the optimizer state, which it donates, and a list of results. It returns the model
+      and the optimizer state after one update with the mean gradient.
     """
 
-    def step(params, state, gradients):
-        mean = jax.tree.map(
-            lambda *leaves: functools.reduce(operator.add, leaves) / len(leaves),
-            *gradients,
-        )
-        updates, state = optimizer.update(mean, state, params)
-        return optax.apply_updates(params, updates), state
+    def step(model, opt_state, results):
+        mean = jax.tree.map(_mean, *(result.grads for result in results))
+        updates, opt_state = optimizer.update(mean, opt_state, model.params)
+        params = optax.apply_updates(model.params, updates)
+        states = [result.state for result in results]
+        state = jax.tree.map(functools.partial(_blend, share), model.state, *states)
+        return Model(params, state), opt_state
 
-    # Do not donate the parameters, because workers may still read them.
+    # Do not donate the model, because workers may still read it.
     jitted = jax.jit(step, donate_argnums=1)
-    device = jax.tree.leaves(params)[0].device
-    params, state = shapes((params, state), device)
+    device = jax.tree.leaves(model.params)[0].device
+    model, opt_state = shapes((model, opt_state), device)
     return functools.cache(
-        lambda count: jitted.lower(params, state, [params] * count).compile()
+        lambda count: jitted.lower(model, opt_state, [Result(*model)] * count).compile()
     )
+
+
+def _mean(*leaves: jax.Array) -> jax.Array:
+    """Returns the mean of some arrays."""
+    return functools.reduce(operator.add, leaves) / len(leaves)
+
+
+def _blend(share: float, old: jax.Array, *new: jax.Array) -> jax.Array:
+    """Returns a leaf of the new model state.
+
+    Args:
+      share: Weight of the mean of `new`.
+      old: The leaf of the master's model state.
+      *new: The leaf of the results' model states, in the order of their application.
+    """
+    if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return new[-1]
+    # A weight of 1 must replace the old value exactly.
+    return _mean(*new) if share == 1 else (1 - share) * old + share * _mean(*new)

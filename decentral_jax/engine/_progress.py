@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 
@@ -11,18 +12,21 @@ class Progress(NamedTuple):
 
     applied: int  # number of gradients applied so far
     num_gradients: int  # number of gradients to apply, K
-    seconds: float  # time since the start of the run
+    seconds: float  # duration of training so far, including that before a resume
     staleness: int  # staleness of the last gradient applied
     refused: int  # number of non-finite gradients
     replaced: int  # number of worker failures
     params: Any  # the master's parameters, which may be kept for a later evaluation
+    model_state: Any = None  # the master's model state, which may be kept, too
+    metrics: Mapping[str, Any] = MappingProxyType({})  # of the last gradient applied
 
     def __str__(self) -> str:
         rate = self.applied / self.seconds
+        loss = f", loss {self.metrics['loss']:.4g}" if "loss" in self.metrics else ""
         return (
             f"{self.applied:,} of {self.num_gradients:,} gradients, {rate:,.1f} per "
             f"second, staleness {self.staleness}, {self.refused} refused, "
-            f"{self.replaced} replaced"
+            f"{self.replaced} replaced{loss}"
         )
 
 

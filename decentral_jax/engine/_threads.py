@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import optax
 
-from decentral_jax.engine._programs import Device, Gradients
+from decentral_jax.engine._programs import Device, Gradients, Model
 from decentral_jax.engine._worker import Failed, Report, Worker
 
 logger = logging.getLogger(__name__)
@@ -20,25 +19,27 @@ class Threads:
     """Workers as threads whose JAX programs run in parallel; implements `Backend`.
 
     Args:
-      gradient: The user's gradient function.
+      gradients: The user's gradient function.
       batches: Function from a worker's number to its iterator of batches.
+      drawn: Number of batches to skip per worker.
       devices: One device per worker.
       master: Device of the master.
     """
 
     def __init__(
         self,
-        gradient: Callable[..., Any],
+        gradients: Gradients,
         batches: Callable[[int], Iterator[Any]],
+        drawn: Sequence[int],
         devices: Sequence[Device],
         master: Device,
     ):
-        self._gradients = Gradients(gradient)
+        self._gradients = gradients
         # Threads do not inherit the caller's `with jax.enable_x64(...)`.
         self._x64 = jax.config.jax_enable_x64
         self._workers = [
-            Worker(i, batches, self._gradients.on(device), device, master)
-            for i, device in enumerate(devices)
+            Worker(i, batches, gradients.on(device), device, master, skipped)
+            for i, (device, skipped) in enumerate(zip(devices, drawn, strict=True))
         ]
         # The queue stays short, because each worker has at most one unread report.
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
@@ -58,17 +59,17 @@ class Threads:
         self._threads.append(thread)
         thread.start()
 
-    def prepare(self, worker: int, params: optax.Params, batch: Any) -> None:
+    def prepare(self, worker: int, model: Model, batch: Any) -> None:
         """Compiles a worker's gradient for arguments of these types.
 
         Compiles in the caller's thread, so that the caller's precision and other JAX
         settings apply.
         """
-        self._gradients.prepare(self._workers[worker].device, params, batch)
+        self._gradients.prepare(self._workers[worker].device, model, batch)
 
-    def send(self, worker: int, params: optax.Params) -> None:
+    def send(self, worker: int, model: Model) -> None:
         """Makes a worker compute the gradient of its next batch."""
-        self._inboxes[worker].put((params,))
+        self._inboxes[worker].put((model,))
 
     def next_report(self, timeout: float) -> Report:
         """Returns the next report to arrive; raises `queue.Empty` after the timeout."""

@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import optax
 
-from decentral_jax.engine._programs import Device
+from decentral_jax.engine._programs import Device, Model, Result
 
 
 class Ready(NamedTuple):
@@ -20,8 +19,9 @@ class Gradient(NamedTuple):
     """Report: the worker has computed a gradient and sent it to the master's device."""
 
     worker: int
-    value: Any  # the gradient, a tree like the parameters
-    finite: bool  # whether all entries are finite
+    value: Result  # the gradient and the new model state
+    metrics: dict[str, Any]  # NumPy arrays
+    finite: bool  # whether all entries of `value` are finite
     batch_index: int  # number of batches that the worker had drawn before this one
 
 
@@ -50,10 +50,10 @@ class Backend(Protocol):
     def start(self, worker: int) -> None:
         """Starts or restarts a worker, which draws a batch."""
 
-    def prepare(self, worker: int, params: optax.Params, batch: Any) -> None:
+    def prepare(self, worker: int, model: Model, batch: Any) -> None:
         """Compiles a worker's gradient for arguments of these types."""
 
-    def send(self, worker: int, params: optax.Params) -> None:
+    def send(self, worker: int, model: Model) -> None:
         """Makes a worker compute the gradient of its next batch."""
 
     def next_report(self, timeout: float) -> Report:
@@ -70,8 +70,8 @@ class Worker:
     Args:
       index: Number of the worker.
       batches: Function from a worker's number to its iterator of batches.
-      gradient: Function from parameters and a batch to the gradient and whether it is
-        finite.
+      gradient: Function from a model and a batch to the result, the metrics, and
+        whether the result is finite.
       device: Device on which this worker computes.
       master: Device that receives the gradients.
       drawn: Number of batches to skip.
@@ -107,26 +107,28 @@ class Worker:
             return Ended(self._index)
         return Ready(self._index, jax.eval_shape(lambda batch: batch, self._ahead[0]))
 
-    def compute(self, params: optax.Params) -> Gradient | Ended:
+    def compute(self, model: Model) -> Gradient | Ended:
         """Computes the gradient of the next batch.
 
         Args:
-          params: The parameters, on any device.
+          model: The model, on any device.
         """
         if not self._ahead and not self._draw():
             return Ended(self._index)
         # Compute on this worker's device, and wait until the result has arrived.
-        args = _on(self.device, (params, self._ahead.pop()))
-        report = _on(self._master, self._gradient(*args))
-        grads, finite = jax.block_until_ready(report)
-        return Gradient(self._index, grads, bool(finite), self.drawn - 1)
+        args = _on(self.device, (model, self._ahead.pop()))
+        value, metrics, finite = self._gradient(*args)
+        value = jax.block_until_ready(_on(self._master, value))
+        # Without metrics, do not call `device_get`, which takes longer than this check.
+        metrics = jax.device_get(metrics) if metrics else {}
+        return Gradient(self._index, value, metrics, bool(finite), self.drawn - 1)
 
     def _draw(self) -> bool:
         """Draws a batch, and returns False if there are none left.
 
         Raises:
-          RuntimeError: If, after a failure, `batches` does not return an iterator over
-            all batches again.
+          RuntimeError: If, after a failure or in a resumed run, `batches` does not
+            return an iterator over all batches again.
         """
         error = self._error
         if self._iterator is None:
@@ -146,8 +148,9 @@ class Worker:
         if same or self._position < self.drawn:
             raise RuntimeError(
                 f"batches({self._index}) ended after {self._position} batches when it "
-                f"was called again after a failure, but {self.drawn} had been drawn: "
-                "return a new iterator over all batches from each call."
+                "was called again after a failure or in a resumed run, but "
+                f"{self.drawn} had been drawn: return a new iterator over all batches "
+                "from each call."
             ) from error
         return False
 

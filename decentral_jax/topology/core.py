@@ -8,7 +8,7 @@ collectives.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -190,14 +190,26 @@ class Topology:
         matrix = kappa * self.matrix + (1 - kappa) * np.eye(self.num_workers)
         return Topology(matrix, f"{self.name}.lazy({kappa:g})")
 
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the graph with the workers on a circle. Requires matplotlib.
+    def plot(
+        self,
+        ax: "Axes | None" = None,
+        *,
+        positions: Mapping[int, Collection[float]] | None = None,
+    ) -> "Axes":
+        """Draws the graph. Requires matplotlib.
 
         Args:
           ax: Matplotlib axes to draw on. If None, creates a new figure.
+          positions: Coordinates of each worker, as the layouts of networkx return
+            them. If None, places the workers on a circle.
 
         Returns:
           The axes with the drawing.
+
+        Example:
+          >>> import decentral_jax as dj
+          >>> rows = {i: divmod(i, 3) for i in range(6)}
+          >>> axes = dj.topology.grid(2, 3).plot(positions=rows)
         """
         # Import here, because matplotlib is an optional dependency.
         import matplotlib.pyplot as plt
@@ -209,7 +221,7 @@ class Topology:
         graph = self.graph.to_undirected() if self.is_symmetric else self.graph
         nx.draw_networkx(
             graph,
-            nx.circular_layout(graph),
+            nx.circular_layout(graph) if positions is None else positions,
             ax=ax,
             node_color="#dce9f7",
             edgecolors="#1f4e79",
@@ -402,6 +414,10 @@ def check_topology(
         schedule although `static` is set.
       ValueError: If the topology lacks a required property. The message names the
         property and the remedy.
+
+    Example:
+      >>> import decentral_jax as dj
+      >>> dj.topology.check_topology(dj.topology.ring(8), symmetric=True)
     """
     if not isinstance(topology, (Topology, TopologySchedule)):
         raise TypeError(

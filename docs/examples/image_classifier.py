@@ -13,7 +13,7 @@ from sklearn import datasets
 
 import decentral_jax as dj
 
-NUM_WORKERS, BATCH, EPOCHS, RATE = 8, 16, 12, 0.2
+NUM_WORKERS, BATCH, EPOCHS, RATE = 8, 16, 12, 0.05
 
 
 class SyncBatchNorm(nnx.Module):

@@ -11,7 +11,7 @@ from typing import Literal
 
 from experiments import report
 from experiments.data import images, tabular
-from experiments.errors import UsageError
+from experiments.errors import UsageError, renamed
 from experiments.runs import delays, real_time
 from experiments.settings import RunOptions, check_evaluations, check_positive
 from experiments.training import models, resuming
@@ -47,8 +47,6 @@ class Apam(RunOptions):
     """Learning rate in the part "delay", the same for all delays."""
     timing: real_time.Timing = dataclasses.field(default_factory=real_time.Timing)
     """Options of the parts "time" and "speedup"."""
-    out: Path = Path("results/apam")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
@@ -65,11 +63,13 @@ def run(options: Apam, output: report.Output) -> None:
     dataset = _load(options)
     for model in options.models:
         _run(model, dataset, options, output)
+    output.html("apam")
 
 
 def _load(options: Apam) -> images.Dataset:
     if options.dataset != "a9a":
-        return images.load(options.dataset, options.data_dir)
+        with renamed(name="dataset"):
+            return images.load(options.dataset, options.data_dir)
     if "lenet" in options.models:
         raise UsageError(
             "models=lenet needs images, but dataset=a9a has none: pass --models "
@@ -107,7 +107,7 @@ def _run(
                     )
                 }
 
-            with output.console.status(what):
+            with output.progress.status(what):
                 found[delay] = memory.recall(what, accuracies)["accuracies"]
         delays.show(found, options.iterations, title, f"delay_{file}", output)
     trainer = real_time.Trainer(

@@ -2,11 +2,9 @@
 
 import dataclasses
 
-import matplotlib.pyplot as plt
-
 import decentral_jax as dj
-from experiments import catalog, report, settings
-from experiments.errors import UsageError, from_options
+from experiments import catalog, figures, report, settings
+from experiments.errors import check_among, from_options
 from experiments.training import results, resuming
 
 
@@ -25,20 +23,20 @@ class Compare(settings.ComparisonOptions):
     network: settings.Network = dataclasses.field(default_factory=settings.Network)
     """Machines and links that determine the simulated seconds."""
 
+    def check(self) -> None:
+        """Raises UsageError if any option is out of range."""
+        super().check()
+        self.network.check()
+
 
 def run(options: Compare, output: report.Output) -> None:
-    """Trains, prints the table, and writes `compare.png`, `.csv`, and `.md`."""
+    """Trains, prints the table, and writes it, the numbers, and figures by family."""
     setting = options.setting(options.shuffled)
     with from_options():
         topology = dj.topology.ring(options.workers).lazy(options.kappa)
     network = options.network
     entries = catalog.everything(topology, options.rounds, network.slow)
-    unknown = set(options.algorithms) - set(entries)
-    if unknown:
-        raise UsageError(
-            f"algorithms must be among {', '.join(map(repr, entries))}, got "
-            f"{sorted(unknown)}."
-        )
+    check_among("algorithms", options.algorithms, entries)
     if options.algorithms:
         entries = {name: entries[name] for name in options.algorithms}
     output.console.print(
@@ -47,21 +45,30 @@ def run(options: Compare, output: report.Output) -> None:
         f"{options.seeds} seeds in one program per algorithm"
     )
     found = results.run_all(
-        entries, setting, output.console, "compare", resuming.memory(options), network
+        entries, setting, output.progress, "compare", resuming.memory(options), network
     )
     title = f"After {setting.iterations} iterations, at the best rate"
     output.table("compare", report.comparison(found, title))
     output.csv("compare", results.rows(found))
-    # Loss and accuracy (rows) against iterations, megabytes, and seconds (columns).
-    figure = plt.figure(figsize=(14, 7), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for row, name in zip(axes, ("train_loss", "test_accuracy"), strict=True):
-        for ax, against in zip(row, report.AGAINST, strict=True):
-            report.plot_curves(ax, found, against, name)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside right center")
-    figure.suptitle(
+    title = (
         f"{options.dataset}, {options.shuffled:g}% shuffled, {topology.name}, "
         f"{options.seeds} seeds, tuned rates"
     )
-    output.figure("compare", figure)
+    for file, name in (
+        ("compare", "train_loss"),
+        ("compare_accuracy", "test_accuracy"),
+    ):
+        output.figure(file, figures.by_family(found, name, title))
+    output.chart(figures.chart(found, title))
+    output.html("compare")
+
+
+@dataclasses.dataclass
+class Algorithms:
+    """Lists the names of the algorithms that `compare --algorithms` accepts."""
+
+
+def list_algorithms(options: Algorithms) -> None:
+    """Prints one name per line."""
+    for name in catalog.everything(dj.topology.ring(8), rounds=1):
+        print(name)

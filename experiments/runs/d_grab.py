@@ -10,10 +10,10 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.progress import Progress
 
-from experiments import report
+from experiments import report, styles
 from experiments.errors import UsageError
+from experiments.html_report import Chart, Series
 from experiments.runs import herding as herding_test
 from experiments.settings import RunOptions, check_positive
 from experiments.training import ordered, resuming
@@ -50,8 +50,6 @@ class DGraB(RunOptions):
     """Learning rates to tune over; the defaults of the task if not given."""
     seeds: int = 5
     """Number of seeds in training."""
-    out: Path = Path("results/d_grab")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
@@ -84,6 +82,7 @@ def run(
         herding_test.run(options.herding, output, memory)
     for task in chosen:
         found |= _train(task, options, output)
+    output.html("d_grab")
     return found
 
 
@@ -106,17 +105,14 @@ def _train(
     seeds = tuple(range(options.seeds))
     memory = resuming.memory(options)
     found, rates = {}, {}
-    with Progress(console=output.console) as bar:
-        for m in options.workers:
-            for name, order in ordered.methods(len(task.x) // m, m).items():
-                title = f"{task.name}: {name}, {m} workers"
-                total = task.epochs * ((len(task.rates) > 1) + 1)
-                line = bar.add_task(title, total=total)
+    for m in options.workers:
+        for name, order in ordered.methods(len(task.x) // m, m).items():
+            title = f"{task.name}: {name}, {m} workers"
+            total = task.epochs * ((len(task.rates) > 1) + 1)
+            with output.progress.bar(title, total) as bar:
 
-                def train(rates, seeds, order=order, m=m, line=line):
-                    return ordered.train(
-                        order, task, m, rates, seeds, lambda: bar.advance(line)
-                    )
+                def train(rates, seeds, order=order, m=m, bar=bar):
+                    return ordered.train(order, task, m, rates, seeds, bar.advance)
 
                 def tuned(train=train):
                     # Tune the rate on seed 0, then train with all seeds.
@@ -127,10 +123,9 @@ def _train(
                     rate = task.rates[best]
                     return {"rate": rate, "losses": train((rate,), seeds)[0]}
 
-                key = task.name, m, name
                 recalled = memory.recall(title, tuned)
-                rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
-                bar.remove_task(line)
+            key = task.name, m, name
+            rates[key], found[key] = float(recalled["rate"]), recalled["losses"]
     _report(task, found, rates, options, output)
     return found
 
@@ -147,6 +142,8 @@ def _report(
     at = dict(zip(options.workers, axes, strict=True))
     # Tabulate, plot, and record each method, one panel per number of workers.
     rows, lines = [], []
+    series: dict[int, list[Series]] = {m: [] for m in options.workers}
+    looks = styles.assign(name for _, _, name in found)
     for (_, m, name), losses in found.items():
         key = task.name, m, name
         # D-RR has the same models and examples per seed, so that losses pair up.
@@ -160,7 +157,11 @@ def _report(
                 report.rate(task.rates, task.rates.index(rates[key])),
             )
         )
-        report.plot_seeds(at[m], np.arange(losses.shape[1]), losses, name)
+        epochs = np.arange(losses.shape[1])
+        report.plot_seeds(at[m], epochs, losses, name, looks[name])
+        note = f"rate {rates[key]:g}"
+        curves = Series(name, {"epochs": epochs}, {"train loss": losses}, note)
+        series[m].append(curves)
         rows += [
             {
                 "workers": m,
@@ -174,6 +175,7 @@ def _report(
             for epoch, loss in enumerate(of_seed)
         ]
     for m, ax in at.items():
+        output.chart(Chart(f"{task.name}, {m} workers", series[m], ("train loss",)))
         ax.set_title(f"{m} workers", fontsize=9)
         ax.set_xlabel("epochs")
         ax.set_yscale("log")

@@ -14,8 +14,9 @@ import optax
 from jax import lax
 
 import decentral_jax as dj
-from experiments import report
+from experiments import report, styles
 from experiments.data import images
+from experiments.html_report import Chart, Series
 
 
 def accuracies(
@@ -92,14 +93,18 @@ def show(
     at = np.arange(1, evaluations + 1) * each
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    rows, lines = [], []
+    rows, lines, series = [], [], []
+    looks = styles.assign(f"D = {delay}" for delay in found)
     for delay, of_delay in found.items():
         shown = [of_delay[:, early - 1], of_delay[:, -1]]
         if 0 in found and delay:
             shown.append(found[0][:, -1] - of_delay[:, -1])
         cells = [report.spread(100 * x, 1) for x in shown]
         lines.append((str(delay), *cells, *[""] * (3 - len(cells))))
-        report.plot_seeds(ax, at, 100 * of_delay, f"D = {delay}")
+        label = f"D = {delay}"
+        report.plot_seeds(ax, at, 100 * of_delay, label, looks[label])
+        measured = {"test accuracy %": 100 * of_delay}
+        series.append(Series(label, {"gradients applied": at}, measured))
         rows += [
             {"delay": delay, "seed": seed, "gradients": k, "test_accuracy": accuracy}
             for seed, of_seed in enumerate(of_delay)
@@ -117,4 +122,5 @@ def show(
     ax.set_ylabel("test accuracy %")
     ax.legend(fontsize=8)
     output.figure(name, figure)
+    output.chart(Chart(f"{title}, by largest delay D", series))
     output.csv(name, rows)

@@ -6,12 +6,11 @@ rings.
 """
 
 import dataclasses
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings
 from experiments.errors import from_options
 from experiments.training import results, resuming
 
@@ -26,8 +25,6 @@ class DeTAG(settings.ComparisonOptions):
     """Sparsities of the ring with weights (1/4, 1/2, 1/4), at the first fraction."""
     rounds: int | None = None
     """DeTAG's rounds per phase; computed from the spectral gap if not given."""
-    out: Path = Path("results/detag")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
 
 def run(options: DeTAG, output: report.Output) -> None:
@@ -62,6 +59,7 @@ def run(options: DeTAG, output: report.Output) -> None:
         for (kappa, fraction), found in done.items()
     }
     output.table("summary", report.summary(cells, options.dataset))
+    output.html("detag")
 
 
 def _run(
@@ -71,19 +69,20 @@ def _run(
     found = results.run_all(
         catalog.decentralized(topology, rounds),
         options.setting(fraction),
-        output.console,
+        output.progress,
         f"kappa {kappa:g}, {fraction:g}%",
         resuming.memory(options),
     )
     title = f"{topology.name}, {fraction:g}% shuffled, DeTAG R={rounds}"
     name = f"kappa_{kappa:g}_shuffled_{fraction:g}"
     output.table(name, report.comparison(found, title))
+    output.chart(figures.chart(found, title))
     return found
 
 
 def _topology(options: DeTAG, kappa: float) -> dj.topology.Topology:
     ring = dj.topology.ring(options.workers).lazy(0.75)
-    with from_options():
+    with from_options(kappa="kappas"):
         return ring if kappa == 1 else ring.lazy(kappa)
 
 

@@ -7,14 +7,14 @@ first epochs.
 """
 
 import dataclasses
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import optax
 
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings
 from experiments.catalog import Entry
+from experiments.errors import from_options
 from experiments.training import results, resuming
 
 
@@ -36,8 +36,6 @@ class ErrorFeedback(settings.ComparisonOptions):
     """Number of points on each curve; must divide the iterations."""
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
     """Learning rates to tune over; results show the best rate of each algorithm."""
-    out: Path = Path("results/def")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
 
 def dense() -> dict[str, Entry]:
@@ -53,18 +51,22 @@ def run(options: ErrorFeedback, output: report.Output) -> None:
     """Trains, prints tables, and writes one figure per ratio, and `def.csv`."""
     setting = options.setting(shuffled=100.0)
     examples = setting.parts.size
+    with from_options(ratio="ratios"):
+        for ratio in options.ratios:
+            dj.compression.random_block(ratio)
     memory = resuming.memory(options)
-    baseline = results.run_all(dense(), setting, output.console, "dense", memory)
+    baseline = results.run_all(dense(), setting, output.progress, "dense", memory)
     rows, found = [], {}
     for ratio in options.ratios:
         entries = catalog.compressed(ratio, options.detach, momentum=0.9)
         title = f"ratio {ratio:g}"
         found[title] = baseline + results.run_all(
-            entries, setting, output.console, title, memory
+            entries, setting, output.progress, title, memory
         )
         name = f"ratio_{ratio:g}"
         table = report.comparison(found[title], f"{title}, {options.dataset}")
         output.table(name, table)
+        output.chart(figures.chart(found[title], f"{title}, {options.dataset}"))
         rows += results.rows(found[title], ratio=ratio)
         # Accuracy against iterations, accuracy against bytes, and the early loss.
         figure = plt.figure(figsize=(12, 3.8), layout="constrained")
@@ -84,3 +86,4 @@ def run(options: ErrorFeedback, output: report.Output) -> None:
         output.figure(name, figure)
     output.csv("def", rows)
     output.table("summary", report.summary(found, options.dataset))
+    output.html("def")

@@ -7,7 +7,6 @@ experiment measures how much worse the results become.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import optax
 
 import decentral_jax as dj
-from experiments import catalog, report, settings
+from experiments import catalog, figures, report, settings, styles
 from experiments.catalog import Entry
 from experiments.errors import UsageError, from_options
 from experiments.training import results, resuming
@@ -39,8 +38,6 @@ class Faults(settings.ComparisonOptions):
     """Number of gradients per worker."""
     rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
     """Learning rates to tune over; results show the best rate of each algorithm."""
-    out: Path = Path("results/faults")
-    """Folder for the figure (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
@@ -78,7 +75,7 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
         }
         title = f"{missing} of {options.workers} missing"
         found[missing] = results.run_all(
-            entries, setting, output.console, title, resuming.memory(options)
+            entries, setting, output.progress, title, resuming.memory(options)
         )
         table = report.comparison(found[missing], f"{title}, {options.dataset}")
         output.table(f"missing_{missing}", table)
@@ -89,12 +86,15 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
     output.table("summary", report.summary(cells, title))
     figure = plt.figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, len(algorithms), sharey=True)
+    looks = styles.assign(cells)
     for i, (ax, name) in enumerate(zip(axes, algorithms, strict=True)):
-        for missing, of_these in found.items():
+        for label, of_these in cells.items():
             loss = of_these[i].at_best("train_loss")
             report.plot_seeds(
-                ax, of_these[i].curves.iteration, loss, f"{missing} missing"
+                ax, of_these[i].curves.iteration, loss, label, looks[label]
             )
+        same = [of[i]._replace(name=label) for label, of in cells.items()]
+        output.chart(figures.chart(same, name))
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("iterations")
         ax.set_yscale("log")
@@ -107,6 +107,7 @@ def run(options: Faults, output: report.Output) -> dict[int, list[results.Result
     )
     output.figure("faults", figure)
     output.csv("faults", rows)
+    output.html("faults")
     return found
 
 

@@ -15,8 +15,10 @@ import numpy as np
 from jax import lax
 
 import decentral_jax as dj
-from experiments import report
+from experiments import report, styles
 from experiments.errors import UsageError
+from experiments.html_report import Chart, Series
+from experiments.settings import check_at_least
 from experiments.training.resuming import Memory
 
 # Published means of rounds 11 to 15 for 5, 10, 20, 50, and 100 workers.
@@ -51,11 +53,7 @@ class Herding:
                     f"vectors={self.vectors} must divide into an even number of "
                     f"vectors for each of shared_by={m} workers."
                 )
-        if self.rounds < 1 or self.draws < 1:
-            raise UsageError(
-                f"rounds and draws must be at least 1, got {self.rounds} and "
-                f"{self.draws}."
-            )
+        check_at_least(self, 1, "dimension", "rounds", "draws")
 
 
 def run(
@@ -85,7 +83,7 @@ def run(
                     tx = make(parts.shape[1], m)
                     return {"bounds": herding(tx, parts, options.rounds)}
 
-                with output.console.status(f"{name}, {m} workers"):
+                with output.progress.status(f"{name}, {m} workers"):
                     recalled = memory.recall(f"{name}, {m} workers, {seed}", bounds)
                 found[name][i, seed] = recalled["bounds"][-5:].mean()
     _report(found, options, output)
@@ -139,7 +137,7 @@ def _report(
 ) -> None:
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    rows, lines = [], []
+    rows, lines, series = [], [], []
     for name, bounds in found.items():
         published = QUOTED.get(name, (None,) * len(QUOTED_WORKERS))
         quoted: dict[int, float | None] = dict(
@@ -147,7 +145,10 @@ def _report(
         )
         cells = zip(options.shared_by, bounds, strict=True)
         lines.append((name, *(_cell(of_m, quoted.get(m)) for m, of_m in cells)))
-        ax.loglog(options.shared_by, bounds.mean(1), "o-", label=name)
+        style = styles.STYLES[name].matplotlib()
+        ax.loglog(options.shared_by, bounds.mean(1), label=name, **style)
+        x, y = {"workers": options.shared_by}, {"largest prefix sum": bounds.T}
+        series.append(Series(name, x, y))
         rows += [
             {"method": name, "workers": m, "seed": seed, "bound": bound}
             for m, of_m in zip(options.shared_by, bounds, strict=True)
@@ -166,6 +167,7 @@ def _report(
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8)
     output.figure("herding", figure)
+    output.chart(Chart(title, series, ("workers", "largest prefix sum")))
     output.csv("herding", rows)
 
 

@@ -16,14 +16,14 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-from rich.console import Console
 
 import decentral_jax as dj
-from experiments import report
+from experiments import figures, report
 from experiments.catalog import Entry
 from experiments.data import images
-from experiments.errors import UsageError
-from experiments.settings import RunOptions, check_at_least_one, check_positive
+from experiments.errors import UsageError, renamed
+from experiments.progress import Progress
+from experiments.settings import RunOptions, check_at_least, check_positive
 from experiments.training import models, results, resuming, wall_clock
 from experiments.training.loop import (
     Curves,
@@ -78,14 +78,12 @@ class MultiLevel(RunOptions):
     """Learning rate; 0.2 for logistic regression and 0.01 for the CNN if not given."""
     seeds: int = 3
     """Number of seeds; each seed sets the initial model and the batches."""
-    out: Path = Path("results/mll_sgd")
-    """Folder for the figures (.png) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
         super().check()
-        check_at_least_one(self, "hubs", "workers", "tau", "q", "steps_per_tick")
-        check_at_least_one(self, "rounds", "evaluations", "batch_size")
+        check_at_least(self, 1, "hubs", "workers", "tau", "q", "steps_per_tick")
+        check_at_least(self, 1, "rounds", "evaluations", "batch_size")
         check_positive(self, "learning_rate")
         if self.rounds % self.evaluations:
             raise UsageError(
@@ -98,7 +96,8 @@ class MultiLevel(RunOptions):
         Raises:
           UsageError: If a folder or file is missing or broken.
         """
-        dataset = images.load(self.dataset, self.data_dir)
+        with renamed(name="dataset"):
+            dataset = images.load(self.dataset, self.data_dir)
         rate = self.learning_rate
         if self.model == "logistic":
             dataset = dataset._replace(
@@ -145,8 +144,8 @@ def distributions(num_workers: int) -> dict[str, np.ndarray]:
 class Runs:
     """Trains algorithms in one setting and stores the results."""
 
-    def __init__(self, options: MultiLevel, console: Console):
-        self.options, self.console = options, console
+    def __init__(self, options: MultiLevel, progress: Progress):
+        self.options, self.progress = options, progress
         self.setting = options.setting()
         self.memory = resuming.memory(options)
         self.results: dict[str, results.Result] = {}
@@ -167,7 +166,7 @@ class Runs:
             return train(entry.make, setting, levels=entry.levels)._asdict()
 
         if name not in self.results:
-            with self.console.status(f"training {name}"):
+            with self.progress.status(f"training {name}"):
                 curves = Curves(**self.memory.recall(name, trained))
             log = step_log(entry.make, setting, entry.levels)
             shape = setting.iterations, setting.num_workers
@@ -220,7 +219,7 @@ class Runs:
 
 def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Result]]:
     """Trains, prints one table and writes one figure per part, and `mll_sgd.csv`."""
-    runs = Runs(options, output.console)
+    runs = Runs(options, output.progress)
     round_ticks = options.q * options.tau
     ones = runs.rates["all 1"]
     found: dict[str, list[results.Result]] = {}
@@ -250,9 +249,12 @@ def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Re
     rows = []
     for part, of_part in found.items():
         output.table(part, _table(part, of_part, options))
+        title = f"{options.dataset}, {options.model}: {part}"
+        against = "seconds" if part == "slots" else "iterations"
+        chart = figures.chart(of_part, title, against=against, seconds="time slots")
+        output.chart(chart)
         rows += results.rows(of_part, part=part)
         figure = plt.figure(figsize=(10, 3.8), layout="constrained")
-        against = "seconds" if part == "slots" else "iterations"
         for ax, name in zip(
             figure.subplots(1, 2), ("train_loss", "test_accuracy"), strict=True
         ):
@@ -261,11 +263,10 @@ def run(options: MultiLevel, output: report.Output) -> dict[str, list[results.Re
             if part == "slots":
                 ax.set_xlabel("time slots")
         figure.axes[0].legend(fontsize=8)
-        figure.suptitle(
-            f"{options.dataset}, {options.model}: {part}; {options.seeds} seeds"
-        )
+        figure.suptitle(f"{title}; {options.seeds} seeds")
         output.figure(part, figure)
     output.csv("mll_sgd", rows)
+    output.html("mll_sgd")
     return found
 
 

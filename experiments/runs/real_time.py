@@ -20,9 +20,10 @@ import optax
 
 import decentral_jax as dj
 from decentral_jax import engine
-from experiments import report
+from experiments import report, styles
 from experiments.data import images
 from experiments.errors import UsageError
+from experiments.html_report import Chart, Series
 from experiments.settings import check_positive
 from experiments.training.resuming import Memory
 
@@ -213,8 +214,9 @@ def compare(
     found, rows, lines = {}, [], []
     speeds = {"equal": equal, f"one {options.slow:g}x slower": unequal}
     for ax, (speed, sleeps) in zip(axes, speeds.items(), strict=True):
+        series = []
         for method_name, method in methods(options).items():
-            with output.console.status(f"{title}: {method_name}, {speed}"):
+            with output.progress.status(f"{title}: {method_name}, {speed}"):
                 rate = trainer.best_rate(method, sleeps)
                 curves = [trainer.run(method, rate, sleeps, i) for i in range(seeds)]
             found[speed, method_name] = curves
@@ -229,7 +231,10 @@ def compare(
                     report.rate(method.rates, method.rates.index(rate)),
                 )
             )
-            report.plot_seeds(ax, seconds.mean(0), accuracy, method_name)
+            style = styles.STYLES[method_name]
+            report.plot_seeds(ax, seconds.mean(0), accuracy, method_name, style)
+            x, y = {"seconds": seconds.mean(0)}, {"test accuracy %": accuracy}
+            series.append(Series(method_name, x, y, f"rate {rate:g}"))
             rows += [
                 {
                     "speeds": speed,
@@ -243,6 +248,7 @@ def compare(
                 for s, a in zip(curve.seconds, curve.test_accuracy, strict=True)
             ]
         ax.set_title(f"{options.workers} workers, {speed}", fontsize=9)
+        output.chart(Chart(f"{title}, {options.workers} workers, {speed}", series))
         ax.set_xlabel("seconds")
     columns = "method", f"seconds to {options.goal:g} %", "total seconds", "accuracy %"
     heading = f"{title}, {options.workers} workers"
@@ -281,14 +287,14 @@ def speedup(
     unit = options.sleep_ms / 1e3
     figure = plt.figure(figsize=(5, 3.6), layout="constrained")
     ax = figure.subplots()
-    found, rows, lines = {}, [], []
+    found, rows, lines, series = {}, [], [], []
     for method_name, method in methods(options).items():
         if method.make is not dj.amsgrad:
             continue
         # Train with each number of workers at one rate, then divide the run times.
         rate = trainer.best_rate(method, np.full(options.workers, unit))
         for n in sorted(options.speedup_workers):
-            with output.console.status(f"{title}: {method_name}, {n} workers"):
+            with output.progress.status(f"{title}: {method_name}, {n} workers"):
                 found[method_name, n] = [
                     trainer.run(method, rate, np.full(n, unit), i) for i in range(seeds)
                 ]
@@ -322,9 +328,13 @@ def speedup(
                 for seed, (s, f) in enumerate(zip(seconds[n], factors[n], strict=True))
             ]
         y = np.stack(list(factors.values()), 1)
-        report.plot_seeds(ax, list(factors), y, method_name)
+        style = styles.STYLES[method_name]
+        report.plot_seeds(ax, list(factors), y, method_name, style)
+        x = {"workers": list(factors)}
+        series.append(Series(method_name, x, {"speedup": y}, f"rate {rate:g}"))
     columns = "method", "seconds", "speedup", "of ideal", "accuracy %", "best rate"
     output.table(name, report.Table(f"{title}, speedup", columns, lines))
+    output.chart(Chart(f"{title}, speedup", series))
     ax.axline((1, 1), slope=1, color="gray", lw=0.8, ls=":", label="ideal")
     ax.set_xlabel("workers")
     ax.set_ylabel("speedup")

@@ -7,7 +7,6 @@ mean over workers of `||x_i - x*||^2 / ||x_0 - x*||^2`.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from jax import lax
 import decentral_jax as dj
 from experiments import catalog, report
 from experiments.errors import from_options
-from experiments.settings import RunOptions, check_at_least_one, check_positive
+from experiments.html_report import Chart, Series
+from experiments.settings import RunOptions, check_at_least, check_positive
 from experiments.training import resuming
 
 NUM_WORKERS, DIMENSION = 8, 20
@@ -41,13 +41,11 @@ class Synthetic(RunOptions):
     """Learning rates to tune over."""
     seeds: int = 6
     """Number of random problems, each with its own noise."""
-    out: Path = Path("results")
-    """Folder for the table (.md) and the numbers (.csv)."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""
         super().check()
-        check_at_least_one(self, "rounds", "iterations")
+        check_at_least(self, 1, "rounds", "iterations")
         check_positive(self, "rates")
 
 
@@ -89,6 +87,13 @@ def run(options: Synthetic, output: report.Output) -> dict[str, np.ndarray]:
     columns = "algorithm", "geometric mean", "lowest to highest seed", "best rate"
     output.table("synthetic", report.Table(title, columns, lines))
     output.csv("synthetic", rows)
+    rates = {"learning rate": options.rates}
+    series = [
+        Series(name, rates, {"relative error": error.T})
+        for name, error in errors.items()
+    ]
+    output.chart(Chart(title, series, ("learning rate", "relative error")))
+    output.html("synthetic")
     return errors
 
 

@@ -12,6 +12,7 @@ interruption, the same command continues where it stopped.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import tyro
 from rich.console import Console
 
-from experiments.errors import UsageError
+from experiments.errors import UsageError, check_among
 from experiments.training.provenance import ROOT, code
 
 # Placeholder for the folder of --data-dir in the commands below.
@@ -158,14 +159,12 @@ class Tables:
     data_dir: Path | None = None
     """Folder with the data sets; without it, commands that need it are skipped."""
     out: Path = Path("results/tables")
-    """Folder for the results, with one subfolder per run."""
+    """Folder for the results, with one subfolder per command and code."""
 
 
 def run(options: Tables) -> None:
     """Executes the stale runs; exits with status 1 if any command fails."""
-    unknown = set(options.names) - set(RUNS)
-    if unknown:
-        raise UsageError(f"names must be among {', '.join(RUNS)}, got {unknown}.")
+    check_among("NAMES", options.names, RUNS)
     # Without --write, compare with the pages of this repository.
     console, docs = Console(highlight=False), options.write or ROOT / "docs"
     failed = []
@@ -181,7 +180,7 @@ def run(options: Tables) -> None:
             console.print(f"{name}: skipped, needs --data-dir")
         else:
             console.print(f"{name}: {run.shown_command}", soft_wrap=True)
-            folder = (options.out / name).resolve()
+            folder = options.out.resolve() / f"{name}-{_digest(run)}"
             ended = subprocess.run(_argv(run, folder, options), cwd=ROOT).returncode
             if ended:
                 console.print(f"{name}: failed with exit status {ended}")
@@ -190,6 +189,11 @@ def run(options: Tables) -> None:
                 write(name, folder, options.write)
     if failed:
         sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+def _digest(run: Run) -> str:
+    """Returns a digest of the command and the code, on which the results depend."""
+    return hashlib.sha256(f"{code()} {run.command}".encode()).hexdigest()[:8]
 
 
 def _argv(run: Run, folder: Path, options: Tables) -> list[str]:

@@ -1,15 +1,13 @@
 """Trains the algorithms of a comparison, and stores the result of each."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.catalog import Entry
 from experiments.errors import from_options
+from experiments.progress import Progress
 from experiments.settings import Network
 from experiments.training.loop import Curves, Setting, bytes_sent, step_log, train
 from experiments.training.resuming import Memory
@@ -38,7 +36,7 @@ class Result(NamedTuple):
 def run_all(
     entries: dict[str, Entry],
     setting: Setting,
-    console: Console,
+    progress: Progress,
     title: str,
     memory: Memory,
     network: Network | None = None,
@@ -50,7 +48,7 @@ def run_all(
     Args:
       entries: The algorithms by name.
       setting: Data, model, and schedule.
-      console: Terminal that shows the progress bar.
+      progress: What shows the progress bar.
       title: Title of the progress bar, also part of the names in `memory`.
       memory: Storage of finished runs.
       network: Machines and links that determine the simulated seconds; the default
@@ -67,22 +65,13 @@ def run_all(
         for entry in entries.values():
             entry.make(setting.rates[0])
     network = network or Network()
-    bar = Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=console,
-    )
     results = []
-    with bar:
-        task = bar.add_task(title, total=len(entries))
+    with progress.bar(title, len(entries)) as bar:
         for name, entry in entries.items():
-            bar.update(task, description=f"{title}: {name}")
+            bar.update(f"{title}: {name}", len(results))
 
             def run(entry=entry):
-                advance = functools.partial(bar.advance, task)
-                return train(entry.make, setting, advance, entry.levels)._asdict()
+                return train(entry.make, setting, bar.advance, entry.levels)._asdict()
 
             curves = Curves(**memory.recall(f"{title}: {name}", run))
             log = step_log(entry.make, setting, entry.levels)
@@ -94,7 +83,7 @@ def run_all(
             results.append(
                 Result(name, curves, sent[at] / 1e6, seconds[at], setting.rates)
             )
-        bar.update(task, description=title)
+        bar.update(title, len(entries))
     return results
 
 

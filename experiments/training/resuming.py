@@ -64,10 +64,13 @@ def memory(options: Any) -> Memory:
       options: Options of the experiment, a dataclass with `resume` and the folder
         `out`. These two do not affect the name of the subfolder.
     """
+    return Memory(options.out / "finished" / identity(options), options.resume)
+
+
+def identity(options: Any) -> str:
+    """A digest of the options and the code, without the folder `out` and `resume`."""
     same = dataclasses.replace(options, resume=False, out=Path())
-    return Memory(
-        options.out / "finished" / _digest(f"{code()} {same}"), options.resume
-    )
+    return _digest(f"{code()} {same}")
 
 
 def _digest(text: str) -> str:

@@ -496,3 +496,10 @@ def test_averages_are_equal_on_all_workers(compressor, layout):
     atol = 1e-2 if isinstance(compressor, C.Cast) else 1e-5
     for one, replicated in zip(own, mean, strict=True):
         np.testing.assert_allclose(one.mean(0), replicated[0], rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.99, 0.999])
+def test_a_ratio_meant_to_be_whole_keeps_a_whole_share(sparsity):
+    """1 / (1 - 0.99) is slightly below 100, which must not round up to 11 of 1,000."""
+    values, _ = C.top_k(ratio=1 / (1 - sparsity)).compress(None, jnp.ones(1000))
+    assert values.size == round(1000 * (1 - sparsity))

@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -79,7 +81,10 @@ def gradient(x, batch):
 
 
 start = functools.partial(
-    engine.run, gradient, np.zeros(3, np.float32), optimizer=optax.sgd(RATE)
+    engine.run,
+    params=np.zeros(3, np.float32),
+    optimizer=optax.sgd(RATE),
+    gradient=gradient,
 )
 
 
@@ -150,6 +155,55 @@ def test_a_generator_that_raises(tmp_path):
     assert [worker for worker, _ in result.replaced] == [1]
     np.testing.assert_array_equal(np.bincount(result.trace.workers), [10, 10])
     assert_replayed(result)
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_model_state_and_a_resume(tmp_path):
+    """Model states with keys and metrics travel; skipped batches are not used again."""
+
+    def loss(x, state, batch):
+        state = {
+            "mean": 0.5 * state["mean"] + 0.5 * batch,
+            "key": jax.random.split(state["key"])[0],
+        }
+        return jnp.sum((x - batch) ** 2) / 2, (state, {"first": batch[0]})
+
+    def interrupt(progress):
+        if progress.applied == 25:
+            raise KeyboardInterrupt
+
+    run = functools.partial(
+        start,
+        gradient=jax.value_and_grad(loss, has_aux=True),
+        batches=lambda worker: map(
+            functools.partial(target, worker), itertools.count()
+        ),
+        num_gradients=40,
+        num_workers=2,
+        has_aux=True,
+        model_state={"mean": np.ones(3, np.float32), "key": jax.random.key(0)},
+        actors={"num_cpus": 0.5},
+        checkpoints=tmp_path,
+        checkpoint_every=10,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(on_progress=interrupt)
+    result = run()
+    assert_replayed(result)
+    means = [np.ones(3, np.float32)]
+    ticks = zip(
+        result.trace.workers, result.trace.staleness, result.batch_indices, strict=True
+    )
+    for k, (worker, delay, index) in enumerate(ticks):
+        batch = target(worker, index)
+        new = 0.5 * means[k - delay] + 0.5 * batch
+        means.append(0.5 * means[-1] + 0.5 * new)
+        assert result.metrics["first"][k] == batch[0]
+    np.testing.assert_allclose(result.model_state["mean"], means[-1], rtol=1e-5)
+    assert result.model_state["key"] != jax.random.key(0)
+    for worker in range(2):
+        used = result.batch_indices[result.trace.workers == worker]
+        np.testing.assert_array_equal(used, np.arange(len(used)))
 
 
 def listening(pid):

@@ -593,11 +593,11 @@ def test_devices(monkeypatch):
     def spy(self, device):
         gradient = on(self, device)
 
-        def seeing(params, batch):
+        def seeing(model, batch):
             (worker,) = {int(8 * batch[0])}
-            for leaf in (params, batch):
+            for leaf in (model.params, batch):
                 seen.add((worker, *leaf.devices()))
-            return gradient(params, batch)
+            return gradient(model, batch)
 
         return seeing
 

@@ -5,16 +5,20 @@ import sys
 
 import pytest
 
-from experiments import __main__ as cli
+from experiments import commands, folders
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
+    """Runs a command, and returns the folder of its results."""
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
         monkeypatch.chdir(tmp_path)
-        cli.main()
-        return tmp_path / "results"
+        commands.main()
+        if "--out" in arguments:
+            return tmp_path / arguments[arguments.index("--out") + 1]
+        return folders._numbered(tmp_path / "results" / arguments[0])[-1]
 
     return run
 

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import report
 from experiments.runs import real_time
-from tests.experiments.files import write_files
+from tests.experiments.files import read_charts, write_files
 from tests.experiments.test_tabular import A9A
 
 
@@ -17,10 +17,11 @@ def read(path):
 def test_delays(run):
     arguments = ["--parts", "delay", "--models", "logistic", "--delays", "0", "100"]
     arguments += ["--rate", "0.03", "--iterations", "200", "--evaluations", "4"]
-    rows = read(
-        run("apam", *arguments, "--seeds", "2") / "apam/delay_logistic_digits.csv"
-    )
+    out = run("apam", *arguments, "--seeds", "2")
+    rows = read(out / "delay_logistic_digits.csv")
     assert len(rows) == 2 * 2 * 4
+    (chart,) = read_charts(out / "apam.html")
+    assert [len(y) for y in chart.values()] == [4, 4]
 
     def accuracy(delay, gradients):
         return np.mean(
@@ -41,7 +42,7 @@ def test_time_and_speedup(run):
     arguments += ["--gradients", "60", "--points", "3", "--workers", "3"]
     arguments += ["--adaptive-rates", "0.03", "--sgd-rates", "1e-9", "1"]
     arguments += ["--speedup-workers", "2", "1", "--goal", "20"]
-    out = run("apam", *arguments) / "apam"
+    out = run("apam", *arguments)
     rows = read(out / "time_logistic_digits.csv")
     assert len(rows) == 2 * 3 * 2 * 3
     assert {row["speeds"] for row in rows} == {"equal", "one 3x slower"}
@@ -79,7 +80,7 @@ def test_a9a(run, tmp_path):
     arguments = ["--dataset", "a9a", "--data-dir", str(tmp_path / "files")]
     arguments += ["--parts", "delay", "--models", "logistic", "--delays", "1"]
     arguments += ["--iterations", "4", "--evaluations", "2", "--seeds", "1"]
-    rows = read(run("apam", *arguments) / "apam/delay_logistic_a9a.csv")
+    rows = read(run("apam", *arguments) / "delay_logistic_a9a.csv")
     assert len(rows) == 2
 
 
@@ -94,14 +95,14 @@ def test_first_time():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--delays", "-1"], "delays must be at least 0"),
-        (["--evaluations", "7"], "evaluations=7 must divide iterations=2000"),
-        (["--rate", "0"], "rate must be positive, got 0"),
-        (["--dataset", "a9a"], "lenet needs images, but dataset=a9a"),
+        (["--delays", "-1"], "--delays must be at least 0"),
+        (["--evaluations", "7"], "--evaluations 7 must divide --iterations 2000"),
+        (["--rate", "0"], "--rate must be positive, got 0"),
+        (["--dataset", "a9a"], "lenet needs images, but --dataset a9a"),
         (["--dataset", "a9a", "--models", "logistic"], "a9a is read from files: pass"),
-        (["--points", "7"], "points=7 must divide gradients=600"),
-        (["--sleep-ms", "0"], "sleep_ms must be positive"),
-        (["--speedup-workers", "2"], "speedup_workers must contain 1"),
+        (["--points", "7"], "--points 7 must divide --gradients 600"),
+        (["--sleep-ms", "0"], "--sleep-ms must be positive"),
+        (["--speedup-workers", "2"], "--speedup-workers must contain 1"),
     ],
 )
 def test_bad_options(fails, arguments, message):

@@ -7,8 +7,9 @@ import pytest
 
 import decentral_jax as dj
 from experiments import catalog, report, settings
-from experiments.runs import compare, detag
+from experiments.runs import compare
 from experiments.training import loop, models, results
+from tests.experiments.files import read_charts
 
 QUICK = ["--iterations", "24", "--evaluations", "2", "--seeds", "2", "--rates", "0.1"]
 
@@ -20,7 +21,8 @@ def read(path):
 def test_compare(run, capsys):
     chosen = ["all-reduce SGD", "DeTAG", "DEF-A", "MLL-SGD", "Local SGD"]
     out = run("compare", *QUICK, "--algorithms", *chosen)
-    assert (out / "compare.png").stat().st_size > 10_000
+    for figure in ("compare", "compare_accuracy"):
+        assert (out / f"{figure}.png").stat().st_size > 10_000
     rows = read(out / "compare.csv")
     names = {row["algorithm"] for row in rows}
     assert len(rows) == len(names) * 2 * 2
@@ -51,16 +53,17 @@ def test_every_algorithm_of_compare_traces():
 
 def test_detag_figures(run):
     figures = ["--fractions", "0", "--kappas", "0.1", "1", "--model", "logistic"]
-    out = run("detag", *QUICK, *figures) / "detag"
+    out = run("detag", *QUICK, *figures)
     for name, cells in (("fractions", 1), ("kappas", 2)):
         assert (out / f"{name}.png").stat().st_size > 10_000
         rows = read(out / f"{name}.csv")
         assert len({(row["kappa"], row["shuffled"]) for row in rows}) == cells
+    assert len(read_charts(out / "detag.html")) == 2
 
 
 def test_def_figures(run):
     """DEF sends a fraction of dense SGD's bytes; DEF-A evaluates the same run."""
-    out = run("def", *QUICK, "--ratios", "16", "--model", "logistic") / "def"
+    out = run("def", *QUICK, "--ratios", "16", "--model", "logistic")
     assert (out / "ratio_16.png").stat().st_size > 10_000
     rows = {
         (row["algorithm"], row["seed"], row["iteration"]): row
@@ -72,20 +75,29 @@ def test_def_figures(run):
     assert sent["DEF"] == pytest.approx(sent["dense SGD"] * 41 / 650, rel=1e-3)
     assert end["DEF"]["consensus_distance"] == end["DEF-A"]["consensus_distance"]
     assert end["DEF"]["train_loss"] != end["DEF-A"]["train_loss"]
+    (chart,) = read_charts(out / "def.html")
+    assert list(chart) == ["dense SGD", *catalog.compressed(16)]
+    losses = [float(rows["DEF", seed, "24"]["train_loss"]) for seed in ("0", "1")]
+    assert chart["DEF"][-1] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnist"], "data_dir"),
+        (["--dataset", "mnist"], "no --data-dir, but --dataset 'mnist' is read"),
         (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
-        (["--model", "transformer"], "transformer"),
-        (["--iterations", "10", "--evaluations", "3"], "evaluations=3 must divide"),
-        (["--rates", "-1"], "rates must be positive"),
-        (["--seeds", "0"], "seeds must be at least 1, got 0"),
-        (["--kappa", "2"], "kappa must lie in"),
-        (["--algorithms", "Adam"], "algorithms must be among 'all-reduce SGD'"),
-        (["--shuffled", "101"], "shuffled=101"),
+        (["--model", "small_mlq"], "--model 'small_mlq'.* mean 'small_mlp'"),
+        (
+            ["--iterations", "10", "--evaluations", "3"],
+            "--evaluations 3 must divide --iterations 10",
+        ),
+        (["--rates", "-1"], "--rates must be positive"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--kappa", "2"], "--kappa must lie in"),
+        (["--slow", "0.5"], "--slow must be at least 1, got 0.5"),
+        (["--algorithms", "d-psg"], "--algorithms 'd-psg'.* mean 'D-PSGD'"),
+        (["--algorithms", "Adamw"], "'Adamw' is unknown. Pass one of 'all-reduce"),
+        (["--shuffled", "101"], "--shuffled 101"),
     ],
 )
 def test_bad_options_end_with_one_clear_line(fails, arguments, message):
@@ -101,10 +113,10 @@ def test_options_of_another_type(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["def", "--ratios", "0.5"], "ratio"),
-        (["detag", "--kappas", "2"], "kappa must lie in"),
-        (["synthetic", "--kappa", "2"], "kappa must lie in"),
-        (["synthetic", "--iterations", "0"], "iterations must be at least 1, got 0"),
+        (["def", "--ratios", "0.5"], "--ratios must lie in"),
+        (["detag", "--kappas", "2"], "--kappas must lie in"),
+        (["synthetic", "--kappa", "2"], "--kappa must lie in"),
+        (["synthetic", "--iterations", "0"], "--iterations must be at least 1, got 0"),
     ],
 )
 def test_bad_options_of_other_commands(fails, arguments, message):
@@ -165,8 +177,7 @@ def test_phase_length_grows_with_sparsity():
     assert catalog.phase_length(dj.topology.complete(8)) == 1
 
 
-def test_parts_of_the_detag_options():
-    assert detag.DeTAG().out.name == "detag"
+def test_models_that_the_documentation_names():
     assert set(models.MODELS) >= {"small_mlp", "logistic", "resnet20"}
 
 

@@ -9,6 +9,7 @@ import decentral_jax as dj
 from experiments import report
 from experiments.runs import herding
 from experiments.training import ordered, tasks
+from tests.experiments.files import read_charts
 from tests.reference import ordering
 
 
@@ -38,9 +39,11 @@ def test_vectors_have_norm_one_and_mean_zero():
 
 def test_herding(run):
     small = ["--vectors", "2400", "--shared-by", "2", "12", "--rounds", "12"]
-    out = run("d-grab", "--parts", "herding", *small, "--draws", "2") / "d_grab"
+    out = run("d-grab", "--parts", "herding", *small, "--draws", "2")
     assert (out / "herding.png").stat().st_size > 10_000
     rows = report.read_csv(out / "herding.csv")
+    (chart,) = read_charts(out / "d_grab.html")
+    assert len(chart) == 4
 
     def bound(method, workers):
         return np.mean(
@@ -60,13 +63,16 @@ def test_herding(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vectors", "100", "--shared-by", "3"], "vectors=100 must divide"),
-        (["--rounds", "0"], "rounds and draws must be at least 1"),
-        (["--epochs", "0"], "epochs must be positive, got 0"),
-        (["--source", "a9a"], "source='a9a' requires a single task"),
-        (["--tasks", "lenet", "--source", "a9a"], "source='a9a' for the task lenet"),
-        (["--tasks", "forecast"], "m4 is read from files: pass data_dir"),
-        (["--examples", "7"], "workers=16 is too many for the 7 examples of"),
+        (["--vectors", "100", "--shared-by", "3"], "--vectors 100 must divide"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--epochs", "0"], "--epochs must be positive, got 0"),
+        (["--source", "a9a"], "--source 'a9a' requires a single task"),
+        (
+            ["--tasks", "lenet", "--source", "a9a"],
+            "--source 'a9a' for the task lenet must be",
+        ),
+        (["--tasks", "forecast"], "m4 is read from files: pass --data-dir"),
+        (["--examples", "7"], "--workers 16 is too many for the 7 examples of"),
     ],
 )
 def test_bad_options(fails, arguments, message):
@@ -77,10 +83,11 @@ def test_training(run):
     """On digits, D-GraB ends at a lower loss than random orders."""
     arguments = ["--tasks", "logistic", "--rates", "0.4", "--epochs", "6"]
     arguments += ["--seeds", "2", "--workers", "4", "8"]
-    out = run("d-grab", "--parts", "training", *arguments) / "d_grab"
+    out = run("d-grab", "--parts", "training", *arguments)
     assert (out / "logistic_digits.png").stat().st_size > 10_000
     rows = report.read_csv(out / "logistic_digits.csv")
     assert len(rows) == 2 * 4 * 2 * 7
+    assert [len(chart) for chart in read_charts(out / "d_grab.html")] == [4, 4]
     loss = {
         (row["workers"], row["method"], row["seed"], row["epoch"]): float(
             row["train_loss"]

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import report
 from experiments.runs import multi_level
+from tests.experiments.files import read_charts
 
 SMALL = ["--hubs", "2", "--workers", "5", "--tau", "2", "--q", "2", "--seeds", "2"]
 SMALL += ["--rounds", "12", "--evaluations", "12", "--learning-rate", "0.5"]
@@ -12,10 +13,12 @@ SMALL += ["--rounds", "12", "--evaluations", "12", "--learning-rate", "0.5"]
 
 def test_hierarchy_rates_and_slots(run):
     parts = ("hierarchy", "rates", "slots")
-    out = run("mll-sgd", *SMALL, "--parts", *parts) / "mll_sgd"
+    out = run("mll-sgd", *SMALL, "--parts", *parts)
     for part in parts:
         assert (out / f"{part}.png").stat().st_size > 10_000
     rows = report.read_csv(out / "mll_sgd.csv")
+    charts = read_charts(out / "mll_sgd.html")
+    assert [len(chart) for chart in charts] == [4, 5, 4]
 
     def last(part, name):
         losses = [
@@ -43,7 +46,7 @@ def test_hierarchy_rates_and_slots(run):
 def test_shapes(run):
     """One hub with all workers, and hubs with one worker each."""
     shape = ["--hubs", "2", "--workers", "1", "--parts", "shapes"]
-    out = run("mll-sgd", *SMALL, *shape) / "mll_sgd"
+    out = run("mll-sgd", *SMALL, *shape)
     names = {row["algorithm"] for row in report.read_csv(out / "mll_sgd.csv")}
     assert names == {"1 hubs x 2 workers", "2 hubs x 1 workers"}
 
@@ -60,9 +63,12 @@ def test_rates_have_the_published_mean():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnist"], "data_dir"),
-        (["--tau", "0"], "tau must be at least 1"),
-        (["--rounds", "10", "--evaluations", "3"], "evaluations=3 must divide"),
+        (["--dataset", "mnist"], "no --data-dir, but --dataset 'mnist'"),
+        (["--tau", "0"], "--tau must be at least 1"),
+        (
+            ["--rounds", "10", "--evaluations", "3"],
+            "--evaluations 3 must divide --rounds 10",
+        ),
     ],
 )
 def test_bad_options(fails, arguments, message):

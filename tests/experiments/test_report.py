@@ -1,8 +1,9 @@
-"""Tables: marks at the best rates, and the layout of rows and columns."""
+"""Tables: marks at the best rates, and rows. Figures: which curve is where."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import report
+from experiments import figures, report, styles
 from experiments.training.loop import Curves
 from experiments.training.results import Result
 
@@ -46,3 +47,25 @@ def test_summary_uses_the_smaller_set_as_columns():
     three = report.summary({name: [INSIDE, EDGE] for name in "xyz"}, "digits")
     assert three.columns == ("", "A", "B")
     assert [list(row) for row in three.rows] == [[name, inside, edge] for name in "xyz"]
+
+
+def test_figures_have_one_column_per_family():
+    names = ["all-reduce SGD", "D2", "DSGT", "DEF"]
+    results = [result(name, [3, 1, 2]) for name in names]
+    figure = figures.by_family(results, "train_loss", "A title")
+    axes = np.reshape(figure.axes, (3, 2))
+    expected = [["all-reduce SGD", "D2", "DSGT"], ["all-reduce SGD", "DEF"]]
+    for column, shown in zip(axes.T, expected, strict=True):
+        for ax in column:
+            lines = {line.get_label(): line for line in ax.lines}
+            colored = {n: line for n, line in lines.items() if n in names}
+            assert list(colored) == shown
+            for name, line in colored.items():
+                assert line.get_color() == styles.STYLES[name].color
+            # The others are there, in gray.
+            assert len(ax.lines) == len(names)
+        legend = [text.get_text() for text in column[0].get_legend().get_texts()]
+        assert legend == shown
+    titles = [ax.get_legend().get_title().get_text() for ax in axes[0]]
+    assert titles == ["gossip with bias correction", "compression"]
+    plt.close(figure)

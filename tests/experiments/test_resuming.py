@@ -1,6 +1,7 @@
 """A resumed experiment does not repeat the parts that it has finished."""
 
 import dataclasses
+import shlex
 
 import jax
 import matplotlib.pyplot as plt
@@ -33,18 +34,18 @@ CASES = {
     COMPARE + " --seeds 1": (results, "train", 2, "compare.csv"),
     LEVELS + " --parts hierarchy --seeds 1": (
         *(multi_level, "train", 3),
-        "mll_sgd/mll_sgd.csv",
+        "mll_sgd.csv",
     ),
     # Two calls per method: the rates, then the seeds at the best rate.
     TRAINING + " --epochs 1 --rates 0.1 0.2 --seeds 2": (
         *(ordered, "train", 4),
-        "d_grab/logistic_digits.csv",
+        "logistic_digits.csv",
     ),
     "synthetic --iterations 20 --seeds 1": (synthetic, "_errors", 3, "synthetic.csv"),
-    HERDING + " --draws 2": (herding, "herding", 6, "d_grab/herding.csv"),
+    HERDING + " --draws 2": (herding, "herding", 6, "herding.csv"),
     DELAYS + " --evaluations 2 --seeds 1": (
         *(delays, "accuracies", 2),
-        "apam/delay_logistic_digits.csv",
+        "delay_logistic_digits.csv",
     ),
     TIME + " --gradients 4 --points 2 --seeds 2 --adaptive-rates 0.1": (
         *(real_time.Trainer, "_train", 3),
@@ -54,7 +55,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("command", CASES)
-def test_resumes_after_an_interrupt(run, monkeypatch, command):
+def test_resumes_after_an_interrupt(run, monkeypatch, capsys, command):
     owner, name, interrupted, file = CASES[command]
     arguments = [word.replace("_SGD", " SGD") for word in command.split()]
     real, known, stop, calls = getattr(owner, name), [], None, 0
@@ -73,22 +74,25 @@ def test_resumes_after_an_interrupt(run, monkeypatch, command):
     monkeypatch.setattr(
         report.Output, "figure", lambda self, name, figure: plt.close(figure)
     )
-    whole = run(*arguments, "--out", "whole").parent / "whole"
+    whole = run(*arguments, "--out", "whole")
     total = calls
     assert total > interrupted
 
     calls, stop = 0, interrupted
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         run(*arguments)
+    assert stopped.value.code == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    again = f"{shlex.join(arguments)} --out results/{arguments[0]}/1 --resume"
+    assert line == f"python -m experiments {again}"
     # If a part takes two calls, an interrupt of the second repeats the first.
     calls, stop = (interrupted - 1) // 2 * 2 if owner is ordered else interrupted - 1, 0
-    written = run(*arguments, "--resume")
+    written = run(*shlex.split(line)[3:])
     assert calls == total
     if file:
-        same = whole / file.split("/")[-1]
-        assert report.read_csv(written / file) == report.read_csv(same)
+        assert report.read_csv(written / file) == report.read_csv(whole / file)
     calls = 0
-    run(*arguments, "--resume")
+    assert run(*arguments, "--resume") == written
     assert calls == 0
 
 
@@ -153,6 +157,19 @@ def test_results_record_their_provenance(tmp_path, monkeypatch):
         assert "kappa=0.3, rounds=4," in text
         assert f"version: decentral_jax {dj.__version__}" in text
         assert f"jax {jax.__version__}" in text
+        assert "device: 8 x cpu, " in text
         assert f"code: {provenance.code()}" in text
     assert texts[2].startswith("A title:\n\n| a | b |\n| --- | --- |\n| 1 | 2\\* |\n")
     assert "\n\\* the best rate is at the edge" in texts[2]
+
+
+def test_only_instructions_count_as_code():
+    """Prose may change without making results stale; numbers may not."""
+    code = provenance._instructions
+    plain = code("def f(x):\n    return x + 1\n")
+    assert (
+        code('"""A module."""\ndef f(x):\n    """Adds."""\n    return (x+1)  # !')
+        == plain
+    )
+    assert code("def f(x):\n    return x + 2\n") != plain
+    assert code('def f(x):\n    """Only prose."""\n') == code("def f(x):\n    pass\n")

@@ -4,6 +4,7 @@ import numpy as np
 
 from experiments import report
 from experiments.runs import synthetic
+from tests.experiments.files import read_charts
 
 
 def test_order_and_size(tmp_path):
@@ -18,3 +19,5 @@ def test_order_and_size(tmp_path):
     for name, quoted in synthetic.QUOTED.items():
         assert quoted / 2 < best[name] < quoted * 2
     assert (tmp_path / "synthetic.csv").exists()
+    (chart,) = read_charts(tmp_path / "synthetic.html")
+    assert list(chart) == list(errors)

@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from experiments import __main__ as cli
+from experiments import commands as cli
 from experiments.runs import tables
 from experiments.training import provenance
 
@@ -61,6 +61,14 @@ def test_every_picture_of_a_run_is_on_its_page():
     }
     made = {picture for run in tables.RUNS.values() for picture, _ in run.pictures}
     assert made | {"network.png"} == shown | {"apam_delay_logistic_digits.png"}
+
+
+def test_the_gallery_shows_every_picture_below_its_command():
+    for run in tables.RUNS.values():
+        for picture, _ in run.pictures:
+            above, found, _ = PAGES["gallery.md"].partition(f"images/{picture})")
+            assert found
+            assert COMMAND.findall(above)[-1] == f"experiments {run.command}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -280,4 +288,7 @@ def test_skips_and_failures(quick, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         quick("slow")
     assert stop.value.code == 2
-    assert "error: names must be among quick, got" in capsys.readouterr().err
+    assert (
+        "error: NAMES='slow' is unknown. Pass one of 'quick'."
+        in capsys.readouterr().err
+    )

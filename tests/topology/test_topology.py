@@ -378,6 +378,9 @@ def test_plots_draw():
     figure, own = plt.subplots()
     assert T.exponential(5).plot(own) is own
     assert len(T.one_peer_exponential(8).plot()) == 3
+    places = {i: (float(i), -1.0) for i in range(4)}
+    nodes, *_ = T.path(4).plot(positions=places).collections
+    np.testing.assert_array_equal(nodes.get_offsets(), list(places.values()))
     figure.canvas.draw()
     plt.close("all")
 

@@ -359,3 +359,15 @@ def test_kinds_of_leaves(tmp_path, num_devices):
     workers = dj.Workers(kinds_of_leaves.N, devices=jax.devices()[:num_devices])
     kinds_of_leaves.check(workers)
     kinds_of_leaves.check_checkpoints(workers, tmp_path)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_replicated_python_numbers_have_a_type_of_their_own(num_devices):
+    """A weak type would differ from the step's results: a second compilation."""
+    workers = workers_on(num_devices)
+    state = workers.replicate({"rate": 0.5, "count": 3})
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    step = workers.spmd(lambda s: jax.tree.map(lambda x: x * x, s))
+    for _ in range(3):
+        state = step(state)
+    assert step._cache_size() == 1
