@@ -50,6 +50,11 @@ def main() -> None:
     print(f"{'program':<24}", *(f"{head:>10}" for head in heads))
     for name in options.programs:
         example, by_hand = load(name), load(name, BY_HAND)
+        if unknown := [item for item in by_hand.SHARED if not hasattr(example, item)]:
+            raise ValueError(
+                f"SHARED of by_hand/{name}.py must hold names of docs/examples/"
+                f"{name}.py, got {unknown}: remove them."
+            )
         metrics = ["-"] * 3
         if not options.no_training:
             runs = example.main, by_hand.single_worker, by_hand.main
