@@ -50,6 +50,11 @@ def main() -> None:
     print(f"{'program':<24}", *(f"{head:>10}" for head in heads))
     for name in options.programs:
         example, by_hand = load(name), load(name, BY_HAND)
+        if unknown := [item for item in by_hand.SHARED if not hasattr(example, item)]:
+            raise ValueError(
+                f"SHARED of by_hand/{name}.py must hold names of docs/examples/"
+                f"{name}.py, got {unknown}: remove them."
+            )
         metrics = ["-"] * 3
         if not options.no_training:
             runs = example.main, by_hand.single_worker, by_hand.main
@@ -64,7 +69,7 @@ def main() -> None:
             *(f"{np.median(t):.1f}" for t in (ours, theirs)),
             f"{np.median(ours / theirs):.2f}",
             lines_of_code(EXAMPLES / f"{name}.py", by_hand.SHARED),
-            lines_of_code(BY_HAND / f"{name}.py"),
+            lines_of_code(BY_HAND / f"{name}.py", by_hand.SHARED),
         ]
         print(f"{name:<24}", *(f"{cell:>10}" for cell in cells), flush=True)
 
@@ -75,12 +80,13 @@ def _quietly(run: Callable[[], float]) -> float:
         return run()
 
 
-def lines_of_code(path: Path, shared: Collection[str] = ()) -> int:
+def lines_of_code(path: Path, shared: Collection[str]) -> int:
     """Counts the lines of a program that its author has to write.
 
     Args:
       path: The program.
-      shared: Names of functions, classes, and constants that do not count.
+      shared: Names of functions and classes that do not count. A program by hand may
+        define one of them again, such as a model with other batch normalization.
 
     Returns:
       The number of lines that are not blank, comments, docstrings, or imports, in the
