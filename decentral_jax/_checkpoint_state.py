@@ -255,7 +255,8 @@ def check_same(
         more = f" and {len(first) - 3} more" if len(first) > 3 else ""
         raise ValueError(
             f"the checkpoint of step {step} has another model or optimizer: only one "
-            f"of them has {', '.join(first[:3])}{more}."
+            f"of them has {', '.join(first[:3])}{more}. Pass the same trees as "
+            "in save, of the same algorithm; use another folder for a new run."
         )
     number = 0
     for path, expected in ours.items():

@@ -37,7 +37,8 @@ def eval_params(
       The averaged model, which is equal on all workers.
 
     Raises:
-      TypeError: If any leaf of `params` is not an array.
+      TypeError: If any leaf of `params` is not an array, or `params` is an optimizer
+        state.
       ValueError: If `params` is None, or two states hold a hidden model of one leaf.
 
     Example:
@@ -49,6 +50,11 @@ def eval_params(
       Array([1.5, 1.5, 1.5, 1.5], dtype=float32)
     """
     given = require_params(params, "eval_params")
+    if any(map(_is_state, jax.tree.leaves(params, is_leaf=_is_state))):
+        raise TypeError(
+            "params must be the parameters, got the state of an optimizer: call "
+            "eval_params(opt_state, params)."
+        )
     params, opt_state = values((given, opt_state))
 
     def is_hidden(node):
@@ -78,6 +84,12 @@ def eval_params(
         next(means) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
         for x in leaves
     )
+
+
+def _is_state(node: object) -> bool:
+    """Returns whether a node is the state of an optimizer."""
+    modules = ("optax.", "decentral_jax.")
+    return hasattr(node, "_fields") and type(node).__module__.startswith(modules)
 
 
 def _is_masked(node: object) -> bool:

@@ -30,6 +30,21 @@ OPEN_MPI = "OMPI_COMM_WORLD_SIZE"
 _call_numbers = itertools.count()
 
 
+def check_initialized() -> None:
+    """Checks that a process that was started as one of several has joined the others.
+
+    Raises:
+      RuntimeError: If it has not: each process would train alone.
+    """
+    started = os.environ.get(NUM_PROCESSES, "1")
+    if started != "1" and not jax.distributed.is_initialized():
+        raise RuntimeError(
+            f"this process was started as one of {started}, but would train alone: "
+            "call dj.initialize() before dj.Workers, or pass "
+            "devices=jax.local_devices() to train alone."
+        )
+
+
 def initialize(timeout: float | None = None, **options: Any) -> None:
     """Connects this process to the other processes of its job, if there are any.
 

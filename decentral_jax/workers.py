@@ -35,7 +35,7 @@ from decentral_jax._validation import (
     check_leading_axes,
 )
 from decentral_jax._watch import calls
-from decentral_jax.processes import agree
+from decentral_jax.processes import agree, check_initialized
 
 __all__ = ["Workers"]
 
@@ -72,6 +72,8 @@ class Workers:
       TypeError: If any size is not an integer.
       ValueError: If any size is below 1, `devices` is empty, the workers cannot be
         divided evenly over the devices, or another process has different workers.
+      RuntimeError: If a launcher has started several processes, `devices` is None, and
+        this process has not called `dj.initialize`.
       TimeoutError: If another process does not create its workers in time.
 
     Example:
@@ -110,6 +112,7 @@ class Workers:
         self.num_workers = int(np.prod(self.shape))
 
         if devices is None:
+            check_initialized()
             # Compare the workers of all processes now: a difference would later show
             # as a hang.
             agree("workers", sizes)

@@ -26,7 +26,7 @@ class Network:
     latency_ms: float = 1.0
     """Latency per exchange, in milliseconds."""
     bandwidth: float = 10.0
-    """Megabytes that each worker sends per second."""
+    """Megabytes that each worker sends per second; 12.5 is 100 Mbit/s."""
 
     def check(self) -> None:
         """Raises UsageError if any option is out of range."""

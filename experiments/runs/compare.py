@@ -20,7 +20,10 @@ class Compare(settings.ComparisonOptions):
     """DeTAG's rounds per phase; 4 was best of 4, 6, and 11 in the default setting."""
     algorithms: tuple[str, ...] = ()
     """Names of the algorithms to run, as in the table; all if not given."""
-    network: settings.Network = dataclasses.field(default_factory=settings.Network)
+    # The models are a thousand times smaller than those of users, and so is the link.
+    network: settings.Network = dataclasses.field(
+        default_factory=lambda: settings.Network(bandwidth=0.1)
+    )
     """Machines and links that determine the simulated seconds."""
 
     def check(self) -> None:

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import optax
 import pytest
 
 from tests.support.examples import load
@@ -54,22 +53,24 @@ def test_grain_loads_the_examples_in_the_given_order():
 
 
 def test_readme_example_runs_as_printed(capsys, standard_promotion):
-    """The first block runs alone and prints what the README says; one builds on it."""
+    """The first block runs alone and prints what the README says; two build on it."""
     text = (ROOT / "README.md").read_text()
-    first, more = re.findall(r"```python\n(.*?)```", text, re.S)
+    program, cost, others = re.findall(r"```python\n(.*?)```", text, re.S)
     names = {}
-    exec(first, names)
+    exec(program, names)
     assert capsys.readouterr().out.strip() in text
-    for line in filter(None, more.splitlines()):
+    exec(cost, names)
+    assert f"{float(capsys.readouterr().out):,.0f} bytes per step" in text
+    # Without compression, as the README says.
+    learning = program.replace(*re.findall(r"tx = (dj\.\w+\(.*?\))(?:  #|`)", text)[:2])
+    exec(learning, names)
+    assert names["tx"] is not None
+    assert "accuracy of " + capsys.readouterr().out.split()[-1] in text
+    exec(cost, names)
+    assert f"{float(capsys.readouterr().out):,.0f} bytes" in text
+    for line in filter(None, others.splitlines()):
         exec(line, names)
-        names["tx"].init(names["nnx"].state(names["model"], names["nnx"].Param))
-    # What the README says of all-reduce.
-    all_reduce = names["dj"].all_reduce_sgd(optax.adam(1e-3))
-    params = names["nnx"].state(names["MLP"](names["nnx"].Rngs(0)), names["nnx"].Param)
-    costs = names["dj"].communication_costs(
-        all_reduce, params, axis_sizes={"workers": 8}
-    )
-    assert f"{costs.bytes_per_step:,.0f} bytes per step" in text
+        names["tx"].init(names["params"])
 
 
 def test_two_set_up_commands():

@@ -194,3 +194,15 @@ def test_orders_are_found_in_an_nnx_optimizer():
     tx = optax.chain(dj.pair_balance(6), optax.sgd(0.1))
     optimizer = nnx.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
     np.testing.assert_array_equal(dj.next_examples(optimizer.opt_state, 2), [0, 1])
+
+
+@pytest.mark.parametrize("swapped", ["algorithm", "chain"])
+def test_swapped_arguments_are_refused(swapped):
+    """Checkpoints take params first, so it is easy to swap them."""
+    tx = dj.d_psgd(optax.adam(0.1), dj.topology.ring(N))
+    tx = {"algorithm": tx, "chain": optax.chain(optax.clip(1.0), tx)}[swapped]
+    params = jnp.zeros(3)
+    with pytest.raises(TypeError, match=r"eval_params\(opt_state, params\)"):
+        jax.vmap(lambda x: dj.eval_params(x, tx.init(x)), axis_name="workers")(
+            jnp.stack([params] * N)
+        )
