@@ -133,6 +133,7 @@ _QUIET = "measures step times: needs a machine without other load"
 # commit, between the comments "by hand: NAME" and "end of by hand". The values are the
 # reasons.
 BY_HAND = {
+    "benchmarks.examples": _QUIET,
     "benchmarks.one_device.asynchronous": _QUIET,
     "benchmarks.one_device.compression": _QUIET,
     "benchmarks.one_device.gossip_step": "needs the oldest and the newest JAX",
