@@ -16,7 +16,6 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-import argparse
 import ast
 import contextlib
 import io
@@ -26,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.examples import BY_HAND, EXAMPLES, load
+from benchmarks.support import command
 from benchmarks.support.timing import in_turn, machine
 
 
@@ -37,7 +37,7 @@ def programs() -> list[str]:
 
 def main() -> None:
     """Runs the benchmark and prints one row per program."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command.parser(__doc__)
     parser.add_argument("--programs", nargs="+", default=programs(), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=30, help="pairs of timed steps")
     parser.add_argument(
@@ -155,4 +155,4 @@ def _ignored(node: ast.AST) -> range:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

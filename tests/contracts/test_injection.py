@@ -35,6 +35,7 @@ SHAPING = {
     "seed": 3,
     "shares": np.full((4, 2), 1 / 8),
     "sketch": 4,
+    "steps": 2,
     "tau": 1,
 }
 # Arguments that are not tested here. Other tests cover schedules of the learning rate.

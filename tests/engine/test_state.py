@@ -513,8 +513,8 @@ def test_a_finished_run(tmp_path):
     [
         ({"num_workers": 3}, "num_workers must be 2, .* got 3"),
         ({"synchronous": True}, "synchronous must be False, .* got True"),
-        ({"optimizer": optax.adam(0.1)}, "of another model or optimizer"),
-        ({"params": np.zeros(4, np.float32)}, "of another model or optimizer"),
+        ({"optimizer": optax.adam(0.1)}, "has another model or optimizer"),
+        ({"params": np.zeros(4, np.float32)}, "has another model or optimizer"),
     ],
 )
 def test_checkpoints_of_another_run(tmp_path, change, message):

@@ -29,8 +29,10 @@ def test_compare(run, capsys):
     assert names == set(chosen)
     seconds = {row["algorithm"]: float(row["simulated_seconds"]) for row in rows}
     # Algorithms that wait need at least 24 gradients of 20 ms on the slow worker.
-    assert seconds["MLL-SGD"] < 0.3 < 0.48 < seconds["Local SGD"] < 0.5
-    assert seconds["all-reduce SGD"] > 0.5
+    assert seconds["Local SGD"] > 0.48
+    assert seconds["MLL-SGD"] < seconds["all-reduce SGD"]
+    # By default, the link is slow: messages take more time than gradients.
+    assert seconds["all-reduce SGD"] > 5 * 0.48
     printed = capsys.readouterr().out
     assert "MB sent" in printed
     assert all(name.split(",")[0] in printed for name in names)
