@@ -24,7 +24,6 @@ HUBS = {"hub": 4, "worker": 2}
 # name -> workers' shape, number of devices
 LAYOUTS = {
     "one worker per device": (N, 8),
-    "two workers per device": (N, 4),
     "four workers per device": (N, 2),
     "one device": (N, 1),
     "two axes, one worker per device": (HUBS, 8),
