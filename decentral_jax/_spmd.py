@@ -70,7 +70,7 @@ class Arguments:
 
     def separate(
         self, fn: Callable[..., R], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[PyTree, PyTree, Callable[[PyTree, PyTree], R]]:
+    ) -> tuple[PyTree, PyTree, dict[str, Any], Callable[[PyTree, PyTree], R]]:
         """Separates the arguments of one call.
 
         Args:
@@ -79,11 +79,11 @@ class Arguments:
           kwargs: Its keyword arguments.
 
         Returns:
-          The workers' own arguments, the shared ones, and a function of both that calls
-          `fn`. The static arguments are part of that function.
+          The workers' own arguments, the shared ones, the static ones, and a function
+          of the first two that calls `fn` with all three.
         """
         if not (self.shared or self.static):
-            return (args, dict(kwargs)), {}, lambda own, _: fn(*own[0], **own[1])
+            return (args, dict(kwargs)), {}, {}, lambda own, _: fn(*own[0], **own[1])
         signature = inspect.signature(fn)
         given = signature.bind(*args, **kwargs).arguments
         shared = {name: given.pop(name) for name in self.shared if name in given}
@@ -93,7 +93,7 @@ class Arguments:
             bound = inspect.BoundArguments(signature, own | shared | static)  # pyright: ignore
             return fn(*bound.args, **bound.kwargs)
 
-        return dict(given), shared, call
+        return dict(given), shared, static, call
 
 
 def _names(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ class Spmd(Generic[P, R]):
         except TypeError:
             # Check only after an error: in every step, the check of a large tree would
             # take too long.
-            own, shared, _ = self._arguments.separate(self._fn, args, kwargs)
+            own, shared, *_ = self._arguments.separate(self._fn, args, kwargs)
             check_arrays("arguments", own)
             check_arrays("shared arguments", shared)
             raise
@@ -151,7 +151,8 @@ class Spmd(Generic[P, R]):
           The workers' own arguments, with worker axes; the shared arguments; the
           function of both for one worker; and the sizes of the worker axes.
         """
-        return *self._arguments.separate(self._fn, args, kwargs), self._sizes
+        own, shared, _, call = self._arguments.separate(self._fn, args, kwargs)
+        return own, shared, call, self._sizes
 
 
 def _compared(
@@ -168,15 +169,10 @@ def _compared(
 
     @functools.wraps(jitted)
     def run(*args, **kwargs):
-        static, arrays = (), (args, kwargs)
-        if arguments.static:
-            own, shared, _ = arguments.separate(fn, args, kwargs)
-            bound = inspect.signature(fn).bind(*args, **kwargs).arguments
-            static = tuple(bound.get(each) for each in arguments.static)
-            arrays = own, shared
-        leaves, structure = jax.tree.flatten(arrays)
+        own, shared, static, _ = arguments.separate(fn, args, kwargs)
+        leaves, structure = jax.tree.flatten((own, shared))
         # One comparison per combination of types and static values.
-        key = static, structure, *(jax.typeof(leaf) for leaf in leaves)
+        key = (*static.items(), structure, *(jax.typeof(leaf) for leaf in leaves))
         if key not in seen:
             program = jitted.lower(*args, **kwargs).as_text().encode()
             agree(f"the program of {name}", hashlib.sha256(program).hexdigest())

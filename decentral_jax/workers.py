@@ -376,7 +376,7 @@ class Workers:
 
         @functools.wraps(fn)
         def all_workers(*args, **kwargs):
-            own, shared, call = arguments.separate(fn, args, kwargs)
+            own, shared, _, call = arguments.separate(fn, args, kwargs)
             # These checks run only while the function is traced.
             check_leading_axes("arguments", own, self.shape)
             check_arrays("shared arguments", shared)

@@ -19,6 +19,7 @@ from decentral_jax._validation import (
     check_optimizer,
     check_trees,
 )
+from decentral_jax.transforms._ordering import orders_in
 
 __all__ = ["AccumulationState", "accumulate"]
 
@@ -88,7 +89,12 @@ def accumulate(
     def init_fn(params: optax.Params) -> AccumulationState:
         total = jax.tree.map(wide_zeros, params)
         state = inner.init(params)
-        _check_no_order(state)
+        if orders_in(state):
+            raise ValueError(
+                "optimizer must not contain an ordering transformation, which must see "
+                "the gradients of every micro-step: chain it before the accumulation, "
+                "as in optax.chain(dj.d_grab(...), dj.accumulate(...))."
+            )
         return AccumulationState(jnp.zeros([], jnp.int32), total, state)
 
     def update_fn(
@@ -121,17 +127,3 @@ def accumulate(
         return new, AccumulationState(count % steps, total, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_no_order(state: optax.OptState) -> None:
-    """Checks that no part of an optimizer's state is an example order."""
-
-    def is_ordering(node):
-        return hasattr(node, "next_examples")
-
-    if any(map(is_ordering, jax.tree.leaves(state, is_leaf=is_ordering))):
-        raise ValueError(
-            "optimizer must not contain an ordering transformation, which must see the "
-            "gradients of every micro-step: chain it before the accumulation, as in "
-            "optax.chain(dj.d_grab(...), dj.accumulate(...))."
-        )

@@ -67,18 +67,23 @@ def next_examples(opt_state: optax.OptState, batch_size: int) -> jax.Array:
       Array([0, 1], dtype=int32)
     """
     batch_size = check_int("batch_size", batch_size, minimum=1)
-
-    def is_ordering(node):
-        return hasattr(node, "next_examples")
-
-    nodes = jax.tree.leaves(values(opt_state), is_leaf=is_ordering)
-    found = [node for node in nodes if is_ordering(node)]
+    found = orders_in(opt_state)
     if len(found) != 1:
         raise ValueError(
             "opt_state must hold exactly one ordering transformation, got "
             f"{len(found)}: chain one such as dj.d_grab(...) first."
         )
     return found[0].next_examples(batch_size)
+
+
+def orders_in(opt_state: optax.OptState) -> list[Any]:
+    """Returns the states of all ordering transformations in an optimizer state."""
+
+    def is_ordering(node):
+        return hasattr(node, "next_examples")
+
+    nodes = jax.tree.leaves(values(opt_state), is_leaf=is_ordering)
+    return [node for node in nodes if is_ordering(node)]
 
 
 class Step(NamedTuple):
