@@ -36,8 +36,8 @@ def check_initialized() -> None:
     Raises:
       RuntimeError: If it has not: each process would train alone.
     """
-    started = os.environ.get(NUM_PROCESSES, "1")
-    if started != "1" and not jax.distributed.is_initialized():
+    started = _given_numbers().get("num_processes") or 1
+    if started > 1 and not jax.distributed.is_initialized():
         raise RuntimeError(
             f"this process was started as one of {started}, but would train alone: "
             "call dj.initialize() before dj.Workers, or pass "

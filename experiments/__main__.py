@@ -4,7 +4,7 @@ import os
 import sys
 
 # Modules that the extra `experiments` installs.
-EXTRA = ("flax", "matplotlib", "rich", "sklearn", "tyro")
+EXTRA = ("flax", "matplotlib", "plotly", "rich", "sklearn", "tyro")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from experiments import styles
 
@@ -80,8 +81,6 @@ def page(
     Returns:
       The text of the file.
     """
-    from plotly.offline import get_plotlyjs, get_plotlyjs_version
-
     data = json.dumps([_data(chart) for chart in charts], separators=(",", ":"))
     # "<" could end the script element that holds the data.
     data = data.replace("<", "\\u003c")

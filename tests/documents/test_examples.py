@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.examples import load
+from benchmarks.examples import load
 
 ROOT = Path(__file__).parent.parent.parent
 

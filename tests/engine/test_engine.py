@@ -19,6 +19,7 @@ import decentral_jax as dj
 from decentral_jax import engine
 from decentral_jax.engine._master import Master
 from decentral_jax.engine._programs import Gradients
+from tests.support.batches import endless, target
 from tests.support.layouts import compilations
 
 RATE = 0.125
@@ -27,17 +28,6 @@ X = np.zeros(3, np.float32)
 
 def quadratic(x, batch):
     return jax.grad(lambda x: jnp.sum((x - batch) ** 2) / 2)(x)
-
-
-def target(worker, index):
-    """A batch that identifies its worker and index."""
-    return np.array([worker, index, worker * index], np.float32) / 8
-
-
-def endless(worker, seconds=0.0):
-    for index in itertools.count():
-        time.sleep(seconds)
-        yield target(worker, index)
 
 
 class Source:

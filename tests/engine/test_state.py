@@ -22,22 +22,12 @@ from flax.training.train_state import TrainState
 import decentral_jax as dj
 from decentral_jax import engine
 from decentral_jax.checkpoints import Checkpoints
+from tests.support.batches import endless, target
 
 ROOT = Path(__file__).parent.parent.parent
 RATE = 0.125
 X = np.zeros(3, np.float32)
 ONE = jax.devices()[:1]
-
-
-def target(worker, index):
-    """A batch; each is another."""
-    return np.array([worker, index, worker * index], np.float32) / 8
-
-
-def endless(worker, seconds=0.0):
-    for index in itertools.count():
-        time.sleep(seconds)
-        yield target(worker, index)
 
 
 def loss(x, batch):

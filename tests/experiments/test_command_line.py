@@ -44,7 +44,7 @@ sys.meta_path.insert(0, Block())
 """
 
 
-@pytest.mark.parametrize("package", ["tyro", "flax", "matplotlib", "rich"])
+@pytest.mark.parametrize("package", ["tyro", "flax", "matplotlib", "plotly", "rich"])
 def test_without_the_extra_one_line_says_what_to_install(package):
     ended = ran("experiments", "compare", setup=BLOCK.format(package))
     assert ended.returncode == 1
@@ -81,6 +81,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         while not (tmp_path / "results/synthetic/1/run.json").exists():
             assert process.poll() is None
             time.sleep(0.05)
+        time.sleep(1)  # The file exists shortly before the command knows its folder.
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import decentral_jax as dj
-from tests.support.examples import load
+from benchmarks.examples import load
 from tests.support.layouts import LAYOUTS
 
 N, BATCH = 8, 3

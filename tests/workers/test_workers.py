@@ -373,11 +373,14 @@ def test_replicated_python_numbers_have_a_type_of_their_own(num_devices):
     assert step._cache_size() == 1
 
 
-def test_one_process_of_several_does_not_train_alone(monkeypatch):
+@pytest.mark.parametrize(
+    "variable", ["DECENTRAL_JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE"]
+)
+def test_one_process_of_several_does_not_train_alone(monkeypatch, variable):
     """Without `dj.initialize`, each process of a launcher would train on its own."""
-    monkeypatch.setenv("DECENTRAL_JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv(variable, "2")
     with pytest.raises(RuntimeError, match=r"one of 2.*dj\.initialize\(\)"):
         dj.Workers(8)
     assert dj.Workers(8, devices=jax.local_devices()).num_workers == 8
-    monkeypatch.setenv("DECENTRAL_JAX_NUM_PROCESSES", "1")
+    monkeypatch.setenv(variable, "1")
     assert dj.Workers(8).num_workers == 8
